@@ -1,0 +1,279 @@
+"""Fan tasks out to Ray Train workers that hold something expensive and pull leases from a queue actor.
+
+Ray Train's own data sharding, restarts and `report` each lose or stall items (a death restarts the whole group, equal
+shards drop rows, report is a barrier), so the workers share nothing but the queue: the backend makes no process group,
+a dead rank is replaced alone, and tasks are leased.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+from pyarrow.fs import FileSystem
+from ray.actor import ActorHandle
+from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from jobs.leases import LeaseQueue, Lost, Task
+from objdrive.errors import ObjdriveError
+
+_POLL_SECONDS = 0.2
+_BEAT_SECONDS = 1.0
+_PATIENCE_SECONDS = 5.0
+
+
+class Work(Protocol):
+    """What a worker does: made once per worker, called with the payloads of a lease."""
+
+    group_size: int
+
+    def __call__(self, payloads: list[Any], alive: Callable[[], None]) -> list[Any]:
+        """Return one outcome per payload; call `alive` now and then while working."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many Ray Train workers, from `least` to `most`, and what each takes of the cluster."""
+
+    least: int
+    most: int
+    gpus: float = 0.0
+
+    def scaling(self) -> ScalingConfig:
+        """As Ray Train wants it."""
+        # A tenth of each core is left for reading rows: Ray Data would wait for ever on a full cluster.
+        resources = {"CPU": 0.9, **({"GPU": self.gpus} if self.gpus else {})}
+        count = self.least if self.least == self.most else (self.least, self.most)
+        return ScalingConfig(num_workers=count, use_gpu=self.gpus > 0, resources_per_worker=resources)
+
+
+class LeaseLost(Exception):
+    """The queue gave this worker's tasks to another one."""
+
+
+class PerWorkerBackend(Backend):
+    """Replaces a dead rank alone; no process group joins the workers."""
+
+    has_replica_groups = True
+
+
+class FanoutConfig(TorchConfig):
+    """TorchTrainer without torch.distributed."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """The backend above."""
+        return PerWorkerBackend
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class QueueActor(LeaseQueue):
+    """The lease queue as an actor: when it dies, a new incarnation starts empty and is filled again by the driver."""
+
+    def __init__(self, *, workers: int, stall_seconds: float) -> None:
+        again = ray.get_runtime_context().was_current_actor_reconstructed
+        super().__init__(
+            workers=workers,
+            stall_seconds=stall_seconds,
+            clock=time.monotonic,
+            patience=_PATIENCE_SECONDS if again else 0.0,
+            kill=_kill,
+        )
+
+
+def _kill(process: ActorHandle) -> None:
+    ray.kill(process)
+
+
+def fan_out(
+    tasks: Iterable[Task],
+    make_work: Callable[[], Work],
+    *,
+    workers: Workers,
+    on_outcome: Callable[[Task, Any], None],
+    storage: tuple[FileSystem, str],
+    stall_seconds: float,
+    window: int,
+) -> None:
+    """Work off a stream of tasks, each exactly once as seen by `on_outcome`, whatever dies meanwhile.
+
+    Args:
+        tasks: read lazily, at most `window` ahead of the outcomes.
+        make_work: makes a worker's `Work`; sent to the workers, so it must be picklable.
+        workers: how many, with what.
+        on_outcome: called in the driver for each task, with what `Work` returned or `Lost`.
+        storage: filesystem and path that all nodes share, where Ray Train keeps the state of its run.
+        stall_seconds: a worker that shows no progress for so long is killed and its tasks are leased anew.
+        window: most tasks that are out at any time.
+
+    Raises:
+        ObjdriveError: no worker could start, or Ray Train gave up with tasks left.
+    """
+    queue = QueueActor.remote(workers=workers.least, stall_seconds=stall_seconds)
+    pump = _Pump(queue, iter(tasks), on_outcome, window)
+    filesystem, path = storage
+    trainer = TorchTrainer(
+        _worker_loop,
+        train_loop_config={"queue": queue, "make_work": make_work},
+        torch_config=FanoutConfig(),
+        scaling_config=workers.scaling(),
+        run_config=RunConfig(
+            name="train",
+            storage_filesystem=filesystem,
+            storage_path=path,
+            failure_config=FailureConfig(max_failures=-1),
+        ),
+    )
+    pump.start()
+    failure: Exception | None = None
+    try:
+        trainer.fit()
+    except Exception as error:
+        failure = error
+    finally:
+        pump.stop()
+        ray.kill(queue)
+    if pump.failure is not None:
+        raise pump.failure
+    if pump.unfinished:
+        cause = "; ".join(sorted(set(pump.broken))) or failure or "all the workers left"
+        raise ObjdriveError(f"{pump.unfinished} task(s) were left undone: {cause}")
+
+
+class _Pump:
+    """The driver's side: feeds tasks, collects outcomes, and offers everything again when the queue was reborn."""
+
+    def __init__(
+        self, queue: ActorHandle, tasks: Iterator[Task], on_outcome: Callable[[Task, Any], None], window: int
+    ) -> None:
+        self._queue = queue
+        self._tasks = tasks
+        self._on_outcome = on_outcome
+        self._room = threading.Semaphore(window)
+        self._lock = threading.Lock()
+        self._out: dict[str, Task] = {}
+        self._fed = False
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._feed, self._collect)]
+        self.failure: BaseException | None = None
+        self.broken: tuple[str, ...] = ()
+
+    @property
+    def unfinished(self) -> int:
+        """Tasks without an outcome."""
+        return len(self._out)
+
+    def start(self) -> None:
+        """Start feeding and collecting."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Collect what is there and end."""
+        self._stopping.set()
+        self._room.release()
+        for thread in self._threads:
+            thread.join()
+
+    def _feed(self) -> None:
+        try:
+            for task in self._tasks:
+                self._room.acquire()
+                if self._stopping.is_set():
+                    return
+                with self._lock:
+                    self._out[task.key] = task
+                self._queue.offer.remote([task])
+        except BaseException as error:
+            # What was fed before is still worked off; the caller learns of the failure after that.
+            self.failure = error
+        self._fed = True
+        ray.get(self._queue.close.remote())
+
+    def _collect(self) -> None:
+        try:
+            self._collect_until_stopped()
+        except BaseException as error:
+            self.failure = error
+            self._stopping.set()
+            self._room.release()
+            ray.get(self._queue.close.remote())
+
+    def _collect_until_stopped(self) -> None:
+        received: list[str] = []
+        incarnation = ""
+        while True:
+            last = self._stopping.is_set()
+            collected = ray.get(self._queue.collect.remote(received))
+            received = list(collected.outcomes)
+            self.broken = collected.broken or self.broken
+            for key, outcome in collected.outcomes.items():
+                with self._lock:
+                    task = self._out.pop(key, None)
+                if task is not None:
+                    self._on_outcome(task, outcome)
+                    self._room.release()
+            if collected.incarnation != incarnation:
+                incarnation = self._offer_again()
+            if last:
+                return
+            self._stopping.wait(_POLL_SECONDS)
+
+    def _offer_again(self) -> str:
+        with self._lock:
+            out = list(self._out.values())
+        incarnation = ray.get(self._queue.offer.remote(out))
+        if self._fed:
+            ray.get(self._queue.close.remote())
+        return str(incarnation)
+
+
+def _worker_loop(config: dict[str, Any]) -> None:
+    queue, rank = config["queue"], get_context().get_world_rank()
+    process = ray.get_runtime_context().current_actor
+    try:
+        work = config["make_work"]()
+    except Exception as error:
+        ray.get(queue.report_broken.remote(f"{type(error).__name__}: {error}"))
+        return
+    while (lease := ray.get(queue.lease.remote(rank, work.group_size, process))) != "done":
+        if lease == "wait":
+            time.sleep(_POLL_SECONDS)
+            continue
+        beats = _Beats(queue, lease.id, rank, [task.key for task in lease.tasks], process)
+        try:
+            outcomes = work([task.payload for task in lease.tasks], beats)
+        except LeaseLost:
+            continue
+        ray.get(queue.finish.remote(lease.id, dict(zip(beats.keys, outcomes, strict=True))))
+
+
+class _Beats:
+    """Calling it says that work goes on, at most once a second and without waiting for the answer."""
+
+    def __init__(
+        self, queue: ActorHandle, lease_id: str, rank: int, keys: list[str], process: ActorHandle
+    ) -> None:
+        self.keys = keys
+        self._beat = lambda: queue.beat.remote(lease_id, rank, keys, process)
+        self._last = time.monotonic()
+        self._answer: ray.ObjectRef | None = None
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._last < _BEAT_SECONDS:
+            return
+        if self._answer is not None:
+            ready, _ = ray.wait([self._answer], timeout=0)
+            if not ready:
+                return
+            if not ray.get(self._answer):
+                raise LeaseLost
+        self._answer = self._beat()
+        self._last = time.monotonic()
+
+
+__all__ = ["FanoutConfig", "LeaseLost", "Lost", "Task", "Work", "Workers", "fan_out"]

@@ -1,0 +1,323 @@
+"""What a worker does with a lease: read, fine-tune as one group, draw previews, commit."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from jobs.ingest import Checked, Target, digest_inputs, read_photo, source_record
+from jobs.plan import Unit
+from objdrive.artifact import (
+    ArtifactMetadata,
+    BaseRef,
+    Member,
+    Preview,
+    SceneMember,
+    Sources,
+    adapter_digest,
+    adapter_files,
+    library_versions,
+)
+from objdrive.bank import AdapterBank
+from objdrive.base import TOKEN_MARK, Base
+from objdrive.errors import ObjdriveError, RowError
+from objdrive.images import Photo, masks_overlap
+from objdrive.personalize import (
+    ClassPictures,
+    Diverged,
+    FineTuned,
+    Scene,
+    SceneObject,
+    fitting_group_size,
+    personalize,
+    seed_of,
+    token_phrase,
+)
+from objdrive.recipe import METHOD_VERSION, Recipe
+from objdrive.sampler import Request, draw_pictures
+from objdrive.store import ArtifactStore, StoreError
+
+PREVIEW_PROMPTS = (
+    "a photo of {} on grass",
+    "a photo of {} in the snow",
+    "a photo of {} on a wooden table",
+    "a photo of {} under water",
+)
+_THUMBNAIL = 256
+
+
+@dataclass(frozen=True)
+class RowOutcome:
+    """What became of one row: a digest if it is in the store, else a reason code and a message."""
+
+    status: Literal["committed", "already", "failed"]
+    digest: str = ""
+    code: str = ""
+    message: str = ""
+    warning: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A unit whose pictures are read."""
+
+    unit: Unit
+    photos: list[Photo]
+    digest: str
+
+    def scene(self) -> Scene:
+        objects = [
+            SceneObject(record.row.object_id, record.row.class_name, photo.mask)
+            for record, photo in zip(self.unit.rows, self.photos, strict=True)
+        ]
+        return Scene(self.digest, self.photos[0].image, tuple(objects))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    object_id: str
+    caption: str
+    picture: Image.Image
+
+
+@dataclass(frozen=True)
+class FineTuneSettings:
+    """All that a worker needs to make its `FineTune`; picklable."""
+
+    base: str
+    clip: str | None
+    recipe: Recipe
+    target: Target
+    group_size: int | None
+    threads: int | None
+
+    def __call__(self) -> "FineTune":
+        """Load the base."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return FineTune(self)
+
+
+class FineTune:
+    """Fine-tunes leases of units on a base that it holds.
+
+    Raises:
+        ObjdriveError: the base here is not the one that the run was planned for.
+    """
+
+    def __init__(self, settings: FineTuneSettings) -> None:
+        self._base = Base.load(settings.base, clip=settings.clip)
+        self._target = settings.target
+        if self._base.fingerprint != self._target.base_fingerprint:
+            raise ObjdriveError(
+                f"the base {settings.base!r} on this node has the fingerprint {self._base.fingerprint}, the run was "
+                f"planned for {self._target.base_fingerprint}: give all nodes the same base"
+            )
+        self._recipe = settings.recipe
+        self._store = ArtifactStore(self._target.store_url)
+        self._class_pictures = ClassPictures(self._base, self._recipe)
+        self.group_size = settings.group_size or fitting_group_size(self._base, self._recipe)
+
+    def __call__(self, payloads: list[Unit], alive: Callable[[], None]) -> list[list[RowOutcome]]:
+        """Return for each unit one outcome per row."""
+        outcomes: dict[int, list[RowOutcome]] = {}
+        loaded: dict[int, _Loaded] = {}
+        for index, unit in enumerate(payloads):
+            alive()
+            ready = self._load(unit)
+            if isinstance(ready, _Loaded):
+                loaded[index] = ready
+            else:
+                outcomes[index] = ready
+        results = self._personalize([unit.scene() for unit in loaded.values()], alive)
+        fine = [
+            (unit, r) for unit, r in zip(loaded.values(), results, strict=True) if isinstance(r, FineTuned)
+        ]
+        previews = iter(self._draw_previews(fine, alive))
+        for (index, unit), result in zip(loaded.items(), results, strict=True):
+            if isinstance(result, Diverged):
+                outcomes[index] = _fail(unit.unit, "diverged", result.message)
+            else:
+                outcomes[index] = self._commit(unit, result, next(previews), alive)
+        return [outcomes[index] for index in range(len(payloads))]
+
+    def _load(self, unit: Unit) -> _Loaded | list[RowOutcome]:
+        try:
+            photos, members = zip(*(read_photo(r.row, r.image, r.mask) for r in unit.rows), strict=True)
+            digest = adapter_digest(members, **digest_inputs(self._target))
+            if all(self._store.has(r.row.object_id, digest) for r in unit.rows):
+                for record in unit.rows:
+                    self._store.point(record.row.object_id, digest)
+                return [RowOutcome("already", digest)] * len(unit.rows)
+            if len(photos) > 1 and (pair := masks_overlap([photo.mask for photo in photos])):
+                return _fail(unit, "scene_overlap", _overlap_message(unit, *pair))
+            return _Loaded(unit, list(photos), digest)
+        except RowError as error:
+            return _fail(unit, error.code, str(error))
+        except StoreError as error:
+            return _fail(unit, "store_failed", str(error))
+
+    def _personalize(self, scenes: Sequence[Scene], alive: Callable[[], None]) -> list[FineTuned | Diverged]:
+        if not scenes:
+            return []
+        try:
+            return personalize(
+                self._base, scenes, self._recipe, class_pictures=self._class_pictures, on_step=alive
+            )
+        except torch.OutOfMemoryError:
+            if len(scenes) == 1:
+                raise
+        # The group is only an optimisation, so halves give the same adapters.
+        self.group_size = max(1, len(scenes) // 2)
+        torch.cuda.empty_cache()
+        half = self.group_size
+        return self._personalize(scenes[:half], alive) + self._personalize(scenes[half:], alive)
+
+    def _draw_previews(
+        self, fine: Sequence[tuple[_Loaded, FineTuned]], alive: Callable[[], None]
+    ) -> list[list[_Drawn]]:
+        """For each unit the pictures of its objects; none where none are wanted."""
+        asks = [ask for slot, (unit, result) in enumerate(fine) for ask in self._asks(slot, unit, result)]
+        drawn: list[list[_Drawn]] = [[] for _ in fine]
+        if not asks:
+            return drawn
+        with AdapterBank(self._base.unet, slots=len(fine), rank=self._recipe.rank) as bank:
+            for slot, (_, result) in enumerate(fine):
+                bank.load(slot, result.adapters[0].lora)
+            pictures = draw_pictures(
+                self._base,
+                [request for *_, request in asks],
+                bank=bank,
+                steps=self._recipe.sample_steps,
+                guidance_scale=self._recipe.guidance_scale,
+                on_step=alive,
+            )
+        for (slot, object_id, caption, _), picture in zip(asks, pictures, strict=True):
+            drawn[slot].append(_Drawn(object_id, caption, picture))
+        return drawn
+
+    def _asks(self, slot: int, loaded: _Loaded, result: FineTuned) -> list[tuple[int, str, str, Request]]:
+        """(slot, object id, caption, request) of each preview: one with the prototype only, then the contexts."""
+        if not loaded.unit.previews:
+            return []
+        asks = []
+        for record, prototype, adapter in zip(
+            loaded.unit.rows, result.prototypes, result.adapters, strict=True
+        ):
+            object_id, phrase = record.row.object_id, token_phrase(self._recipe, record.row.class_name)
+            seeds = [seed_of(f"{loaded.digest}:{prompt}") for prompt in PREVIEW_PROMPTS]
+            first = Request(PREVIEW_PROMPTS[0], seeds[0], (phrase,), (prototype,))
+            asks.append((slot, object_id, f"prototype only: {PREVIEW_PROMPTS[0]}", first))
+            for prompt, seed in zip(PREVIEW_PROMPTS, seeds, strict=True):
+                asks.append(
+                    (slot, object_id, prompt, Request(prompt, seed, (phrase,), (adapter.embedding,), slot))
+                )
+        return asks
+
+    def _commit(
+        self,
+        loaded: _Loaded,
+        result: FineTuned,
+        previews: list[_Drawn],
+        alive: Callable[[], None],
+    ) -> list[RowOutcome]:
+        outcomes = []
+        for index, (record, photo) in enumerate(zip(loaded.unit.rows, loaded.photos, strict=True)):
+            object_id = record.row.object_id
+            pictures = [(p.caption, p.picture) for p in previews if p.object_id == object_id]
+            if pictures:
+                pictures = [*_input_pictures(photo), *pictures]
+            names = [f"previews/{number}.webp" for number in range(len(pictures))]
+            files = adapter_files(result.adapters[index], token=_token(object_id))
+            files |= {name: _webp(picture) for name, (_, picture) in zip(names, pictures, strict=True)}
+            notes = [Preview(file=name, caption=c) for name, (c, _) in zip(names, pictures, strict=True)]
+            try:
+                committed = self._store.commit(
+                    files, self._metadata(loaded, record, result, notes), alive=alive
+                )
+            except StoreError as error:
+                outcomes.append(RowOutcome("failed", code="store_failed", message=str(error)))
+                continue
+            warning = "" if self._base.knows(record.row.class_name) else _unknown_class(record, self._base)
+            status: Literal["committed", "already"] = "committed" if committed else "already"
+            outcomes.append(RowOutcome(status, loaded.digest, warning=warning, metrics=result.metrics))
+            alive()
+        return outcomes
+
+    def _metadata(
+        self, loaded: _Loaded, record: Checked, result: FineTuned, previews: list[Preview]
+    ) -> ArtifactMetadata:
+        row = record.row
+        token = _token(row.object_id)
+        return ArtifactMetadata(
+            object_id=row.object_id,
+            class_name=row.class_name,
+            token=token,
+            phrase=token_phrase(self._recipe, row.class_name).replace(TOKEN_MARK, token),
+            digest=loaded.digest,
+            scene=row.scene,
+            members=[
+                SceneMember(
+                    object_id=o.row.object_id, class_name=o.row.class_name, token=_token(o.row.object_id)
+                )
+                for o in loaded.unit.rows
+            ],
+            base=BaseRef(id=self._base.name, fingerprint=self._base.fingerprint),
+            recipe=self._recipe.model_dump(mode="json"),
+            recipe_digest=self._recipe.digest,
+            method_version=METHOD_VERSION,
+            metrics=result.metrics,
+            sources=Sources(
+                image=source_record(record.image), mask=source_record(record.mask) if record.mask else None
+            ),
+            previews=previews,
+            row=row.metadata,
+            versions=library_versions(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+
+def _token(object_id: str) -> str:
+    return f"<{object_id}>"
+
+
+def _fail(unit: Unit, code: str, message: str) -> list[RowOutcome]:
+    return [RowOutcome("failed", code=code, message=message)] * len(unit.rows)
+
+
+def _overlap_message(unit: Unit, first: int, second: int, share: float) -> str:
+    a, b = unit.rows[first].row, unit.rows[second].row
+    return (
+        f"{a.where}: scene {a.scene!r}: the masks of {a.object_id!r} and {b.object_id!r} overlap by {share:.0%} of the "
+        "smaller one, so they can't be told apart: give each object a mask of its own"
+    )
+
+
+def _unknown_class(record: Checked, base: Base) -> str:
+    return (
+        f"the base {base.name!r} does not know the class word {record.row.class_name!r}: "
+        "it starts from what the word's pieces mean"
+    )
+
+
+def _input_pictures(photo: Photo) -> list[tuple[str, Image.Image]]:
+    mask = (photo.mask * 255).astype(np.uint8)
+    pictures = [("input", Image.fromarray(photo.image)), ("mask", Image.fromarray(mask))]
+    for _, picture in pictures:
+        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return pictures
+
+
+def _webp(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=90)
+    return buffer.getvalue()
+
+
+__all__ = ["FineTune", "FineTuneSettings", "RowOutcome"]

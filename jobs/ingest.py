@@ -1,0 +1,170 @@
+"""Ray Data: a manifest's rows, read, checked and decoded in parallel, as a stream in manifest order."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import ray.data
+
+from objdrive.artifact import ArtifactMetadata, Member, SourceRecord, adapter_digest
+from objdrive.errors import RowError
+from objdrive.images import SourceMark, decode_photo, read_source, stat_source
+from objdrive.manifest import Piece, Reject, Row, read_piece
+from objdrive.recipe import METHOD_VERSION
+from objdrive.store import ArtifactStore, StoreError
+
+_ROWS_PER_TASK = 64
+_THREADS = 4
+_CPUS_PER_TASK = 0.1
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a run turns rows into: artifacts of one recipe on one base, in one store."""
+
+    store_url: str
+    recipe_digest: str
+    base_fingerprint: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A row that can be used.
+
+    `digest` and `members` (object ids) name the artifact that is committed for exactly this row and target; both are
+    empty if there is none.
+    """
+
+    row: Row
+    image: SourceMark
+    mask: SourceMark | None
+    digest: str = ""
+    members: tuple[str, ...] = ()
+
+
+def ingest(pieces: list[Piece], target: Target) -> Iterator[Checked | Reject]:
+    """Stream a manifest's rows, in order: usable ones as `Checked`, the others as `Reject`.
+
+    Every failure is caught row by row, because Ray Data can only drop whole blocks.
+    """
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    items = [{"piece": json.dumps(asdict(piece))} for piece in pieces]
+    rows = ray.data.from_items(items, override_num_blocks=len(items))
+    checked = (
+        rows.map_batches(_read, batch_size=1, num_cpus=_CPUS_PER_TASK)
+        .repartition(target_num_rows_per_block=_ROWS_PER_TASK)
+        .map_batches(_check_all, batch_size=None, fn_kwargs={"target": target}, num_cpus=_CPUS_PER_TASK)
+    )
+    for batch in checked.iter_batches(batch_size=None):
+        yield from map(unpack, batch["record"])
+
+
+def _read(batch: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
+    rows = read_piece(Piece(**json.loads(batch["piece"][0])))
+    while some := list(islice(rows, _ROWS_PER_TASK)):
+        yield {"record": [pack(row) for row in some]}
+
+
+def _check_all(batch: dict[str, Any], target: Target) -> dict[str, list[str]]:
+    store = ArtifactStore(target.store_url)
+
+    def check(record: str) -> str:
+        row = unpack(record)
+        return pack(row if isinstance(row, Reject) else check_row(row, store, target))
+
+    # Most of a row's time is waiting for the storage.
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return {"record": list(threads.map(check, batch["record"]))}
+
+
+def check_row(row: Row, store: ArtifactStore, target: Target) -> Checked | Reject:
+    """Check that a row's picture and mask can be used, and whether its artifact is committed already.
+
+    A committed row whose sources still have the size and mark noted in its artifact is not read again.
+    """
+    try:
+        image = stat_source(row.image, role="image")
+        mask = stat_source(row.mask, role="mask") if row.mask else None
+        current = store.current(row.object_id)
+        if current and _made_from(current, row, image, mask, target):
+            return Checked(row, image, mask, current.digest, tuple(m.object_id for m in current.members))
+        member = read_photo(row, image, mask)[1]
+        digest = adapter_digest([member], **digest_inputs(target))
+        if not row.scene and store.has(row.object_id, digest):
+            store.point(row.object_id, digest)
+            return Checked(row, image, mask, digest, (row.object_id,))
+        return Checked(row, image, mask)
+    except RowError as error:
+        return Reject(row.object_id, row.where, error.code, str(error))
+    except StoreError as error:
+        return Reject(row.object_id, row.where, "store_failed", str(error))
+
+
+def read_photo(row: Row, image: SourceMark, mask: SourceMark | None) -> tuple[Any, Member]:
+    """Read and decode a row's picture and mask: the `Photo`, and its part of the artifact's digest."""
+    image_bytes = read_source(image, role="image")
+    mask_bytes = read_source(mask, role="mask") if mask else None
+    photo = decode_photo(image_bytes, mask_bytes, name=f"{row.where} ({row.object_id})")
+    mask_sha256 = hashlib.sha256(mask_bytes).hexdigest() if mask_bytes is not None else ""
+    return photo, Member(hashlib.sha256(image_bytes).hexdigest(), mask_sha256, row.class_name)
+
+
+def digest_inputs(target: Target) -> dict[str, Any]:
+    """What `adapter_digest` needs besides the members."""
+    return {
+        "recipe_digest": target.recipe_digest,
+        "base_fingerprint": target.base_fingerprint,
+        "method_version": METHOD_VERSION,
+    }
+
+
+def _made_from(
+    artifact: ArtifactMetadata, row: Row, image: SourceMark, mask: SourceMark | None, target: Target
+) -> bool:
+    return (
+        artifact.recipe_digest == target.recipe_digest
+        and artifact.base.fingerprint == target.base_fingerprint
+        and artifact.method_version == METHOD_VERSION
+        and artifact.class_name == row.class_name
+        and artifact.scene == row.scene
+        and artifact.sources.image == source_record(image)
+        and artifact.sources.mask == (source_record(mask) if mask else None)
+    )
+
+
+def source_record(mark: SourceMark) -> SourceRecord:
+    """A source's mark as artifacts note it."""
+    return SourceRecord(**asdict(mark))
+
+
+def pack(record: Row | Checked | Reject) -> str:
+    """A record as JSON, for Ray's blocks and for the disk."""
+    return json.dumps([type(record).__name__, asdict(record)])
+
+
+def unpack(text: str) -> Any:
+    """The record that `pack` packed."""
+    kind, fields = json.loads(text)
+    unpack: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "Row": lambda f: Row(**f),
+        "Reject": lambda f: Reject(**f),
+        "Checked": _unpack_checked,
+    }
+    return unpack[kind](fields)
+
+
+def _unpack_checked(fields: dict[str, Any]) -> Checked:
+    mask = fields["mask"]
+    return Checked(
+        row=Row(**fields["row"]),
+        image=SourceMark(**fields["image"]),
+        mask=SourceMark(**mask) if mask else None,
+        digest=fields["digest"],
+        members=tuple(fields["members"]),
+    )

@@ -1,0 +1,206 @@
+"""LeaseQueue: who works on what. Plain bookkeeping, without Ray and without a clock of its own."""
+
+import math
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+MAX_ATTEMPTS = 3
+"""A task that has taken this many workers down with it is given up."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A unit of work: `key` is unique in a run."""
+
+    key: str
+    payload: Any
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The outcome of a task that was given up because no worker lived through it."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Tasks that one worker holds until it finishes them, dies or falls silent."""
+
+    id: str
+    tasks: tuple[Task, ...]
+
+
+@dataclass
+class _Holding:
+    rank: int
+    keys: tuple[str, ...]
+    expires: float
+    process: Any
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What the driver learns at each poll: outcomes by key, and which incarnation of the queue answers."""
+
+    incarnation: str
+    outcomes: dict[str, Any]
+    broken: tuple[str, ...] = field(default=())
+
+
+class LeaseQueue:
+    """Leases tasks to ranks in groups; a lease ends by `finish`, by its rank's asking anew, or by silence.
+
+    The driver is the authority: it keeps every task until it has its outcome, and offers all of them again to a new
+    incarnation of the queue. So nothing here needs to survive. Workers that outlive the queue keep their leases by
+    their next `beat`, which a new incarnation adopts.
+
+    Args:
+        workers: how many workers share the tail of the work at least.
+        stall_seconds: a lease without a beat for so long is void.
+        clock: seconds, monotonic.
+        patience: seconds at the start during which nothing is leased, so that surviving workers' beats come first.
+        kill: called with the process (as given to `lease`) of a void lease that fell silent.
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int,
+        stall_seconds: float,
+        clock: Callable[[], float],
+        patience: float = 0.0,
+        kill: Callable[[Any], None] = lambda process: None,
+    ) -> None:
+        self._workers = workers
+        self._stall_seconds = stall_seconds
+        self._clock = clock
+        self._lease_from = clock() + patience
+        self._kill = kill
+        self._incarnation = uuid.uuid4().hex
+        self._tasks: dict[str, Task] = {}
+        self._attempts: dict[str, int] = {}
+        self._pending: deque[str] = deque()
+        self._holdings: dict[str, _Holding] = {}
+        self._outcomes: dict[str, Any] = {}
+        self._broken: list[str] = []
+        self._ranks: set[int] = set()
+        self._closed = False
+
+    def offer(self, tasks: Sequence[Task]) -> str:
+        """Take tasks in; those known already (pending, leased, finished) are not taken twice.
+
+        Returns:
+            The incarnation that took them.
+        """
+        held = {key for holding in self._holdings.values() for key in holding.keys}
+        for task in tasks:
+            known = task.key in self._tasks or task.key in self._outcomes
+            if task.key not in self._outcomes:
+                self._tasks[task.key] = task
+            if not known and task.key not in held:
+                self._pending.append(task.key)
+        return self._incarnation
+
+    def close(self) -> None:
+        """No further task will be offered, except again."""
+        self._closed = True
+
+    def lease(self, rank: int, size: int, process: Any = None) -> Lease | Literal["wait", "done"]:
+        """Lease up to `size` tasks to a rank; whatever it held before is void: it died, or it would not ask."""
+        self._ranks.add(rank)
+        for lease_id in [i for i, holding in self._holdings.items() if holding.rank == rank]:
+            self._void(lease_id, f"the worker of rank {rank} died")
+        self._expire()
+        if self._closed and not self._pending and not self._holdings:
+            return "done"
+        if (
+            self._clock() < self._lease_from
+            or not self._pending
+            or not (self._closed or len(self._pending) >= size)
+        ):
+            return "wait"
+        keys = self._next_keys(size)
+        lease = Lease(uuid.uuid4().hex, tuple(self._tasks[key] for key in keys))
+        self._holdings[lease.id] = _Holding(rank, keys, self._clock() + self._stall_seconds, process)
+        return lease
+
+    def beat(self, lease_id: str, rank: int, keys: Sequence[str], process: Any = None) -> bool:
+        """Say that work on a lease goes on.
+
+        Returns:
+            False if the lease is void: its tasks are another worker's by now, so the caller should drop them.
+        """
+        holding = self._holdings.get(lease_id)
+        if holding is None:
+            if not self._adoptable(keys):
+                return False
+            holding = self._holdings[lease_id] = _Holding(rank, tuple(keys), 0.0, process)
+            self._pending = deque(key for key in self._pending if key not in keys)
+        holding.expires = self._clock() + self._stall_seconds
+        return True
+
+    def finish(self, lease_id: str, outcomes: dict[str, Any]) -> None:
+        """Take outcomes in, whether or not the lease still stands: what is done is done."""
+        holding = self._holdings.pop(lease_id, None)
+        self._outcomes.update(outcomes)
+        for key in outcomes:
+            self._forget(key)
+        if holding:
+            self._requeue([key for key in holding.keys if key not in outcomes])
+
+    def report_broken(self, message: str) -> None:
+        """A worker could not start; it takes no leases."""
+        self._broken.append(message)
+
+    def collect(self, received: Iterable[str]) -> Collected:
+        """Outcomes that the driver hasn't received yet; those named as received are forgotten."""
+        for key in received:
+            self._outcomes.pop(key, None)
+        self._expire()
+        return Collected(self._incarnation, dict(self._outcomes), tuple(self._broken))
+
+    def _next_keys(self, size: int) -> tuple[str, ...]:
+        # A task that took a worker down is leased alone, so that it can't take its neighbours down again.
+        if self._attempts.get(self._pending[0]):
+            return (self._pending.popleft(),)
+        fair = math.ceil(len(self._pending) / max(self._workers, len(self._ranks)))
+        keys: list[str] = []
+        while self._pending and len(keys) < min(size, fair) and not self._attempts.get(self._pending[0]):
+            keys.append(self._pending.popleft())
+        return tuple(keys)
+
+    def _adoptable(self, keys: Sequence[str]) -> bool:
+        held = {key for holding in self._holdings.values() for key in holding.keys}
+        return not any(key in held or key in self._outcomes or self._attempts.get(key) for key in keys)
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for lease_id in [i for i, holding in self._holdings.items() if holding.expires < now]:
+            holding = self._holdings[lease_id]
+            self._void(
+                lease_id, f"the worker of rank {holding.rank} was silent for {self._stall_seconds:g} s"
+            )
+            self._kill(holding.process)
+
+    def _void(self, lease_id: str, cause: str) -> None:
+        for key in self._holdings.pop(lease_id).keys:
+            self._attempts[key] = self._attempts.get(key, 0) + 1
+            if self._attempts[key] < MAX_ATTEMPTS:
+                self._requeue([key])
+            else:
+                self._outcomes[key] = Lost(f"given up after {MAX_ATTEMPTS} attempts: {cause}")
+                self._forget(key)
+
+    def _requeue(self, keys: Sequence[str]) -> None:
+        # Adopted tasks are unknown until the driver offers them again; that offer makes them pending.
+        self._pending.extendleft(key for key in keys if key in self._tasks)
+
+    def _forget(self, key: str) -> None:
+        self._tasks.pop(key, None)
+        self._attempts.pop(key, None)
+        if key in self._pending:
+            self._pending.remove(key)

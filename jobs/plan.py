@@ -1,0 +1,162 @@
+"""From checked rows to tasks: duplicates out, scenes together, in memory that doesn't grow with the manifest."""
+
+import json
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from jobs.ingest import Checked, pack, unpack
+from jobs.leases import Task
+from objdrive.manifest import Reject
+
+MAX_SCENE = 6
+"""Most objects that one adapter is taught at once."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one fine-tune works on: a row, or all rows of a scene in the order of their object ids."""
+
+    rows: tuple[Checked, ...]
+    previews: bool
+
+
+def plan(
+    records: Iterable[Checked | Reject],
+    *,
+    previews: int,
+    on_reject: Callable[[Reject], None],
+    on_committed: Callable[[Checked], None],
+    on_repeat: Callable[[Checked], None],
+) -> Iterator[Task]:
+    """Turn checked rows into tasks.
+
+    A row whose id stood in an earlier row is repeated (same picture, mask, class and scene) or rejected. Rows of a
+    scene wait for the end of the manifest, where the scenes' tasks come.
+
+    Args:
+        records: rows in manifest order.
+        previews: for how many of the first objects pictures are drawn.
+        on_reject: told of rows that can't be used.
+        on_committed: told of rows whose artifact is committed already.
+        on_repeat: told of repeated rows.
+    """
+    with tempfile.TemporaryDirectory(prefix="objdrive-plan-") as folder:
+        index = _Index(Path(folder) / "rows.sqlite")
+        planned = 0
+        for record in records:
+            earlier = None if isinstance(record, Reject) else index.add(record)
+            if isinstance(record, Reject):
+                on_reject(record)
+            elif earlier is not None:
+                _settle_duplicate(record, *earlier, on_reject, on_repeat)
+            elif record.row.scene:
+                index.add_to_scene(record)
+            elif record.digest and record.members == (record.row.object_id,):
+                on_committed(record)
+            else:
+                planned += 1
+                yield _task([record], planned <= previews)
+        for scene in index.scenes():
+            if reject := _scene_fault(scene):
+                for row in scene:
+                    on_reject(reject(row))
+            elif _scene_committed(scene):
+                for row in scene:
+                    on_committed(row)
+            else:
+                planned += len(scene)
+                yield _task(scene, planned - len(scene) < previews)
+        index.close()
+
+
+def _task(rows: list[Checked], previews: bool) -> Task:
+    return Task(key=rows[0].row.object_id, payload=Unit(tuple(rows), previews))
+
+
+def _settle_duplicate(
+    record: Checked,
+    where: str,
+    same: bool,
+    on_reject: Callable[[Reject], None],
+    on_repeat: Callable[[Checked], None],
+) -> None:
+    if same:
+        on_repeat(record)
+        return
+    row = record.row
+    message = (
+        f"{row.where}: object_id {row.object_id!r} stands with other content in {where} already, "
+        "which was used: give every object its own id"
+    )
+    on_reject(Reject(row.object_id, row.where, "duplicate_id", message))
+
+
+def _scene_fault(scene: list[Checked]) -> Callable[[Checked], Reject] | None:
+    name, images = scene[0].row.scene, sorted({record.row.image for record in scene})
+    if len(images) > 1:
+        code, fault = (
+            "scene_image_differs",
+            f"its objects name different images ({images[0]!r}, {images[1]!r})",
+        )
+    elif len(scene) > MAX_SCENE:
+        code, fault = "scene_too_large", f"it has {len(scene)} objects, one adapter takes {MAX_SCENE} at most"
+    else:
+        return None
+    return lambda record: Reject(
+        record.row.object_id,
+        record.row.where,
+        code,
+        f"{record.row.where}: scene {name!r} can't be used: {fault}",
+    )
+
+
+def _scene_committed(scene: list[Checked]) -> bool:
+    ids = tuple(record.row.object_id for record in scene)
+    return bool(scene[0].digest) and all(r.digest == scene[0].digest and r.members == ids for r in scene)
+
+
+class _Index:
+    """The ids seen so far and the rows of scenes, on disk: a manifest may have millions of either."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._db.execute("PRAGMA journal_mode = OFF")
+        self._db.execute("PRAGMA synchronous = OFF")
+        self._db.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, content TEXT, location TEXT) WITHOUT ROWID")
+        self._db.execute(
+            "CREATE TABLE members (scene TEXT, id TEXT, record TEXT, PRIMARY KEY (scene, id)) WITHOUT ROWID"
+        )
+        self._db.execute("BEGIN")
+
+    def add(self, record: Checked) -> tuple[str, bool] | None:
+        """Note a row's id; if it was there, return where, and whether that row had the same content."""
+        row = record.row
+        content = json.dumps([row.image, row.mask, row.class_name, row.scene])
+        inserted = self._db.execute(
+            "INSERT OR IGNORE INTO ids VALUES (?, ?, ?)", (row.object_id, content, row.where)
+        )
+        if inserted.rowcount:
+            return None
+        earlier, where = self._db.execute(
+            "SELECT content, location FROM ids WHERE id = ?", (row.object_id,)
+        ).fetchone()
+        return where, earlier == content
+
+    def add_to_scene(self, record: Checked) -> None:
+        """Keep a row until its scene's turn."""
+        values = (record.row.scene, record.row.object_id, pack(record))
+        self._db.execute("INSERT INTO members VALUES (?, ?, ?)", values)
+
+    def scenes(self) -> Iterator[list[Checked]]:
+        """The rows of each scene, in the order of their object ids."""
+        members = self._db.execute("SELECT scene, record FROM members ORDER BY scene, id")
+        for _, group in groupby(members, key=lambda member: member[0]):
+            yield [unpack(record) for _, record in group]
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._db.close()

@@ -1,0 +1,324 @@
+"""Base: the frozen Stable Diffusion snapshot, its fingerprint, and text, image and latent encoding."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from objdrive.errors import ObjdriveError
+
+EMBEDDED = Path(__file__).parent / "bases"
+TOKEN_MARK = "\0"
+"""Stands in a prompt where a learned token goes; no prompt of a user's can hold it."""
+
+_PARTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler", "image_encoder", "text_projection")
+_PATTERNS = [f"{part}/*.{suffix}" for part in _PARTS for suffix in ("json", "txt", "safetensors")]
+_HUB_IGNORE = ["*.fp16.*", "*non_ema*", "*.int8.*"]
+_MATCHING_CLIP = {768: "openai/clip-vit-large-patch14", 1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized prompt: `ids` (length,) and the `places` of learned tokens in it, in their order."""
+
+    ids: Tensor
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """Where a base's files lie: the snapshot, and the CLIP with the image tower if the snapshot has none."""
+
+    name: str
+    snapshot: Path
+    clip: Path | None
+
+    @property
+    def tuning(self) -> dict[str, Any]:
+        """Recipe fields that suit this base: its ``recipe.yaml``, if it ships one."""
+        path = self.snapshot / "recipe.yaml"
+        return yaml.safe_load(path.read_text()) if path.is_file() else {}
+
+    @property
+    def classes(self) -> frozenset[str]:
+        """The class words that this base was trained on, if it lists them (``classes.json``), else empty."""
+        path = self.snapshot / "classes.json"
+        return frozenset(json.loads(path.read_text())["classes"]) if path.is_file() else frozenset()
+
+    def fingerprint(self) -> str:
+        """32 hexadecimal characters over the bytes of all weights and configs that a base is loaded from."""
+        digest = hashlib.sha256()
+        files = sorted(p for pattern in _PATTERNS for p in self.snapshot.glob(pattern) if not _ignored(p))
+        files += (
+            sorted(self.clip.glob("*.json")) + sorted(self.clip.glob("*.safetensors")) if self.clip else []
+        )
+        for path in files:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.parent.name}/{path.name}:{content}\n".encode())
+        return digest.hexdigest()[:32]
+
+
+def find_base(name: str, *, clip: str | None = None) -> BaseFiles:
+    """Find a base's files, downloading them if `name` is a hub id.
+
+    Args:
+        name: ``tiny64`` (embedded), a folder in diffusers' layout, or a hub id.
+        clip: folder or hub id of a CLIPModel whose image tower belongs to the base's text encoder; needed only
+            for snapshots without `image_encoder` and `text_projection`. Default: the CLIP that SD 1.x / 2.x used.
+
+    Raises:
+        ObjdriveError: neither an embedded base nor a folder nor a reachable hub id, or parts are missing.
+    """
+    snapshot = _locate(name, [*_PATTERNS, "recipe.yaml", "classes.json"])
+    missing = [part for part in _PARTS[:5] if not (snapshot / part).is_dir()]
+    if missing:
+        raise ObjdriveError(
+            f"the base {name!r} at {snapshot} lacks {', '.join(missing)}: it must be in diffusers' layout"
+        )
+    if all((snapshot / part).is_dir() for part in _PARTS[5:]):
+        return BaseFiles(name, snapshot, None)
+    width = json.loads((snapshot / "text_encoder" / "config.json").read_text())["hidden_size"]
+    if clip is None and width not in _MATCHING_CLIP:
+        raise ObjdriveError(
+            f"the base {name!r} has no image tower, and no CLIP is known for its text width {width}: name one with --clip"
+        )
+    clip_folder = _locate(clip or _MATCHING_CLIP[width], ["*.json", "model.safetensors"])
+    return BaseFiles(name, snapshot, clip_folder)
+
+
+@dataclass
+class Base:
+    """A frozen base on one device. Make one with `Base.load`.
+
+    Attributes:
+        resolution: edge of its pictures in pixels.
+        latent_size: edge of its latents.
+        alphas: (T,), cumulative products of alpha at each timestep.
+    """
+
+    files: BaseFiles
+    fingerprint: str
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    text_projection: nn.Linear
+    image_encoder: CLIPVisionModelWithProjection
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    scheduler: DDIMScheduler
+    alphas: Tensor
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        clip: str | None = None,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Base":
+        """Load a base (see `find_base`), frozen, in evaluation mode.
+
+        Args:
+            name: embedded base, folder or hub id.
+            clip: see `find_base`.
+            device: default ``cuda`` where there is one, else ``cpu``.
+            dtype: of the UNet and the text encoder; default bfloat16 on CUDA, float32 elsewhere. The autoencoder
+                and the image tower, each used a few times per object, stay in float32.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        files = find_base(name, clip=clip)
+        image_encoder, text_projection = _load_towers(files)
+        scheduler = DDIMScheduler.from_pretrained(files.snapshot / "scheduler")
+        frozen = {
+            "text_encoder": CLIPTextModel.from_pretrained(files.snapshot / "text_encoder", dtype=dtype),
+            "unet": UNet2DConditionModel.from_pretrained(files.snapshot / "unet", torch_dtype=dtype),
+            "vae": AutoencoderKL.from_pretrained(files.snapshot / "vae", torch_dtype=torch.float32),
+            "image_encoder": image_encoder.float(),
+            "text_projection": text_projection.to(dtype),
+        }
+        for part in frozen.values():
+            part.to(device).eval().requires_grad_(False)
+        return cls(
+            files=files,
+            fingerprint=files.fingerprint(),
+            tokenizer=CLIPTokenizer.from_pretrained(files.snapshot / "tokenizer"),
+            scheduler=scheduler,
+            alphas=scheduler.alphas_cumprod.to(device),
+            **frozen,
+        )
+
+    @property
+    def name(self) -> str:
+        """The name that it was loaded by."""
+        return self.files.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.alphas.device
+
+    @property
+    def latent_size(self) -> int:
+        """Edge of the latents."""
+        return int(self.unet.config["sample_size"])
+
+    @property
+    def resolution(self) -> int:
+        """Edge of the pictures in pixels."""
+        return self.latent_size * 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    @property
+    def predicts_velocity(self) -> bool:
+        """True for v-prediction bases, False for noise prediction."""
+        return str(self.scheduler.config["prediction_type"]) == "v_prediction"
+
+    def tokenize(self, text: str) -> Prompt:
+        """Tokenize a text in which `TOKEN_MARK` stands for each learned token.
+
+        Raises:
+            ObjdriveError: the text is longer than the text encoder reads.
+        """
+        tokenizer = self.tokenizer
+        ids, places = [tokenizer.bos_token_id], []
+        for index, piece in enumerate(text.split(TOKEN_MARK)):
+            if index:
+                places.append(len(ids))
+                ids.append(0)
+            ids += tokenizer(piece, add_special_tokens=False).input_ids
+        ids.append(tokenizer.eos_token_id)
+        length = tokenizer.model_max_length
+        if len(ids) > length:
+            shown = text.replace(TOKEN_MARK, "{}")
+            raise ObjdriveError(
+                f"the prompt {shown!r} takes {len(ids)} tokens, the base reads {length}: shorten it"
+            )
+        ids += [tokenizer.pad_token_id] * (length - len(ids))
+        return Prompt(torch.tensor(ids), tuple(places))
+
+    def knows(self, class_name: str) -> bool:
+        """Whether the base has probably learned this class word.
+
+        A base that lists its classes (``classes.json``) decides by the list; for others, a word that the vocabulary
+        can only spell in pieces counts as unknown.
+        """
+        listed = self.files.classes
+        if listed:
+            return class_name.lower() in listed
+        return all(len(self.tokenizer.tokenize(word)) == 1 for word in re.findall(r"[^\W\d_]+", class_name))
+
+    def class_embedding(self, class_name: str) -> Tensor:
+        """(d,): the mean of the class word's token embeddings."""
+        ids = torch.tensor(self.tokenizer(class_name, add_special_tokens=False).input_ids, device=self.device)
+        return self.text_encoder.get_input_embeddings()(ids).mean(dim=0).float()
+
+    def encode_text(
+        self, prompts: Sequence[Prompt], embeddings: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Encode prompts, with learned embeddings put in at the text encoder's input (its vocabulary is not touched).
+
+        Args:
+            prompts: N tokenized prompts.
+            embeddings: one (d,) for each learned token's place, over all the prompts in order.
+
+        Returns:
+            (N, length, d) hidden states for cross-attention, and (N, D) projected text embeddings.
+        """
+        ids = torch.stack([prompt.ids for prompt in prompts]).to(self.device)
+        rows = [row for row, prompt in enumerate(prompts) for _ in prompt.places]
+        columns = [place for prompt in prompts for place in prompt.places]
+        if len(rows) != len(embeddings):
+            raise ValueError(
+                f"the prompts have {len(rows)} places for learned tokens, got {len(embeddings)} embeddings"
+            )
+        if not rows:
+            output = self.text_encoder(ids)
+        else:
+            where = (torch.tensor(rows, device=self.device), torch.tensor(columns, device=self.device))
+            output = self._encode_with(ids, where, torch.stack(list(embeddings)))
+        return output.last_hidden_state, self.text_projection(output.pooler_output).float()
+
+    def _encode_with(self, ids: Tensor, where: tuple[Tensor, Tensor], vectors: Tensor) -> Any:
+        def put_in(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output.index_put(where, vectors.to(output.dtype))
+
+        hook = self.text_encoder.get_input_embeddings().register_forward_hook(put_in)
+        try:
+            return self.text_encoder(ids)
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """(N, D) projected image embeddings of pixels (N, 3, R, R) in [0, 1]."""
+        size = self.image_encoder.config.image_size
+        if pixels.shape[-1] != size:
+            pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        mean = torch.tensor(OPENAI_CLIP_MEAN, device=self.device).view(3, 1, 1)
+        std = torch.tensor(OPENAI_CLIP_STD, device=self.device).view(3, 1, 1)
+        return self.image_encoder((pixels - mean) / std).image_embeds
+
+    @torch.no_grad()
+    def encode_latents(self, pixels: Tensor) -> Tensor:
+        """(N, C, h, h) scaled latents (the posterior's mean) of pixels (N, 3, R, R) in [0, 1]."""
+        return self.vae.encode(pixels * 2 - 1).latent_dist.mode() * self.vae.config["scaling_factor"]
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """(N, 3, R, R) pixels in [0, 1] of scaled latents (N, C, h, h)."""
+        pixels = self.vae.decode(latents.float() / self.vae.config["scaling_factor"]).sample
+        return (pixels / 2 + 0.5).clamp(0, 1)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+        """The UNet's output (N, C, h, h), float32, for noised latents, timesteps (N,) and text states (N, L, d)."""
+        dtype = self.unet.dtype
+        return self.unet(latents.to(dtype), timesteps, states.to(dtype)).sample.float()
+
+
+def _locate(name: str, patterns: list[str]) -> Path:
+    if (EMBEDDED / name).is_dir():
+        return EMBEDDED / name
+    if Path(name).is_dir():
+        return Path(name)
+    embedded = ", ".join(sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir()))
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=_HUB_IGNORE))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ObjdriveError(
+            f"no base {name!r}: neither an embedded one ({embedded}) nor a folder nor a hub id that can be had: {error}"
+        ) from error
+
+
+def _ignored(path: Path) -> bool:
+    return any(path.match(pattern) for pattern in _HUB_IGNORE)
+
+
+def _load_towers(files: BaseFiles) -> tuple[CLIPVisionModelWithProjection, nn.Linear]:
+    """The image tower with its projection, and the text tower's projection."""
+    if files.clip is None:
+        weight = load_file(files.snapshot / "text_projection" / "model.safetensors")["weight"]
+        image_encoder = CLIPVisionModelWithProjection.from_pretrained(files.snapshot / "image_encoder")
+    else:
+        clip = CLIPModel.from_pretrained(files.clip)
+        weight = clip.text_projection.weight.detach()
+        image_encoder = CLIPVisionModelWithProjection(clip.config.vision_config)
+        image_encoder.vision_model.load_state_dict(clip.vision_model.state_dict())
+        image_encoder.visual_projection.load_state_dict(clip.visual_projection.state_dict())
+    text_projection = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    text_projection.weight = nn.Parameter(weight)
+    return image_encoder, text_projection

@@ -1,0 +1,88 @@
+"""The losses of arXiv 2401.15708 as pure functions of predictions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def latent_mask(mask: Tensor, size: int, *, soft: bool = True) -> Tensor:
+    """Bring masks to the latents' size by area averaging, so that thin and tiny objects keep a weight.
+
+    Args:
+        mask: (..., H, W) in [0, 1], H and W multiples of `size`.
+        size: edge of the latents.
+        soft: keep the averaged edge; False cuts at one half (an object smaller than that keeps its maximum).
+
+    Returns:
+        (..., size, size) in [0, 1].
+    """
+    area = F.adaptive_avg_pool2d(mask, size)
+    if soft:
+        return area
+    peak = area.amax(dim=(-2, -1), keepdim=True)
+    return (area >= torch.clamp(peak, max=0.5)).to(mask.dtype)
+
+
+def object_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Object-specific loss, ``||M * (eps - eps_theta)||^2 / sum M`` for each sample (arXiv 2401.15708).
+
+    Each sample is normalised by its own mask, so that small objects learn as fast as large ones and no sample's
+    loss depends on its neighbours in the batch.
+
+    Args:
+        prediction: (N, C, H, W), the network's output.
+        target: (N, C, H, W), the noise, or the velocity for v-prediction bases.
+        mask: (N, 1, H, W), weights in [0, 1]; for several objects the sum of their masks. An empty mask yields NaN.
+
+    Returns:
+        (N,) losses, averaged over channels.
+    """
+    error = (mask * (prediction - target)).square().sum(dim=(1, 2, 3))
+    return error / (mask.sum(dim=(1, 2, 3)) * prediction.shape[1])
+
+
+def class_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Class-characterizing regularization, ``||eps_theta(z', t, T(c_c)) - eps_base(z', t, T(c_c))||^2``.
+
+    Args:
+        prediction: (N, C, H, W), the adapted network on class pictures with the class prompt.
+        target: (N, C, H, W), the base's prediction for the same input.
+
+    Returns:
+        (N,) mean squared errors.
+    """
+    return (prediction - target).square().mean(dim=(1, 2, 3))
+
+
+def prototype_loss(text: Tensor, targets: Tensor) -> Tensor:
+    """Prototypical embedding loss, ``1 - cos(T(c_p), mean(I(x), I(x_m), T(c_c)))`` (arXiv 2401.15708).
+
+    CLIP compares directions, so each target is normalised before the mean; otherwise the tower with the longer
+    vectors would decide alone.
+
+    Args:
+        text: (N, D), the embedded prompts with the learned token.
+        targets: (N, 3, D), embeddings of the image, the object alone and the class prompt.
+
+    Returns:
+        (N,) losses in [0, 2].
+    """
+    prototype = F.normalize(targets, dim=-1).mean(dim=1)
+    return 1 - F.cosine_similarity(text, prototype, dim=-1)
+
+
+def add_noise(latents: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
+    """``z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps`` (arXiv 2006.11239, equation 4).
+
+    Args:
+        latents: (N, C, H, W), `noise` the same.
+        alphas: (N,), the cumulative products of alpha at each sample's timestep.
+    """
+    a = alphas.view(-1, 1, 1, 1)
+    return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+def velocity(latents: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
+    """``v = sqrt(a_t) eps - sqrt(1 - a_t) z_0`` (arXiv 2202.00512), the target of v-prediction bases."""
+    a = alphas.view(-1, 1, 1, 1)
+    return a.sqrt() * noise - (1 - a).sqrt() * latents

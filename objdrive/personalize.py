@@ -1,0 +1,510 @@
+"""personalize: one photo, masks and class words in; LoRA weights and token embeddings out (arXiv 2401.15708)."""
+
+import hashlib
+import math
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+
+from objdrive.artifact import Adapter
+from objdrive.bank import AdapterBank
+from objdrive.base import TOKEN_MARK, Base
+from objdrive.images import Window, bounding_box, cut, object_alone, object_window, whole_window
+from objdrive.losses import add_noise, class_loss, latent_mask, object_loss, velocity
+from objdrive.prototype import PROMPT, optimise_prototypes, prototype_targets
+from objdrive.recipe import Recipe
+from objdrive.sampler import Request, draw_latents
+
+LARGEST_GROUP = 16
+"""Scenes in a group beyond which nothing is gained."""
+
+_LARGEST_FILL = 0.85
+_CLASSES_KEPT = 256
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object of a scene: its mask is (H, W), float32 in [0, 1]."""
+
+    object_id: str
+    class_name: str
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects that share one image (H, W, 3) uint8 and are implanted together; usually one.
+
+    `key` seeds everything random about the scene (the artifact's digest is a good one), so that its adapter depends
+    neither on its place in a group nor on its neighbours.
+    """
+
+    key: str
+    image: np.ndarray
+    objects: tuple[SceneObject, ...]
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What a fine-tune yields: for each object an adapter, and the prototype (d,) that it started from."""
+
+    adapters: tuple[Adapter, ...]
+    prototypes: tuple[Tensor, ...]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """A scene whose loss or gradient stopped being finite; its neighbours in the group are not affected."""
+
+    step: int
+    message: str
+
+
+def personalize(
+    base: Base,
+    scenes: Sequence[Scene],
+    recipe: Recipe,
+    *,
+    class_pictures: "ClassPictures | None" = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[FineTuned | Diverged]:
+    """Fine-tune a group of scenes in common forward passes; each gets the adapter that it would get alone.
+
+    Args:
+        base: the frozen base.
+        scenes: the group.
+        recipe: hyperparameters.
+        class_pictures: pictures of classes drawn before with this base and recipe, to share between groups.
+        on_step: called after every step of every phase, so that a caller can see that work goes on.
+
+    Returns:
+        One result per scene, in order.
+    """
+    started = time.perf_counter()
+    prototypes = _starting_embeddings(base, scenes, recipe)
+    on_step()
+    class_pictures = class_pictures or ClassPictures(base, recipe)
+    if recipe.ccr_weight:
+        class_pictures.draw({o.class_name for scene in scenes for o in scene.objects}, on_step=on_step)
+    materials = []
+    for scene in scenes:
+        materials.append(_Material.prepare(base, scene, recipe, class_pictures))
+        on_step()
+    # A scene with fewer objects than others leaves the last rows of its embeddings unused.
+    embeddings = nn.Parameter(nn.utils.rnn.pad_sequence(prototypes, batch_first=True))
+    with AdapterBank(base.unet, slots=len(scenes), rank=recipe.rank) as bank:
+        for slot, material in enumerate(materials):
+            bank.initialise(slot, material.generator)
+        course = _train(base, bank, embeddings, materials, recipe, on_step)
+        seconds = (time.perf_counter() - started) / len(scenes)
+        return [
+            _result(bank, slot, len(scene.objects), embeddings, prototypes[slot], course, recipe, seconds)
+            for slot, scene in enumerate(scenes)
+        ]
+
+
+@dataclass
+class _Course:
+    """How the training went, scene by scene: sums over steps, and the step at which a scene diverged (-1: none)."""
+
+    object_losses: Tensor
+    class_losses: Tensor
+    diverged_at: Tensor
+
+
+def _train(
+    base: Base,
+    bank: AdapterBank,
+    embeddings: nn.Parameter,
+    materials: Sequence["_Material"],
+    recipe: Recipe,
+    on_step: Callable[[], None],
+) -> _Course:
+    groups = [
+        {"params": [embeddings], "lr": recipe.embedding_lr},
+        {"params": bank.parameters(), "lr": recipe.lora_lr},
+    ]
+    trained = [
+        group
+        for group, wanted in zip(groups, (recipe.embedding_lr > 0, recipe.rank > 0), strict=True)
+        if wanted
+    ]
+    embeddings.requires_grad_(recipe.embedding_lr > 0)
+    values = [value for group in trained for value in group["params"]]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
+    count = len(materials)
+    sums = torch.zeros(2, count, device=base.device)
+    diverged_at = torch.full((count,), -1, device=base.device)
+    for step in range(recipe.steps):
+        object_losses, class_losses = _losses(base, bank, embeddings, materials, recipe)
+        losses = object_losses + recipe.ccr_weight * class_losses
+        optimizer.zero_grad()
+        losses.sum().backward()
+        norms = clip_each_(values, recipe.max_grad_norm)
+        broken = ~(losses.isfinite() & norms.isfinite())
+        diverged_at = torch.where(broken & (diverged_at < 0), step, diverged_at)
+        for value in values:
+            value.grad = torch.where(_per_slot(diverged_at < 0, value), value.grad, 0)
+        optimizer.step()
+        schedule.step()
+        sums += torch.stack([object_losses, class_losses]).detach()
+        on_step()
+    return _Course(sums[0], sums[1], diverged_at)
+
+
+def learning_rate_factor(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine down to a tenth at the last step."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def clip_each_(values: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Clip the gradients of each slot by that slot's own norm, in place.
+
+    Args:
+        values: stacks (K, ...) with gradients; a slot's norm runs over all of them.
+        max_norm: largest norm that a slot keeps.
+
+    Returns:
+        (K,) norms before clipping.
+    """
+    squares = [value.grad.square().flatten(1).sum(dim=1) for value in values if value.grad is not None]
+    norms = torch.stack(squares).sum(dim=0).sqrt()
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    for value in values:
+        if value.grad is not None:
+            value.grad.mul_(_per_slot(factors, value))
+    return norms
+
+
+def _per_slot(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (like.dim() - 1))
+
+
+def _losses(
+    base: Base, bank: AdapterBank, embeddings: Tensor, materials: Sequence["_Material"], recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """One step's object-specific and class losses, each (K,): every scene brings its views and class pictures."""
+    draws = [material.draw(recipe) for material in materials]
+    count, views = len(draws), recipe.views
+    clean, noise, timesteps = (
+        torch.stack(parts).flatten(0, 1).to(base.device)
+        for parts in zip(*((draw.clean, draw.noise, draw.timesteps) for draw in draws), strict=True)
+    )
+    weights = torch.cat([draw.weights for draw in draws])
+    states = torch.cat(
+        [
+            _learned_states(base, embeddings, draws, recipe).unflatten(0, (count, views)),
+            torch.stack([draw.class_states for draw in draws]),
+        ],
+        dim=1,
+    ).flatten(0, 1)
+    alphas = base.alphas[timesteps]
+    noised = add_noise(clean, noise, alphas)
+    target = velocity(clean, noise, alphas) if base.predicts_velocity else noise
+    with bank.active(range(count)):
+        prediction = base.predict(noised, timesteps, states)
+
+    def split(tensor: Tensor) -> tuple[Tensor, Tensor]:
+        by_scene = tensor.unflatten(0, (count, -1))
+        return by_scene[:, :views].flatten(0, 1), by_scene[:, views:].flatten(0, 1)
+
+    (viewed, class_drawn), (view_target, class_target) = split(prediction), split(target)
+    object_losses = object_loss(viewed, view_target, weights).view(count, views).mean(dim=1)
+    if recipe.ccr_weight == 0:
+        return object_losses, torch.zeros_like(object_losses)
+    if recipe.ccr_target == "base":
+        with torch.no_grad():
+            class_target = base.predict(split(noised)[1], split(timesteps)[1], split(states)[1])
+    return object_losses, class_loss(class_drawn, class_target).view(count, -1).mean(dim=1)
+
+
+def _learned_states(base: Base, embeddings: Tensor, draws: Sequence["_Draw"], recipe: Recipe) -> Tensor:
+    """(K * views, L, d) text states of the prompts with learned tokens; each distinct prompt is encoded once."""
+    distinct: dict[tuple[int, str, tuple[int, ...]], int] = {}
+    rows = []
+    for slot, draw in enumerate(draws):
+        for text, shown in zip(draw.texts, draw.shown, strict=True):
+            rows.append(distinct.setdefault((slot, text, shown), len(distinct)))
+    prompts = [base.tokenize(text) for _, text, _ in distinct]
+    vectors = [embeddings[slot, index] for slot, _, shown in distinct for index in shown]
+    states, _ = base.encode_text(prompts, vectors)
+    return states[torch.tensor(rows, device=states.device)]
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What one scene brings to one step: first its views, then its class pictures."""
+
+    clean: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    weights: Tensor
+    texts: list[str]
+    shown: list[tuple[int, ...]]
+    class_states: Tensor
+
+
+@dataclass(frozen=True)
+class _View:
+    """A square cut of the picture, encoded: which objects it shows, latents (C, h, h), loss weights (1, h, h)."""
+
+    shown: tuple[int, ...]
+    latents: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class _Material:
+    """All that is computed once for a scene, and the generator of everything random about it."""
+
+    generator: torch.Generator
+    views: list[_View]
+    phrases: list[str]
+    class_latents: list[Tensor]
+    class_states: Tensor
+    timesteps: int
+
+    @classmethod
+    def prepare(
+        cls, base: Base, scene: Scene, recipe: Recipe, class_pictures: "ClassPictures"
+    ) -> "_Material":
+        generator = torch.Generator().manual_seed(seed_of(f"{recipe.seed}:{scene.key}"))
+        names = [o.class_name for o in scene.objects]
+        prompts = [base.tokenize(PROMPT.replace("{}", name)) for name in names]
+        with torch.no_grad():
+            class_states, _ = base.encode_text(prompts)
+        return cls(
+            generator=generator,
+            views=_encode_views(base, scene, recipe, generator),
+            phrases=[token_phrase(recipe, name) for name in names],
+            class_latents=[class_pictures[name] for name in names] if recipe.ccr_weight else [],
+            class_states=class_states,
+            timesteps=len(base.alphas),
+        )
+
+    def draw(self, recipe: Recipe) -> _Draw:
+        """The next step's draw; it uses the scene's own generator only."""
+
+        def below(n: int) -> int:
+            return int(torch.randint(n, (), generator=self.generator))
+
+        views = []
+        for _ in range(recipe.views):
+            zoomed = float(torch.rand((), generator=self.generator)) < recipe.zoom
+            views.append(self.views[1 + below(len(self.views) - 1) if zoomed else 0])
+        template = recipe.prompts[below(len(recipe.prompts))]
+        samples = recipe.class_samples if recipe.ccr_weight else 0
+        members = [below(len(self.class_states)) for _ in range(samples)]
+        pictures = [self.class_latents[m][below(len(self.class_latents[m]))] for m in members]
+        clean = torch.stack([view.latents for view in views] + pictures)
+        return _Draw(
+            clean=clean,
+            noise=torch.randn(clean.shape, generator=self.generator),
+            timesteps=torch.randint(self.timesteps, (len(clean),), generator=self.generator),
+            weights=torch.stack([view.weights for view in views]),
+            texts=[
+                template.replace("{}", " and ".join(self.phrases[i] for i in view.shown)) for view in views
+            ],
+            shown=[view.shown for view in views],
+            class_states=self.class_states[members],
+        )
+
+
+class ClassPictures:
+    """Pictures of classes drawn by the base alone, the z' of the class-characterizing regularization.
+
+    They depend on class word, base and recipe only; the most recently used classes are kept.
+    """
+
+    def __init__(self, base: Base, recipe: Recipe) -> None:
+        self._base = base
+        self._recipe = recipe
+        self._latents: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __getitem__(self, class_name: str) -> Tensor:
+        """(class_pool, C, h, h) latents of a class that `draw` has been asked for."""
+        return self._latents[class_name]
+
+    def draw(self, class_names: set[str], *, on_step: Callable[[], None] = lambda: None) -> None:
+        """Have pictures of all these classes, drawing the missing ones in one batch."""
+        missing = sorted(class_names - self._latents.keys())
+        recipe = self._recipe
+        requests = [
+            Request(PROMPT.replace("{}", name), seed=seed_of(f"{recipe.seed}:{name}:{index}"))
+            for name in missing
+            for index in range(recipe.class_pool)
+        ]
+        if requests:
+            latents = draw_latents(
+                self._base,
+                requests,
+                steps=recipe.sample_steps,
+                guidance_scale=recipe.guidance_scale,
+                on_step=on_step,
+            )
+            self._latents.update(zip(missing, latents.split(recipe.class_pool), strict=True))
+        for name in class_names:
+            self._latents.move_to_end(name)
+        while len(self._latents) > max(_CLASSES_KEPT, len(class_names)):
+            self._latents.popitem(last=False)
+
+
+def seed_of(text: str) -> int:
+    """A 63-bit seed from any text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def token_phrase(recipe: Recipe, class_name: str) -> str:
+    """What ``{}`` in a prompt becomes for an object, `TOKEN_MARK` standing for its learned token."""
+    return recipe.phrase.replace("{token}", TOKEN_MARK).replace("{class}", class_name)
+
+
+def _starting_embeddings(base: Base, scenes: Sequence[Scene], recipe: Recipe) -> list[Tensor]:
+    """For each scene (objects, d): class word embeddings, prototypes or random identifiers, by the recipe."""
+    objects = [(scene, o) for scene in scenes for o in scene.objects]
+    start = torch.stack([base.class_embedding(o.class_name) for _, o in objects])
+    if recipe.embedding_start == "random":
+        start = torch.stack(
+            [_random_embedding(base, f"{recipe.seed}:{s.key}:{o.object_id}") for s, o in objects]
+        )
+    elif recipe.embedding_start == "prototype":
+        whole = _pixels(base, [_whole_picture(base, scene) for scene, _ in objects])
+        alone = _pixels(base, [object_alone(scene.image, o.mask, base.resolution) for scene, o in objects])
+        targets = prototype_targets(base, whole, alone, [o.class_name for _, o in objects])
+        start = optimise_prototypes(
+            base, start, targets, steps=recipe.prototype_steps, lr=recipe.prototype_lr
+        )
+    return list(start.split([len(scene.objects) for scene in scenes]))
+
+
+def _random_embedding(base: Base, text: str) -> Tensor:
+    """(d,): an identifier without meaning, as DreamBooth's rare tokens, of the vocabulary's own mean and spread."""
+    table = base.text_encoder.get_input_embeddings().weight.float()
+    generator = torch.Generator().manual_seed(seed_of(text))
+    return table.mean(dim=0) + table.std(dim=0) * torch.randn(table.shape[1], generator=generator).to(
+        table.device
+    )
+
+
+def _whole_picture(base: Base, scene: Scene) -> np.ndarray:
+    together = np.max([o.mask for o in scene.objects], axis=0)
+    return cut(scene.image, together, whole_window(*together.shape, together), base.resolution)[0]
+
+
+def _pixels(base: Base, pictures: Sequence[np.ndarray]) -> Tensor:
+    """(N, 3, R, R) in [0, 1] of N pictures (R, R, 3) uint8."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(base.device, torch.float32) / 255
+
+
+def _encode_views(base: Base, scene: Scene, recipe: Recipe, generator: torch.Generator) -> list[_View]:
+    """The whole picture first, then zoomed views of each object."""
+    everyone = tuple(range(len(scene.objects)))
+    together = np.max([o.mask for o in scene.objects], axis=0)
+    plans = [(everyone, together, whole_window(*together.shape, together))]
+    if recipe.zoom > 0:
+        for index, o in enumerate(scene.objects):
+            for _ in range(recipe.view_pool - 1):
+                plans.append(((index,), o.mask, _zoomed_window(o.mask, plans[0][2], generator)))
+    cuts = [cut(scene.image, mask, window, base.resolution) for _, mask, window in plans]
+    # Large pictures go through the autoencoder one by one: its activations are the largest of all.
+    batch = max(1, 512**2 // base.resolution**2)
+    pixels = _pixels(base, [picture for picture, _, _ in cuts])
+    latents = torch.cat([base.encode_latents(part) for part in pixels.split(batch)])
+    return [
+        _View(shown, z, _loss_weights(base, mask, inside, recipe))
+        for (shown, _, _), z, (_, mask, inside) in zip(plans, latents, cuts, strict=True)
+    ]
+
+
+def _zoomed_window(mask: np.ndarray, whole: Window, generator: torch.Generator) -> Window:
+    """A window on the object, from its size in the whole picture to nearly filling the frame."""
+    left, top, right, bottom = bounding_box(mask)
+    natural = min(max(right - left, bottom - top) / whole.side, _LARGEST_FILL)
+    u, x, y = torch.rand(3, generator=generator).tolist()
+    return object_window(mask, natural + (_LARGEST_FILL - natural) * u, (2 * x - 1, 2 * y - 1))
+
+
+def _loss_weights(base: Base, mask: np.ndarray, inside: np.ndarray, recipe: Recipe) -> Tensor:
+    """(1, h, h) weights of one view's loss; nothing is learned from outside of the picture."""
+    size = base.latent_size
+    within = latent_mask(torch.from_numpy(inside)[None], size)
+    if not recipe.masked:
+        return within.to(base.device)
+    objects = latent_mask(torch.from_numpy(mask)[None], size, soft=recipe.soft_mask)
+    return (objects.clamp(min=recipe.outside_weight) * within).to(base.device)
+
+
+def _result(
+    bank: AdapterBank,
+    slot: int,
+    objects: int,
+    embeddings: Tensor,
+    prototypes: Tensor,
+    course: _Course,
+    recipe: Recipe,
+    seconds: float,
+) -> FineTuned | Diverged:
+    diverged_at = int(course.diverged_at[slot])
+    if diverged_at >= 0:
+        return Diverged(
+            diverged_at, f"the loss stopped being finite at step {diverged_at}: lower lora_lr or embedding_lr"
+        )
+    lora = bank.export(slot) if recipe.rank else {}
+    learned = embeddings.detach()[slot, :objects].cpu()
+    steps = max(1, recipe.steps)
+    metrics = {
+        "loss_object": float(course.object_losses[slot]) / steps,
+        "loss_class": float(course.class_losses[slot]) / steps,
+        "steps": float(recipe.steps),
+        "seconds": seconds,
+    }
+    return FineTuned(
+        adapters=tuple(Adapter(lora, vector.clone()) for vector in learned),
+        prototypes=tuple(vector.cpu().clone() for vector in prototypes),
+        metrics=metrics,
+    )
+
+
+def fitting_group_size(base: Base, recipe: Recipe) -> int:
+    """Scenes that can be fine-tuned together in half of the device's free memory, from 1 to `LARGEST_GROUP`."""
+    if base.device.type == "cuda":
+        free = torch.cuda.mem_get_info(base.device)[0]
+    else:
+        # There is a worker on every core, and they share the memory.
+        free = psutil.virtual_memory().available // (os.cpu_count() or 1)
+    return int(max(1, min(LARGEST_GROUP, free // 2 // _bytes_per_scene(base, recipe))))
+
+
+def _bytes_per_scene(base: Base, recipe: Recipe) -> int:
+    """What one scene's forward pass keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    samples = recipe.views + (recipe.class_samples if recipe.ccr_weight else 0)
+    latents = torch.zeros(samples, base.unet.config["in_channels"], base.latent_size, base.latent_size)
+    states, _ = base.encode_text([base.tokenize("")] * samples)
+    with (
+        AdapterBank(base.unet, slots=1, rank=recipe.rank) as bank,
+        bank.active([0]),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        timesteps = torch.zeros(samples, dtype=torch.long, device=base.device)
+        output = base.predict(latents.to(base.device), timesteps, states.detach().requires_grad_(True))
+    del output
+    return sum(kept.values())

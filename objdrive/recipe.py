@@ -1,0 +1,183 @@
+"""Recipe: every hyperparameter of a fine-tune, and the presets that name whole methods."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from objdrive.errors import ObjdriveError
+
+METHOD_VERSION = 1
+"""Part of every artifact's digest: raise it when the same recipe no longer yields the same adapter."""
+
+
+class Recipe(BaseModel):
+    """Every hyperparameter of a one-shot fine-tune.
+
+    The defaults are the preset ``objdrive``. Latent losses follow arXiv 2401.15708: the object-specific loss,
+    and the class-characterizing regularization with weight `ccr_weight`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preset: str = "objdrive"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    steps: int = Field(default=400, ge=0, description="optimiser steps")
+    prompts: tuple[str, ...] = Field(
+        default=("a photo of {}", "a picture of {}"),
+        min_length=1,
+        description="training prompts; {} is the object",
+    )
+    phrase: Literal["{token}", "{token} {class}"] = Field(
+        default="{token}", description="what {} in a prompt becomes"
+    )
+
+    rank: int = Field(default=8, ge=0, le=256, description="LoRA rank; 0 trains no LoRA")
+    lora_lr: float = Field(default=3e-4, gt=0)
+    embedding_start: Literal["class", "prototype", "random"] = "prototype"
+    embedding_lr: float = Field(default=1e-3, ge=0, description="0 keeps the token embedding as it starts")
+    prototype_steps: int = Field(default=60, ge=1)
+    prototype_lr: float = Field(default=2e-3, gt=0)
+    warmup_steps: int = Field(default=10, ge=0, description="linear warm-up; a cosine to a tenth follows")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="per scene, over all its trained values")
+
+    views: int = Field(default=2, ge=1, description="noised views of the picture per scene and step")
+    view_pool: int = Field(
+        default=8, ge=1, description="views encoded per object, once; zoom needs at least 2"
+    )
+    zoom: float = Field(
+        default=0.5, ge=0, le=1, description="share of views that are zoomed in on the object"
+    )
+    masked: bool = Field(
+        default=True, description="object-specific loss; False: plain loss on the whole picture"
+    )
+    soft_mask: bool = Field(default=True, description="area-averaged masks; False: cut at one half")
+    outside_weight: float = Field(
+        default=0.05, ge=0, le=1, description="least weight of what is not the object"
+    )
+
+    ccr_weight: float = Field(
+        default=1.0, ge=0, description="weight of the regularization; 0 switches it off"
+    )
+    ccr_target: Literal["base", "noise"] = Field(
+        default="base",
+        description="base: the base's own prediction (CCR); noise: prior preservation (DreamBooth)",
+    )
+    class_samples: int = Field(default=1, ge=1, description="noised class pictures per scene and step")
+    class_pool: int = Field(default=4, ge=1, description="class pictures drawn per class and base")
+
+    sample_steps: int = Field(
+        default=25, ge=1, le=1000, description="DDIM steps of class pictures and previews"
+    )
+    guidance_scale: float = Field(default=7.5, ge=1)
+
+    @field_validator("prompts")
+    @classmethod
+    def _one_slot(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        for prompt in prompts:
+            if prompt.count("{}") != 1:
+                raise ValueError(
+                    f"the training prompt {prompt!r} must hold {{}} exactly once: it stands for the object"
+                )
+        return prompts
+
+    @model_validator(mode="after")
+    def _something_to_train(self) -> Self:
+        if self.rank == 0 and self.embedding_lr == 0:
+            raise ValueError("rank=0 and embedding_lr=0 leave nothing to train: raise one of them")
+        if self.zoom > 0 and self.view_pool < 2:
+            raise ValueError(f"zoom={self.zoom} needs view_pool >= 2 (got {self.view_pool}), or set zoom=0")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal characters over all fields but the preset's name."""
+        fields = self.model_dump(mode="json", exclude={"preset"})
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
+
+
+_PLAIN: dict[str, Any] = {"masked": False, "zoom": 0.0, "ccr_weight": 0.0, "embedding_start": "class"}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "objdrive": {},
+    "paper": {"zoom": 0.0, "soft_mask": False, "outside_weight": 0.0},
+    "dreambooth": _PLAIN
+    | {
+        "embedding_start": "random",
+        "embedding_lr": 0.0,
+        "phrase": "{token} {class}",
+        "ccr_weight": 1.0,
+        "ccr_target": "noise",
+    },
+    "textual_inversion": _PLAIN | {"rank": 0},
+    "lora": _PLAIN | {"embedding_lr": 0.0},
+}
+"""What each method sets apart from the defaults; all run the same loop."""
+
+
+def make_recipe(
+    source: str = "objdrive", *, tuning: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> Recipe:
+    """Put a recipe together: preset, then the base's tuning, then a YAML file, then overrides.
+
+    Args:
+        source: a preset's name, or the path of a YAML file whose keys are `Recipe` fields (its `preset` key
+            names the preset it starts from).
+        tuning: fields that suit a base (its ``recipe.yaml``); they never touch what makes the method.
+        overrides: ``key=value`` strings, values in YAML.
+
+    Raises:
+        ObjdriveError: unknown preset, unreadable file, unknown field or bad value.
+    """
+    given: dict[str, Any] = {}
+    if source not in PRESETS:
+        given = _read_yaml(source)
+    preset = str(given.get("preset", source if source in PRESETS else "objdrive"))
+    if preset not in PRESETS:
+        raise ObjdriveError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+    # A preset's own fields make the method, so the base's tuning comes below them.
+    fields = {**(tuning or {}), **PRESETS[preset], **given, **_parse_overrides(overrides), "preset": preset}
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']} (got {e['input']!r})"
+            for e in error.errors()
+        )
+        raise ObjdriveError(f"the recipe is not valid: {problems}") from error
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise ObjdriveError(
+            f"no recipe {path!r}: neither a preset ({', '.join(PRESETS)}) nor the path of a YAML file"
+        )
+    try:
+        fields = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ObjdriveError(f"the recipe {path!r} is not YAML: {error}") from error
+    if not isinstance(fields, dict):
+        raise ObjdriveError(f"the recipe {path!r} must be a mapping of fields, got {type(fields).__name__}")
+    return fields
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ObjdriveError(f"the override {override!r} must read key=value, as in steps=80")
+        fields[key.strip()] = _scalar(value)
+    return fields
+
+
+def _scalar(text: str) -> Any:
+    # YAML 1.1 takes 2e-3 for a string; people write learning rates that way.
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return text
