@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="batch_personalize.py",
         description="Turn every row of a manifest into an adapter.",
-        epilog="Exit status: 0 if every row is in the store; 3 if rows were rejected or failed; 2 if nothing could start.",
+        epilog="Exit status: 0 every row is in the store, 3 rows were rejected or failed, 2 nothing could start.",
     )
     parser.add_argument(
         "manifest",
@@ -65,12 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         "--store", default="objdrive-store", help="where artifacts go, any fsspec address (%(default)s)"
     )
     parser.add_argument("--base", default="tiny64", help="embedded base, folder or hub id (%(default)s)")
-    parser.add_argument(
-        "--clip", help="folder or hub id of the CLIP with the image tower, for bases without one"
-    )
-    parser.add_argument(
-        "--recipe", default="objdrive", help=f"YAML file or preset: {', '.join(PRESETS)} (%(default)s)"
-    )
+    parser.add_argument("--clip", help="folder or hub id of the CLIP with the image tower, for bases without one")
+    parser.add_argument("--recipe", default="objdrive", help=f"YAML file or preset: {', '.join(PRESETS)} (%(default)s)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the recipe"
     )
@@ -80,9 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", metavar="MIN[:MAX]", help="Ray Train workers (default: one per GPU, else per core)"
     )
-    parser.add_argument(
-        "--gpus-per-worker", type=float, metavar="G", help="(default: 1 if the cluster has any)"
-    )
+    parser.add_argument("--gpus-per-worker", type=float, metavar="G", help="(default: 1 if the cluster has any)")
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows")
     parser.add_argument("--previews", type=int, default=_REPORTED_OBJECTS, metavar="N",
                         help="draw pictures for the first N objects (%(default)s)")  # fmt: skip
@@ -235,9 +229,7 @@ def _workers(arguments: argparse.Namespace) -> Workers:
     if gpus is None:
         gpus = 1.0 if resources.get("GPU") else 0.0
     if gpus > resources.get("GPU", 0.0):
-        raise ObjdriveError(
-            f"--gpus-per-worker {gpus:g}: the cluster has {resources.get('GPU', 0.0):g} GPU(s)"
-        )
+        raise ObjdriveError(f"--gpus-per-worker {gpus:g}: the cluster has {resources.get('GPU', 0.0):g} GPU(s)")
     room = resources["GPU"] / gpus if gpus else resources["CPU"]
     if arguments.workers is None:
         count = max(1, math.floor(room))
@@ -263,9 +255,7 @@ def _absolute_folder(name: str | None) -> Any:
 
 def _shared(address: str) -> str:
     if address.startswith("memory:"):
-        raise ObjdriveError(
-            f"--store {address}: memory is not shared between processes; name a folder or a bucket"
-        )
+        raise ObjdriveError(f"--store {address}: memory is not shared between processes; name a folder or a bucket")
     return address
 
 
@@ -275,9 +265,7 @@ def _report(run: _BatchRun, store: ArtifactStore, seconds: float) -> str:
     for line in ledger.results(_REPORTED_OBJECTS):
         artifact = store.metadata(line["object_id"], line["digest"]) if line["digest"] else None
         pictures = (
-            [Picture(p.caption, store.read_file(artifact, p.file)) for p in artifact.previews]
-            if artifact
-            else []
+            [Picture(p.caption, store.read_file(artifact, p.file)) for p in artifact.previews] if artifact else []
         )
         objects.append(
             ReportedObject(

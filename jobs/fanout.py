@@ -51,7 +51,7 @@ class Workers:
         return ScalingConfig(num_workers=count, use_gpu=self.gpus > 0, resources_per_worker=resources)
 
 
-class LeaseLost(Exception):
+class LeaseLostError(Exception):
     """The queue gave this worker's tasks to another one."""
 
 
@@ -247,7 +247,7 @@ def _worker_loop(config: dict[str, Any]) -> None:
         beats = _Beats(queue, lease.id, rank, [task.key for task in lease.tasks], process)
         try:
             outcomes = work([task.payload for task in lease.tasks], beats)
-        except LeaseLost:
+        except LeaseLostError:
             continue
         ray.get(queue.finish.remote(lease.id, dict(zip(beats.keys, outcomes, strict=True))))
 
@@ -255,9 +255,7 @@ def _worker_loop(config: dict[str, Any]) -> None:
 class _Beats:
     """Calling it says that work goes on, at most once a second and without waiting for the answer."""
 
-    def __init__(
-        self, queue: ActorHandle, lease_id: str, rank: int, keys: list[str], process: ActorHandle
-    ) -> None:
+    def __init__(self, queue: ActorHandle, lease_id: str, rank: int, keys: list[str], process: ActorHandle) -> None:
         self.keys = keys
         self._beat = lambda: queue.beat.remote(lease_id, rank, keys, process)
         self._last = time.monotonic()
@@ -271,9 +269,9 @@ class _Beats:
             if not ready:
                 return
             if not ray.get(self._answer):
-                raise LeaseLost
+                raise LeaseLostError
         self._answer = self._beat()
         self._last = time.monotonic()
 
 
-__all__ = ["FanoutConfig", "LeaseLost", "Lost", "Task", "Work", "Workers", "fan_out"]
+__all__ = ["FanoutConfig", "LeaseLostError", "Lost", "Task", "Work", "Workers", "fan_out"]

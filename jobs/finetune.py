@@ -15,7 +15,6 @@ from jobs.plan import Unit
 from objdrive.artifact import (
     ArtifactMetadata,
     BaseRef,
-    Member,
     Preview,
     SceneMember,
     Sources,
@@ -25,22 +24,20 @@ from objdrive.artifact import (
 )
 from objdrive.bank import AdapterBank
 from objdrive.base import TOKEN_MARK, Base
+from objdrive.class_pictures import ClassPictures, seed_of
 from objdrive.errors import ObjdriveError, RowError
 from objdrive.images import Photo, masks_overlap
 from objdrive.personalize import (
-    ClassPictures,
     Diverged,
     FineTuned,
-    Scene,
-    SceneObject,
     fitting_group_size,
     personalize,
-    seed_of,
     token_phrase,
 )
 from objdrive.recipe import METHOD_VERSION, Recipe
 from objdrive.sampler import Request, draw_pictures
 from objdrive.store import ArtifactStore, StoreError
+from objdrive.views import Scene, SceneObject
 
 PREVIEW_PROMPTS = (
     "a photo of {} on grass",
@@ -136,9 +133,7 @@ class FineTune:
             else:
                 outcomes[index] = ready
         results = self._personalize([unit.scene() for unit in loaded.values()], alive)
-        fine = [
-            (unit, r) for unit, r in zip(loaded.values(), results, strict=True) if isinstance(r, FineTuned)
-        ]
+        fine = [(unit, r) for unit, r in zip(loaded.values(), results, strict=True) if isinstance(r, FineTuned)]
         previews = iter(self._draw_previews(fine, alive))
         for (index, unit), result in zip(loaded.items(), results, strict=True):
             if isinstance(result, Diverged):
@@ -167,9 +162,7 @@ class FineTune:
         if not scenes:
             return []
         try:
-            return personalize(
-                self._base, scenes, self._recipe, class_pictures=self._class_pictures, on_step=alive
-            )
+            return personalize(self._base, scenes, self._recipe, class_pictures=self._class_pictures, on_step=alive)
         except torch.OutOfMemoryError:
             if len(scenes) == 1:
                 raise
@@ -207,17 +200,13 @@ class FineTune:
         if not loaded.unit.previews:
             return []
         asks = []
-        for record, prototype, adapter in zip(
-            loaded.unit.rows, result.prototypes, result.adapters, strict=True
-        ):
+        for record, prototype, adapter in zip(loaded.unit.rows, result.prototypes, result.adapters, strict=True):
             object_id, phrase = record.row.object_id, token_phrase(self._recipe, record.row.class_name)
             seeds = [seed_of(f"{loaded.digest}:{prompt}") for prompt in PREVIEW_PROMPTS]
             first = Request(PREVIEW_PROMPTS[0], seeds[0], (phrase,), (prototype,))
             asks.append((slot, object_id, f"prototype only: {PREVIEW_PROMPTS[0]}", first))
             for prompt, seed in zip(PREVIEW_PROMPTS, seeds, strict=True):
-                asks.append(
-                    (slot, object_id, prompt, Request(prompt, seed, (phrase,), (adapter.embedding,), slot))
-                )
+                asks.append((slot, object_id, prompt, Request(prompt, seed, (phrase,), (adapter.embedding,), slot)))
         return asks
 
     def _commit(
@@ -238,9 +227,7 @@ class FineTune:
             files |= {name: _webp(picture) for name, (_, picture) in zip(names, pictures, strict=True)}
             notes = [Preview(file=name, caption=c) for name, (c, _) in zip(names, pictures, strict=True)]
             try:
-                committed = self._store.commit(
-                    files, self._metadata(loaded, record, result, notes), alive=alive
-                )
+                committed = self._store.commit(files, self._metadata(loaded, record, result, notes), alive=alive)
             except StoreError as error:
                 outcomes.append(RowOutcome("failed", code="store_failed", message=str(error)))
                 continue
@@ -263,9 +250,7 @@ class FineTune:
             digest=loaded.digest,
             scene=row.scene,
             members=[
-                SceneMember(
-                    object_id=o.row.object_id, class_name=o.row.class_name, token=_token(o.row.object_id)
-                )
+                SceneMember(object_id=o.row.object_id, class_name=o.row.class_name, token=_token(o.row.object_id))
                 for o in loaded.unit.rows
             ],
             base=BaseRef(id=self._base.name, fingerprint=self._base.fingerprint),

@@ -117,11 +117,7 @@ class LeaseQueue:
         self._expire()
         if self._closed and not self._pending and not self._holdings:
             return "done"
-        if (
-            self._clock() < self._lease_from
-            or not self._pending
-            or not (self._closed or len(self._pending) >= size)
-        ):
+        if self._clock() < self._lease_from or not self._pending or not (self._closed or len(self._pending) >= size):
             return "wait"
         keys = self._next_keys(size)
         lease = Lease(uuid.uuid4().hex, tuple(self._tasks[key] for key in keys))
@@ -181,9 +177,7 @@ class LeaseQueue:
         now = self._clock()
         for lease_id in [i for i, holding in self._holdings.items() if holding.expires < now]:
             holding = self._holdings[lease_id]
-            self._void(
-                lease_id, f"the worker of rank {holding.rank} was silent for {self._stall_seconds:g} s"
-            )
+            self._void(lease_id, f"the worker of rank {holding.rank} was silent for {self._stall_seconds:g} s")
             self._kill(holding.process)
 
     def _void(self, lease_id: str, cause: str) -> None:
@@ -197,7 +191,7 @@ class LeaseQueue:
 
     def _requeue(self, keys: Sequence[str]) -> None:
         # Adopted tasks are unknown until the driver offers them again; that offer makes them pending.
-        self._pending.extendleft(key for key in keys if key in self._tasks)
+        self._pending.extendleft(key for key in reversed(keys) if key in self._tasks)
 
     def _forget(self, key: str) -> None:
         self._tasks.pop(key, None)

@@ -136,14 +136,10 @@ class _Index:
         """Note a row's id; if it was there, return where, and whether that row had the same content."""
         row = record.row
         content = json.dumps([row.image, row.mask, row.class_name, row.scene])
-        inserted = self._db.execute(
-            "INSERT OR IGNORE INTO ids VALUES (?, ?, ?)", (row.object_id, content, row.where)
-        )
+        inserted = self._db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?, ?)", (row.object_id, content, row.where))
         if inserted.rowcount:
             return None
-        earlier, where = self._db.execute(
-            "SELECT content, location FROM ids WHERE id = ?", (row.object_id,)
-        ).fetchone()
+        earlier, where = self._db.execute("SELECT content, location FROM ids WHERE id = ?", (row.object_id,)).fetchone()
         return where, earlier == content
 
     def add_to_scene(self, record: Checked) -> None:

@@ -28,9 +28,7 @@ def describe(standing: Standing, seconds: float) -> str:
     """One line: done, failed, left, objects per minute, time to go."""
     left = standing.known - standing.done - standing.failed
     parts = [f"{standing.done} done", f"{standing.failed} failed"]
-    parts.append(
-        f"{left} left" if standing.total is not None else f"{left} left so far, still reading the manifest"
-    )
+    parts.append(f"{left} left" if standing.total is not None else f"{left} left so far, still reading the manifest")
     if standing.trained:
         rate = standing.trained / seconds * 60
         parts.append(f"{rate:.1f} objects a minute")

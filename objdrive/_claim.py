@@ -48,7 +48,7 @@ class Claim:
         if time.monotonic() - self._moved < self._takeover_after / 2:
             return True
         highest = max(_numbers(self._files.names(self._folder)), default=-1)
-        return highest == self._number and self._files.read(self._path(highest)) == self._nonce
+        return self._files.read(self._path(highest)) == self._nonce
 
     def create(self, name: str, data: bytes) -> bool:
         """Create a file of the folder; False if it is there with other bytes, or the folder not held."""

@@ -10,9 +10,9 @@ from datetime import UTC
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import fsspec  # type: ignore[import-untyped]
-from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
-from fsspec.implementations.memory import MemoryFileSystem  # type: ignore[import-untyped]
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from objdrive.errors import ObjdriveError
 
@@ -203,9 +203,7 @@ class LocalFiles(Files):
         Path(path).unlink()
 
     def _names(self, folder: str) -> set[str]:
-        return {
-            _below(folder, f"{directory}/{name}") for directory, _, names in os.walk(folder) for name in names
-        }
+        return {_below(folder, f"{directory}/{name}") for directory, _, names in os.walk(folder) for name in names}
 
     def _folders(self, folder: str) -> list[str]:
         return [entry.name for entry in os.scandir(folder) if entry.is_dir()]

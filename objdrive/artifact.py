@@ -43,9 +43,7 @@ class Member:
     class_name: str
 
 
-def adapter_digest(
-    members: Sequence[Member], *, recipe_digest: str, base_fingerprint: str, method_version: int
-) -> str:
+def adapter_digest(members: Sequence[Member], *, recipe_digest: str, base_fingerprint: str, method_version: int) -> str:
     """Return the key of an artifact: 32 hexadecimal digits of a SHA-256 over all that the result depends on.
 
     `members` holds one object, or all objects of a scene in the order of their object ids. Objects of a scene

@@ -63,9 +63,7 @@ class BaseFiles:
         """32 hexadecimal characters over the bytes of all weights and configs that a base is loaded from."""
         digest = hashlib.sha256()
         files = sorted(p for pattern in _PATTERNS for p in self.snapshot.glob(pattern) if not _ignored(p))
-        files += (
-            sorted(self.clip.glob("*.json")) + sorted(self.clip.glob("*.safetensors")) if self.clip else []
-        )
+        files += sorted(self.clip.glob("*.json")) + sorted(self.clip.glob("*.safetensors")) if self.clip else []
         for path in files:
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
@@ -95,7 +93,7 @@ def find_base(name: str, *, clip: str | None = None) -> BaseFiles:
     width = json.loads((snapshot / "text_encoder" / "config.json").read_text())["hidden_size"]
     if clip is None and width not in _MATCHING_CLIP:
         raise ObjdriveError(
-            f"the base {name!r} has no image tower, and no CLIP is known for its text width {width}: name one with --clip"
+            f"the base {name!r} has no image tower, and no CLIP of text width {width} is known: name one with --clip"
         )
     clip_folder = _locate(clip or _MATCHING_CLIP[width], ["*.json", "model.safetensors"])
     return BaseFiles(name, snapshot, clip_folder)
@@ -205,9 +203,7 @@ class Base:
         length = tokenizer.model_max_length
         if len(ids) > length:
             shown = text.replace(TOKEN_MARK, "{}")
-            raise ObjdriveError(
-                f"the prompt {shown!r} takes {len(ids)} tokens, the base reads {length}: shorten it"
-            )
+            raise ObjdriveError(f"the prompt {shown!r} takes {len(ids)} tokens, the base reads {length}: shorten it")
         ids += [tokenizer.pad_token_id] * (length - len(ids))
         return Prompt(torch.tensor(ids), tuple(places))
 
@@ -227,9 +223,7 @@ class Base:
         ids = torch.tensor(self.tokenizer(class_name, add_special_tokens=False).input_ids, device=self.device)
         return self.text_encoder.get_input_embeddings()(ids).mean(dim=0).float()
 
-    def encode_text(
-        self, prompts: Sequence[Prompt], embeddings: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, Tensor]:
+    def encode_text(self, prompts: Sequence[Prompt], embeddings: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
         """Encode prompts, with learned embeddings put in at the text encoder's input (its vocabulary is not touched).
 
         Args:

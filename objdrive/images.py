@@ -176,11 +176,12 @@ def bounding_box(mask: NDArray[np.float32]) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def whole_window(height: int, width: int, mask: NDArray[np.float32]) -> Window:
+def whole_window(mask: NDArray[np.float32]) -> Window:
     """Return the largest square in the picture, moved from its centre only as far as the object's box needs.
 
     Where the box is longer than the picture's short side, it is the smallest square that holds the box.
     """
+    height, width = mask.shape
     left, top, right, bottom = bounding_box(mask)
     side = max(min(height, width), right - left, bottom - top)
     return Window(_held(width, side, left, right), _held(height, side, top, bottom), side)
@@ -268,9 +269,10 @@ def object_alone(
 
 
 def _over(background: int, image: NDArray[np.uint8], weight: NDArray[np.float32]) -> NDArray[np.uint8]:
-    share = weight[..., None]
-    blended: NDArray[np.float32] = image * share + background * (1 - share)
-    return np.rint(blended).astype(np.uint8)
+    # In bytes, not floats: the picture may have tens of millions of pixels.
+    share = Image.fromarray(np.rint(weight * np.float32(255)).astype(np.uint8))
+    ground = Image.new("RGB", share.size, (background, background, background))
+    return np.array(Image.composite(Image.fromarray(image), ground, share))
 
 
 def _missing(uri: str, role: Role) -> RowError:
@@ -410,9 +412,7 @@ class _Span:
         inside = np.diff(np.clip(edges, 0, extent)) / step
         touched = np.flatnonzero(inside > 0)
         if not len(touched):
-            raise ValueError(
-                f"a window from {origin} to {edges[-1]} lies outside of a picture of {extent} pixels"
-            )
+            raise ValueError(f"a window from {origin} to {edges[-1]} lies outside of a picture of {extent} pixels")
         # Only the target pixels that see the picture are resampled, so a wide window makes no huge copy.
         first, last = max(0, int(touched[0]) - _REACH), min(size, int(touched[-1]) + 1 + _REACH)
         reach = math.ceil(_REACH * max(step, 1))

@@ -71,6 +71,23 @@ def prototype_loss(text: Tensor, targets: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(text, prototype, dim=-1)
 
 
+def min_snr_weight(alphas: Tensor, gamma: float, *, velocity: bool) -> Tensor:
+    """Min-SNR weights ``min(SNR, gamma) / SNR``, or ``/ (SNR + 1)`` for v-prediction (arXiv 2303.09556).
+
+    They keep nearly clean latents, where only fine detail is left to learn, from outweighing the object's shape.
+
+    Args:
+        alphas: (N,), the cumulative products of alpha at each sample's timestep.
+        gamma: the SNR above which weights fall.
+        velocity: whether the network predicts the velocity.
+
+    Returns:
+        (N,).
+    """
+    snr = alphas / (1 - alphas)
+    return snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
+
+
 def add_noise(latents: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
     """``z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps`` (arXiv 2006.11239, equation 4).
 

@@ -132,9 +132,7 @@ def read_manifest(manifest: str) -> Iterator[Row | Reject]:
 
 def _find_files(manifest: str) -> list[str]:
     if "::" in manifest:
-        raise ObjdriveError(
-            f"the manifest {manifest!r} is a chained address: unpack it and name the files themselves"
-        )
+        raise ObjdriveError(f"the manifest {manifest!r} is a chained address: unpack it and name the files themselves")
     # Storage back ends raise errors of their own (credentials, connections) that have no base in common.
     with _explained(manifest, Exception):
         fs, path = url_to_fs(manifest, use_listings_cache=False)
@@ -160,9 +158,7 @@ def _list_folder(fs: Any, path: str, kind: str, manifest: str) -> list[str]:
         raise ObjdriveError(f"the manifest {manifest!r} is neither a regular file nor a folder")
     names = [entry["name"] for entry in fs.ls(path, detail=True) if entry["type"] == "file"]
     found = [
-        name
-        for name in names
-        if _suffix(name) in _FORMATS and not posixpath.basename(name).startswith((".", "_"))
+        name for name in names if _suffix(name) in _FORMATS and not posixpath.basename(name).startswith((".", "_"))
     ]
     if not found:
         raise ObjdriveError(f"the folder {manifest!r} holds no manifest file ({', '.join(_FORMATS)})")
@@ -187,9 +183,7 @@ def _explained(address: str, *errors: type[Exception]) -> Iterator[None]:
     except ObjdriveError:
         raise
     except errors as error:
-        raise ObjdriveError(
-            f"the manifest {address!r} can't be read: {type(error).__name__}: {error}"
-        ) from error
+        raise ObjdriveError(f"the manifest {address!r} can't be read: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -208,9 +202,7 @@ def _require_columns(address: str, columns: list[str]) -> None:
         )
     repeated = sorted({name for name in columns if columns.count(name) > 1})
     if repeated:
-        raise ObjdriveError(
-            f"the manifest {address!r} has more than one column {repeated[0]!r}: rename or drop one"
-        )
+        raise ObjdriveError(f"the manifest {address!r} has more than one column {repeated[0]!r}: rename or drop one")
 
 
 def _parquet_pieces(address: str) -> list[Piece]:
@@ -331,9 +323,7 @@ class _CsvRecords:
             self._taken.append(line)
             size += len(line)
             if size > MAX_ROW_BYTES or len(self._taken) > MAX_ROW_LINES:
-                raise csv.Error(
-                    f"it exceeds {MAX_ROW_BYTES} bytes or {MAX_ROW_LINES} lines: is a quote not closed?"
-                )
+                raise csv.Error(f"it exceeds {MAX_ROW_BYTES} bytes or {MAX_ROW_LINES} lines: is a quote not closed?")
             yield line.decode("utf-8", "surrogateescape")
 
 
@@ -388,9 +378,7 @@ def _row_or_reject(fields: dict[str, Any], where: str, address: str) -> Row | Re
 def _make_row(fields: dict[str, Any], where: str, address: str) -> Row:
     missing = [name for name in REQUIRED_COLUMNS if name not in fields]
     if missing:
-        raise RowError(
-            "columns_missing", f"the row lacks {', '.join(missing)}; it has {_shown(list(fields))}"
-        )
+        raise RowError("columns_missing", f"the row lacks {', '.join(missing)}; it has {_shown(list(fields))}")
     if not _is_utf8(fields):
         raise RowError("encoding", f"the row holds text that isn't UTF-8: {_shown(fields)}")
     return Row(
@@ -429,27 +417,21 @@ def _class_name(value: Any) -> str:
             f"class_name {_shown(name)} is longer than {MAX_CLASS_LENGTH} characters",
         )
     if any(c in "{}" or unicodedata.category(c) == "Cc" for c in name):
-        raise RowError(
-            "class_invalid", f"class_name {_shown(name)} must have no control character and no {{ or }}"
-        )
+        raise RowError("class_invalid", f"class_name {_shown(name)} must have no control character and no {{ or }}")
     return name
 
 
 def _image_address(value: Any, manifest: str) -> str:
     image = _text(value, "image", "address_invalid")
     if not image.strip():
-        raise RowError(
-            "image_missing_value", f"image is {_shown(value)}: give the address of the object's photo"
-        )
+        raise RowError("image_missing_value", f"image is {_shown(value)}: give the address of the object's photo")
     return _resolve(image, "image", manifest)
 
 
 def _resolve(value: str, column: str, manifest: str) -> str:
     """Resolve a relative address against the manifest file's folder; absolute paths, URLs and "" stay."""
     if "::" in value or "\0" in value:
-        raise RowError(
-            "address_invalid", f"{column} {_shown(value)} must be a path or URL without '::' or NUL"
-        )
+        raise RowError("address_invalid", f"{column} {_shown(value)} must be a path or URL without '::' or NUL")
     if not value.strip():
         return ""
     if value.startswith("/") or _URL.match(value):

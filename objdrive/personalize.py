@@ -1,14 +1,11 @@
 """personalize: one photo, masks and class words in; LoRA weights and token embeddings out (arXiv 2401.15708)."""
 
-import hashlib
 import math
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -16,39 +13,15 @@ from torch import Tensor, nn
 from objdrive.artifact import Adapter
 from objdrive.bank import AdapterBank
 from objdrive.base import TOKEN_MARK, Base
-from objdrive.images import Window, bounding_box, cut, object_alone, object_window, whole_window
-from objdrive.losses import add_noise, class_loss, latent_mask, object_loss, velocity
+from objdrive.class_pictures import ClassPictures, seed_of
+from objdrive.images import object_alone
+from objdrive.losses import add_noise, class_loss, min_snr_weight, object_loss, velocity
 from objdrive.prototype import PROMPT, optimise_prototypes, prototype_targets
 from objdrive.recipe import Recipe
-from objdrive.sampler import Request, draw_latents
+from objdrive.views import Scene, View, make_views, to_pixels, whole_picture
 
 LARGEST_GROUP = 16
 """Scenes in a group beyond which nothing is gained."""
-
-_LARGEST_FILL = 0.85
-_CLASSES_KEPT = 256
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """One object of a scene: its mask is (H, W), float32 in [0, 1]."""
-
-    object_id: str
-    class_name: str
-    mask: np.ndarray
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Objects that share one image (H, W, 3) uint8 and are implanted together; usually one.
-
-    `key` seeds everything random about the scene (the artifact's digest is a good one), so that its adapter depends
-    neither on its place in a group nor on its neighbours.
-    """
-
-    key: str
-    image: np.ndarray
-    objects: tuple[SceneObject, ...]
 
 
 @dataclass(frozen=True)
@@ -73,7 +46,7 @@ def personalize(
     scenes: Sequence[Scene],
     recipe: Recipe,
     *,
-    class_pictures: "ClassPictures | None" = None,
+    class_pictures: ClassPictures | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[FineTuned | Diverged]:
     """Fine-tune a group of scenes in common forward passes; each gets the adapter that it would get alone.
@@ -133,9 +106,7 @@ def _train(
         {"params": bank.parameters(), "lr": recipe.lora_lr},
     ]
     trained = [
-        group
-        for group, wanted in zip(groups, (recipe.embedding_lr > 0, recipe.rank > 0), strict=True)
-        if wanted
+        group for group, wanted in zip(groups, (recipe.embedding_lr > 0, recipe.rank > 0), strict=True) if wanted
     ]
     embeddings.requires_grad_(recipe.embedding_lr > 0)
     values = [value for group in trained for value in group["params"]]
@@ -221,13 +192,19 @@ def _losses(
         return by_scene[:, :views].flatten(0, 1), by_scene[:, views:].flatten(0, 1)
 
     (viewed, class_drawn), (view_target, class_target) = split(prediction), split(target)
-    object_losses = object_loss(viewed, view_target, weights).view(count, views).mean(dim=1)
+    timestep_weights = torch.ones_like(alphas)
+    if recipe.snr_gamma:
+        timestep_weights = min_snr_weight(alphas, recipe.snr_gamma, velocity=base.predicts_velocity)
+    view_weights, class_weights = split(timestep_weights)
+    object_losses = view_weights * object_loss(viewed, view_target, weights)
+    object_losses = object_losses.view(count, views).mean(dim=1)
     if recipe.ccr_weight == 0:
         return object_losses, torch.zeros_like(object_losses)
     if recipe.ccr_target == "base":
         with torch.no_grad():
             class_target = base.predict(split(noised)[1], split(timesteps)[1], split(states)[1])
-    return object_losses, class_loss(class_drawn, class_target).view(count, -1).mean(dim=1)
+    class_losses = class_weights * class_loss(class_drawn, class_target)
+    return object_losses, class_losses.view(count, -1).mean(dim=1)
 
 
 def _learned_states(base: Base, embeddings: Tensor, draws: Sequence["_Draw"], recipe: Recipe) -> Tensor:
@@ -257,29 +234,18 @@ class _Draw:
 
 
 @dataclass(frozen=True)
-class _View:
-    """A square cut of the picture, encoded: which objects it shows, latents (C, h, h), loss weights (1, h, h)."""
-
-    shown: tuple[int, ...]
-    latents: Tensor
-    weights: Tensor
-
-
-@dataclass(frozen=True)
 class _Material:
     """All that is computed once for a scene, and the generator of everything random about it."""
 
     generator: torch.Generator
-    views: list[_View]
+    views: list[View]
     phrases: list[str]
     class_latents: list[Tensor]
     class_states: Tensor
     timesteps: int
 
     @classmethod
-    def prepare(
-        cls, base: Base, scene: Scene, recipe: Recipe, class_pictures: "ClassPictures"
-    ) -> "_Material":
+    def prepare(cls, base: Base, scene: Scene, recipe: Recipe, class_pictures: ClassPictures) -> "_Material":
         generator = torch.Generator().manual_seed(seed_of(f"{recipe.seed}:{scene.key}"))
         names = [o.class_name for o in scene.objects]
         prompts = [base.tokenize(PROMPT.replace("{}", name)) for name in names]
@@ -287,7 +253,7 @@ class _Material:
             class_states, _ = base.encode_text(prompts)
         return cls(
             generator=generator,
-            views=_encode_views(base, scene, recipe, generator),
+            views=make_views(base, scene, recipe, generator),
             phrases=[token_phrase(recipe, name) for name in names],
             class_latents=[class_pictures[name] for name in names] if recipe.ccr_weight else [],
             class_states=class_states,
@@ -314,56 +280,13 @@ class _Material:
             noise=torch.randn(clean.shape, generator=self.generator),
             timesteps=torch.randint(self.timesteps, (len(clean),), generator=self.generator),
             weights=torch.stack([view.weights for view in views]),
-            texts=[
-                template.replace("{}", " and ".join(self.phrases[i] for i in view.shown)) for view in views
-            ],
+            texts=[self._text(template, view) for view in views],
             shown=[view.shown for view in views],
             class_states=self.class_states[members],
         )
 
-
-class ClassPictures:
-    """Pictures of classes drawn by the base alone, the z' of the class-characterizing regularization.
-
-    They depend on class word, base and recipe only; the most recently used classes are kept.
-    """
-
-    def __init__(self, base: Base, recipe: Recipe) -> None:
-        self._base = base
-        self._recipe = recipe
-        self._latents: OrderedDict[str, Tensor] = OrderedDict()
-
-    def __getitem__(self, class_name: str) -> Tensor:
-        """(class_pool, C, h, h) latents of a class that `draw` has been asked for."""
-        return self._latents[class_name]
-
-    def draw(self, class_names: set[str], *, on_step: Callable[[], None] = lambda: None) -> None:
-        """Have pictures of all these classes, drawing the missing ones in one batch."""
-        missing = sorted(class_names - self._latents.keys())
-        recipe = self._recipe
-        requests = [
-            Request(PROMPT.replace("{}", name), seed=seed_of(f"{recipe.seed}:{name}:{index}"))
-            for name in missing
-            for index in range(recipe.class_pool)
-        ]
-        if requests:
-            latents = draw_latents(
-                self._base,
-                requests,
-                steps=recipe.sample_steps,
-                guidance_scale=recipe.guidance_scale,
-                on_step=on_step,
-            )
-            self._latents.update(zip(missing, latents.split(recipe.class_pool), strict=True))
-        for name in class_names:
-            self._latents.move_to_end(name)
-        while len(self._latents) > max(_CLASSES_KEPT, len(class_names)):
-            self._latents.popitem(last=False)
-
-
-def seed_of(text: str) -> int:
-    """A 63-bit seed from any text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    def _text(self, template: str, view: View) -> str:
+        return template.replace("{}", " and ".join(self.phrases[i] for i in view.shown)) + view.context
 
 
 def token_phrase(recipe: Recipe, class_name: str) -> str:
@@ -376,16 +299,12 @@ def _starting_embeddings(base: Base, scenes: Sequence[Scene], recipe: Recipe) ->
     objects = [(scene, o) for scene in scenes for o in scene.objects]
     start = torch.stack([base.class_embedding(o.class_name) for _, o in objects])
     if recipe.embedding_start == "random":
-        start = torch.stack(
-            [_random_embedding(base, f"{recipe.seed}:{s.key}:{o.object_id}") for s, o in objects]
-        )
+        start = torch.stack([_random_embedding(base, f"{recipe.seed}:{s.key}:{o.object_id}") for s, o in objects])
     elif recipe.embedding_start == "prototype":
-        whole = _pixels(base, [_whole_picture(base, scene) for scene, _ in objects])
-        alone = _pixels(base, [object_alone(scene.image, o.mask, base.resolution) for scene, o in objects])
+        whole = to_pixels(base, [whole_picture(base, scene) for scene, _ in objects])
+        alone = to_pixels(base, [object_alone(scene.image, o.mask, base.resolution) for scene, o in objects])
         targets = prototype_targets(base, whole, alone, [o.class_name for _, o in objects])
-        start = optimise_prototypes(
-            base, start, targets, steps=recipe.prototype_steps, lr=recipe.prototype_lr
-        )
+        start = optimise_prototypes(base, start, targets, steps=recipe.prototype_steps, lr=recipe.prototype_lr)
     return list(start.split([len(scene.objects) for scene in scenes]))
 
 
@@ -393,57 +312,7 @@ def _random_embedding(base: Base, text: str) -> Tensor:
     """(d,): an identifier without meaning, as DreamBooth's rare tokens, of the vocabulary's own mean and spread."""
     table = base.text_encoder.get_input_embeddings().weight.float()
     generator = torch.Generator().manual_seed(seed_of(text))
-    return table.mean(dim=0) + table.std(dim=0) * torch.randn(table.shape[1], generator=generator).to(
-        table.device
-    )
-
-
-def _whole_picture(base: Base, scene: Scene) -> np.ndarray:
-    together = np.max([o.mask for o in scene.objects], axis=0)
-    return cut(scene.image, together, whole_window(*together.shape, together), base.resolution)[0]
-
-
-def _pixels(base: Base, pictures: Sequence[np.ndarray]) -> Tensor:
-    """(N, 3, R, R) in [0, 1] of N pictures (R, R, 3) uint8."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(base.device, torch.float32) / 255
-
-
-def _encode_views(base: Base, scene: Scene, recipe: Recipe, generator: torch.Generator) -> list[_View]:
-    """The whole picture first, then zoomed views of each object."""
-    everyone = tuple(range(len(scene.objects)))
-    together = np.max([o.mask for o in scene.objects], axis=0)
-    plans = [(everyone, together, whole_window(*together.shape, together))]
-    if recipe.zoom > 0:
-        for index, o in enumerate(scene.objects):
-            for _ in range(recipe.view_pool - 1):
-                plans.append(((index,), o.mask, _zoomed_window(o.mask, plans[0][2], generator)))
-    cuts = [cut(scene.image, mask, window, base.resolution) for _, mask, window in plans]
-    # Large pictures go through the autoencoder one by one: its activations are the largest of all.
-    batch = max(1, 512**2 // base.resolution**2)
-    pixels = _pixels(base, [picture for picture, _, _ in cuts])
-    latents = torch.cat([base.encode_latents(part) for part in pixels.split(batch)])
-    return [
-        _View(shown, z, _loss_weights(base, mask, inside, recipe))
-        for (shown, _, _), z, (_, mask, inside) in zip(plans, latents, cuts, strict=True)
-    ]
-
-
-def _zoomed_window(mask: np.ndarray, whole: Window, generator: torch.Generator) -> Window:
-    """A window on the object, from its size in the whole picture to nearly filling the frame."""
-    left, top, right, bottom = bounding_box(mask)
-    natural = min(max(right - left, bottom - top) / whole.side, _LARGEST_FILL)
-    u, x, y = torch.rand(3, generator=generator).tolist()
-    return object_window(mask, natural + (_LARGEST_FILL - natural) * u, (2 * x - 1, 2 * y - 1))
-
-
-def _loss_weights(base: Base, mask: np.ndarray, inside: np.ndarray, recipe: Recipe) -> Tensor:
-    """(1, h, h) weights of one view's loss; nothing is learned from outside of the picture."""
-    size = base.latent_size
-    within = latent_mask(torch.from_numpy(inside)[None], size)
-    if not recipe.masked:
-        return within.to(base.device)
-    objects = latent_mask(torch.from_numpy(mask)[None], size, soft=recipe.soft_mask)
-    return (objects.clamp(min=recipe.outside_weight) * within).to(base.device)
+    return table.mean(dim=0) + table.std(dim=0) * torch.randn(table.shape[1], generator=generator).to(table.device)
 
 
 def _result(

@@ -32,9 +32,7 @@ class Recipe(BaseModel):
         min_length=1,
         description="training prompts; {} is the object",
     )
-    phrase: Literal["{token}", "{token} {class}"] = Field(
-        default="{token}", description="what {} in a prompt becomes"
-    )
+    phrase: Literal["{token}", "{token} {class}"] = Field(default="{token}", description="what {} in a prompt becomes")
 
     rank: int = Field(default=8, ge=0, le=256, description="LoRA rank; 0 trains no LoRA")
     lora_lr: float = Field(default=3e-4, gt=0)
@@ -46,23 +44,18 @@ class Recipe(BaseModel):
     max_grad_norm: float = Field(default=1.0, gt=0, description="per scene, over all its trained values")
 
     views: int = Field(default=2, ge=1, description="noised views of the picture per scene and step")
-    view_pool: int = Field(
-        default=8, ge=1, description="views encoded per object, once; zoom needs at least 2"
+    view_pool: int = Field(default=8, ge=1, description="views encoded per object, once; zoom needs at least 2")
+    zoom: float = Field(default=0.5, ge=0, le=1, description="share of views that are zoomed in on the object")
+    backdrop: float = Field(
+        default=0.5, ge=0, le=1, description="share of zoomed views cut out onto a plain colour, which the prompt names"
     )
-    zoom: float = Field(
-        default=0.5, ge=0, le=1, description="share of views that are zoomed in on the object"
-    )
-    masked: bool = Field(
-        default=True, description="object-specific loss; False: plain loss on the whole picture"
-    )
+    masked: bool = Field(default=True, description="object-specific loss; False: plain loss on the whole picture")
     soft_mask: bool = Field(default=True, description="area-averaged masks; False: cut at one half")
-    outside_weight: float = Field(
-        default=0.05, ge=0, le=1, description="least weight of what is not the object"
-    )
+    outside_weight: float = Field(default=0.05, ge=0, le=1, description="least weight of what is not the object")
 
-    ccr_weight: float = Field(
-        default=1.0, ge=0, description="weight of the regularization; 0 switches it off"
-    )
+    snr_gamma: float | None = Field(default=5.0, gt=0, description="Min-SNR weighting of timesteps; none: all alike")
+
+    ccr_weight: float = Field(default=1.0, ge=0, description="weight of the regularization; 0 switches it off")
     ccr_target: Literal["base", "noise"] = Field(
         default="base",
         description="base: the base's own prediction (CCR); noise: prior preservation (DreamBooth)",
@@ -70,9 +63,7 @@ class Recipe(BaseModel):
     class_samples: int = Field(default=1, ge=1, description="noised class pictures per scene and step")
     class_pool: int = Field(default=4, ge=1, description="class pictures drawn per class and base")
 
-    sample_steps: int = Field(
-        default=25, ge=1, le=1000, description="DDIM steps of class pictures and previews"
-    )
+    sample_steps: int = Field(default=25, ge=1, le=1000, description="DDIM steps of class pictures and previews")
     guidance_scale: float = Field(default=7.5, ge=1)
 
     @field_validator("prompts")
@@ -100,11 +91,18 @@ class Recipe(BaseModel):
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
 
-_PLAIN: dict[str, Any] = {"masked": False, "zoom": 0.0, "ccr_weight": 0.0, "embedding_start": "class"}
+_PLAIN: dict[str, Any] = {
+    "masked": False,
+    "snr_gamma": None,
+    "zoom": 0.0,
+    "backdrop": 0.0,
+    "ccr_weight": 0.0,
+    "embedding_start": "class",
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "objdrive": {},
-    "paper": {"zoom": 0.0, "soft_mask": False, "outside_weight": 0.0},
+    "paper": {"zoom": 0.0, "backdrop": 0.0, "snr_gamma": None, "soft_mask": False, "outside_weight": 0.0},
     "dreambooth": _PLAIN
     | {
         "embedding_start": "random",
@@ -145,17 +143,14 @@ def make_recipe(
         return Recipe.model_validate(fields)
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']} (got {e['input']!r})"
-            for e in error.errors()
+            f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']} (got {e['input']!r})" for e in error.errors()
         )
         raise ObjdriveError(f"the recipe is not valid: {problems}") from error
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
-        raise ObjdriveError(
-            f"no recipe {path!r}: neither a preset ({', '.join(PRESETS)}) nor the path of a YAML file"
-        )
+        raise ObjdriveError(f"no recipe {path!r}: neither a preset ({', '.join(PRESETS)}) nor the path of a YAML file")
     try:
         fields = yaml.safe_load(Path(path).read_text())
     except yaml.YAMLError as error:

@@ -10,7 +10,8 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 75rem; padding: 0 1rem; }
 h1 { font-size: 1.4rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .muted { color: var(--muted); } .bad { color: var(--bad); }
-.counts { display: flex; flex-wrap: wrap; gap: 1.5rem; margin: 1rem 0; } .counts b { font-size: 1.4rem; display: block; }
+.counts { display: flex; flex-wrap: wrap; gap: 1.5rem; margin: 1rem 0; }
+.counts b { font-size: 1.4rem; display: block; }
 label { display: inline-block; margin: .5rem 0; } select { font: inherit; padding: .2rem; }
 .object { border-top: 1px solid var(--line); padding: .8rem 0; }
 .pictures { display: flex; flex-wrap: wrap; gap: .6rem; margin-top: .5rem; }
@@ -81,9 +82,7 @@ def _parts(report: Report) -> Iterable[str]:
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f"<title>{escape(report.title)}</title><style>{_STYLE}</style></head><body>"
     yield f"<h1>{escape(report.title)}</h1>"
-    yield '<div class="muted">' + "<br>".join(
-        f"{escape(k)}: <code>{escape(v)}</code>" for k, v in report.facts
-    )
+    yield '<div class="muted">' + "<br>".join(f"{escape(k)}: <code>{escape(v)}</code>" for k, v in report.facts)
     yield '</div><div class="counts">'
     yield "".join(f"<div><b>{count:,}</b>{escape(name)}</div>" for name, count in report.counts.items())
     yield "</div>"
@@ -124,8 +123,7 @@ def _figure(picture: Picture) -> str:
     data = base64.b64encode(picture.webp).decode()
     caption = escape(picture.caption)
     return (
-        f'<figure><img alt="{caption}" src="data:image/webp;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
+        f'<figure><img alt="{caption}" src="data:image/webp;base64,{data}"><figcaption>{caption}</figcaption></figure>'
     )
 
 

@@ -46,13 +46,12 @@ def fill_prompt(prompt: str, phrases: Sequence[str]) -> str:
         raise ObjdriveError(f"the prompt {prompt!r} holds a NUL character: remove it")
     pieces = prompt.split("{}")
     places = len(pieces) - 1
-    if len(phrases) == 1:
+    if len(phrases) == 1 and places:
         phrases = list(phrases) * places
-    if not phrases and not places:
-        return prompt
-    if places == 0 or places != len(phrases):
+    if places != len(phrases):
         raise ObjdriveError(
-            f"the prompt {prompt!r} has {places} places {{}} for {max(1, len(phrases))} object(s): name each object once"
+            f"the prompt {prompt!r} has {places} places {{}} for {len(phrases)} object(s): name each once, "
+            'as in "a photo of {} on grass"'
         )
     return "".join(piece + phrase for piece, phrase in zip(pieces, [*phrases, ""], strict=True))
 

@@ -53,9 +53,10 @@ class _Current(BaseModel):
 class ArtifactStore:
     """Artifacts at `url`, any fsspec address (a folder, ``s3://bucket/prefix``, ...). Picklable.
 
-    A writer that has stood still for `takeover_after` seconds is taken for dead. Every storage call is
-    tried up to `attempts` times, 0.1 s and then ever longer apart. All methods raise StoreError when the
-    storage keeps failing, and ObjdriveError for an object id, digest or file name that is not well formed.
+    A writer that has stood still for `takeover_after` seconds is taken for dead; all writers of a store
+    must agree on it. Every storage call is tried up to `attempts` times, 0.1 s and then ever longer apart.
+    All methods raise StoreError when the storage keeps failing, and ObjdriveError for an object id, digest
+    or file name that is not well formed.
     """
 
     def __init__(self, url: str, *, takeover_after: float = 30.0, attempts: int = 4) -> None:
@@ -93,9 +94,7 @@ class ArtifactStore:
         written, writes, pause = False, 0, _FIRST_POLL_SECONDS
         while (standing := self._vouched(object_id, digest)) is None:
             if writes == self._attempts:
-                raise StoreError(
-                    f"{self.folder(object_id, digest)} does not read back as written, {writes} times"
-                )
+                raise StoreError(f"{self.folder(object_id, digest)} does not read back as written, {writes} times")
             if claim.take():
                 writes += 1
                 written = self._write(claim, files, document, metadata)
@@ -127,9 +126,7 @@ class ArtifactStore:
     def point(self, object_id: str, digest: str) -> None:
         """Make a committed artifact the object's current one, e.g. to go back to an earlier one."""
         if not self.has(object_id, digest):
-            raise ObjdriveError(
-                f"{self.folder(object_id, digest)} is not a committed artifact; commit it first"
-            )
+            raise ObjdriveError(f"{self.folder(object_id, digest)} is not a committed artifact; commit it first")
         self._point(object_id, digest)
 
     def read(self, object_id: str, digest: str | None = None) -> tuple[ArtifactMetadata, dict[str, bytes]]:
@@ -217,9 +214,7 @@ class ArtifactStore:
         """Open a run's file as a stream. Raises StoreError if it is to be read and is not there."""
         return self._files.open(_run_file(run_id, name), mode)
 
-    def _write(
-        self, claim: Claim, files: Mapping[str, bytes], document: bytes, metadata: ArtifactMetadata
-    ) -> bool:
+    def _write(self, claim: Claim, files: Mapping[str, bytes], document: bytes, metadata: ArtifactMetadata) -> bool:
         try:
             # Another writer may have committed between the look at the artifact and the claim.
             if self._vouched(metadata.object_id, metadata.digest) is not None:
@@ -269,9 +264,8 @@ class ArtifactStore:
     def _garbage(self, before: float) -> Iterator[tuple[str, list[str]]]:
         """Yield what to remove: a file or folder, and the files to remove for it, in order."""
         for object_id in self.object_ids():
-            names = {
-                f"{_object_folder(object_id)}/{name}" for name in self._files.names(_object_folder(object_id))
-            }
+            home = _object_folder(object_id)
+            names = {f"{home}/{name}" for name in self._files.names(home)}
             for folder in self._needless_folders(object_id):
                 inside = {name for name in names if name.startswith(f"{folder}/")}
                 if inside and all(self._is_older(name, before) for name in inside):

@@ -57,9 +57,7 @@ def colours(height: int = 32, width: int = 48) -> NDArray[np.uint8]:
     return np.stack([x * 5, y * 7, (x + y) * 3], axis=-1).astype(np.uint8)
 
 
-def box_mask(
-    height: int = 32, width: int = 48, box: tuple[int, int, int, int] = (10, 8, 30, 24)
-) -> NDArray[np.uint8]:
+def box_mask(height: int = 32, width: int = 48, box: tuple[int, int, int, int] = (10, 8, 30, 24)) -> NDArray[np.uint8]:
     mask = np.zeros((height, width), np.uint8)
     left, top, right, bottom = box
     mask[top:bottom, left:right] = 255
@@ -76,9 +74,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 def png_header(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"x") + png_chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"x") + png_chunk(b"IEND", b"")
 
 
 def webp_header(width: int, height: int) -> bytes:
@@ -240,7 +236,7 @@ def test_every_mode_becomes_rgb(data: bytes, expected: NDArray[Any] | None) -> N
 
 
 def test_sixteen_bit_colour_png_is_scaled() -> None:
-    # Pillow can't write these; built by hand: one filter byte a row, two bytes a channel.
+    # Pillow can't write these. A row is one filter byte, then two bytes a channel.
     row = b"\0" + struct.pack(">HHH", 65535, 32768, 0) * 20
     header = struct.pack(">IIBBBBB", 20, 20, 16, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
@@ -360,21 +356,6 @@ def test_broken_files(data: bytes, code: str, says: str, role: str) -> None:
     assert says in message
 
 
-def test_a_bomb_is_refused_before_it_takes_memory() -> None:
-    # A valid 20,000 x 20,000 picture of one colour: 400 million pixels from 50 kB.
-    rows = zlib.compressobj(9)
-    body = b"".join(rows.compress(b"\0" * 20_001) for _ in range(20_000)) + rows.flush()
-    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
-    bomb = (
-        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", body) + png_chunk(b"IEND", b"")
-    )
-    tracemalloc.start()
-    assert code_of(lambda: decode_photo(bomb, None, name="mug"))[0] == "image_too_many_pixels"
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 10_000_000
-
-
 def png_with_text_bomb() -> bytes:
     text = b"comment\0\0" + zlib.compress(b"x" * (80 * 2**20))
     return IMAGE[:33] + png_chunk(b"zTXt", text) + IMAGE[33:]
@@ -466,9 +447,7 @@ def test_decoding_in_threads() -> None:
         ([], None),
     ],
 )
-def test_masks_overlap(
-    boxes: list[tuple[int, int, int, int]], expected: tuple[int, int, float] | None
-) -> None:
+def test_masks_overlap(boxes: list[tuple[int, int, int, int]], expected: tuple[int, int, float] | None) -> None:
     assert masks_overlap([soft_box(20, 120, box) for box in boxes]) == expected
 
 
@@ -502,7 +481,7 @@ def test_whole_window(seed: int) -> None:
     height, width = (int(n) for n in random.integers(16, 60, 2))
     left, right = sorted(int(n) for n in random.choice(width + 1, 2, replace=False))
     top, bottom = sorted(int(n) for n in random.choice(height + 1, 2, replace=False))
-    window = whole_window(height, width, soft_box(height, width, (left, top, right, bottom)))
+    window = whole_window(soft_box(height, width, (left, top, right, bottom)))
     side, best_left, best_top = best_whole_window(height, width, (left, top, right, bottom))
     assert (window.side, window.left, window.top) == (side, best_left, best_top)
     if side == min(height, width):
@@ -520,10 +499,8 @@ def test_whole_window(seed: int) -> None:
         (40, 100, (10, 5, 90, 15), Window(10, -20, 80)),
     ],
 )
-def test_whole_window_by_hand(
-    height: int, width: int, box: tuple[int, int, int, int], expected: Window
-) -> None:
-    assert whole_window(height, width, soft_box(height, width, box)) == expected
+def test_whole_window_by_hand(height: int, width: int, box: tuple[int, int, int, int], expected: Window) -> None:
+    assert whole_window(soft_box(height, width, box)) == expected
 
 
 @pytest.mark.parametrize("fill", [0.3, 0.5, 0.9, 1.0])
@@ -586,34 +563,33 @@ def test_cut_averages_masks_over_areas() -> None:
     np.testing.assert_allclose(cut_mask, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("side", [10.0, 33.3, 70.0, 150.0])
-@pytest.mark.parametrize("origin", [(-20.5, 3.25), (5.0, -40.0)])
-def test_cut_equals_resizing_a_padded_picture(side: float, origin: tuple[float, float]) -> None:
+@pytest.mark.parametrize(
+    ("window", "seen"),
+    [
+        (Window(5.0, 3.25, 10.0), 10 * 10),
+        (Window(-4.5, 25.5, 10.0), 5.5 * 6.5),
+        (Window(-20.5, 3.25, 33.3), 12.8 * 28.75),
+        (Window(-20.5, -40.0, 70.0), 48 * 30),
+        (Window(5.0, -40.0, 150.0), 43 * 32),
+    ],
+)
+def test_cut_equals_resizing_a_padded_picture(window: Window, seen: float) -> None:
     image, mask = colours(), soft_box(32, 48, (10, 8, 30, 24))
-    window = Window(*origin, side)
-    try:
-        got, got_mask, inside = cut(image, mask, window, 24)
-    except ValueError:
-        assert origin[0] + side <= 0 or origin[1] + side <= 0
-        return
+    got, got_mask, inside = cut(image, mask, window, 24)
+
     pad = 200
-    box = (origin[0] + pad, origin[1] + pad, origin[0] + pad + side, origin[1] + pad + side)
-    down = side > 24
+    left, top = window.left + pad, window.top + pad
+    box = (left, top, left + window.side, top + window.side)
+    sharp, soft = (
+        (Image.Resampling.LANCZOS, Image.Resampling.BOX)
+        if window.side > 24
+        else (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)
+    )
     padded = Image.fromarray(np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="edge"))
-    whole = padded.resize((24, 24), Image.Resampling.LANCZOS if down else Image.Resampling.BICUBIC, box)
-    assert np.abs(got.astype(int) - np.asarray(whole)).max() <= 1
-    padded_mask = Image.fromarray(np.pad(mask, pad))
-    whole_mask = padded_mask.resize(
-        (24, 24), Image.Resampling.BOX if down else Image.Resampling.BILINEAR, box
-    )
-    near = inside > 0
-    np.testing.assert_allclose(got_mask[near], np.asarray(whole_mask)[near], atol=1e-4)
-    assert not got_mask[~near].any()
-    assert inside.sum() * (side / 24) ** 2 == pytest.approx(
-        max(0.0, min(48, origin[0] + side) - max(0, origin[0]))
-        * max(0.0, min(32, origin[1] + side) - max(0, origin[1])),
-        rel=1e-4,
-    )
+    assert np.abs(got.astype(int) - np.asarray(padded.resize((24, 24), sharp, box))).max() <= 1
+    padded_mask = np.asarray(Image.fromarray(np.pad(mask, pad)).resize((24, 24), soft, box))
+    np.testing.assert_allclose(got_mask, np.where(inside > 0, padded_mask, 0), atol=1e-4)
+    assert inside.sum() * (window.side / 24) ** 2 == pytest.approx(seen, rel=1e-4)
 
 
 def test_cut_keeps_masks_in_range_when_enlarging() -> None:

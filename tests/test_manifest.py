@@ -136,9 +136,7 @@ def test_formats_agree(tmp_path: Path) -> None:
     body = "".join(f"o{i},{i}.png,,mug\n" for i in range(5))
     files = [
         write_csv(tmp_path, HEADER + body),
-        write_jsonl(
-            tmp_path, *({"object_id": f"o{i}", "image": f"{i}.png", "class_name": "mug"} for i in range(5))
-        ),
+        write_jsonl(tmp_path, *({"object_id": f"o{i}", "image": f"{i}.png", "class_name": "mug"} for i in range(5))),
         write_parquet(tmp_path, columns_of(5)),
     ]
     first, *others = [[(r.object_id, r.image, r.mask, r.class_name) for r in rows_of(f)] for f in files]
@@ -190,18 +188,14 @@ def test_local_addresses(tmp_path: Path, image: str, resolved: str) -> None:
     assert row.image == row.mask == resolved.format(folder=tmp_path, parent=tmp_path.parent)
 
 
-def test_file_urls_and_relative_manifests_are_local_paths(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_urls_and_relative_manifests_are_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_csv(tmp_path, HEADER + "a,a.png,,mug\n")
     monkeypatch.chdir(tmp_path)
     for manifest in ("catalog.csv", f"file://{tmp_path}/catalog.csv"):
         assert [row.image for row in rows_of(manifest)] == [f"{tmp_path}/a.png"]
 
 
-@pytest.mark.parametrize(
-    "address", ["memory://shop/c.csv", "memory://shop", "memory://shop/", "memory:///shop/*.csv"]
-)
+@pytest.mark.parametrize("address", ["memory://shop/c.csv", "memory://shop", "memory://shop/", "memory:///shop/*.csv"])
 def test_remote_rows_resolve_to_the_same_storage(memory: MemoryFileSystem, address: str) -> None:
     memory.pipe("/shop/c.csv", (HEADER + "a,../pics/a.png,m.png,mug\n").encode())
     memory.pipe("/pics/a.png", b"picture")
@@ -447,9 +441,7 @@ def test_csv_faults_cost_one_row(tmp_path: Path, line: bytes, code: str, rows_af
     manifest = write_csv(tmp_path, HEADER.encode() + good + line + b"\n" + good * rows_after)
     reject = the_reject(manifest)
     assert (reject.code, reject.where) == (code, "catalog.csv:3")
-    assert [row.where for row in read_manifest(manifest)] == [
-        f"catalog.csv:{i + 2}" for i in range(rows_after + 2)
-    ]
+    assert [row.where for row in read_manifest(manifest)] == [f"catalog.csv:{i + 2}" for i in range(rows_after + 2)]
     reject.message.encode()
 
 
@@ -512,9 +504,7 @@ def test_reading_streams(tmp_path: Path, counting: type[CountingFile], name: str
     else:
         # One row group, as pyarrow writes a million rows by default, and without a dictionary.
         notes = [f"{i}{note}" for i in range(count)]
-        pq.write_table(
-            pa.table(columns_of(count, note=notes)), path, compression="none", use_dictionary=False
-        )
+        pq.write_table(pa.table(columns_of(count, note=notes)), path, compression="none", use_dictionary=False)
     size = path.stat().st_size
     assert size > 10_000_000
 

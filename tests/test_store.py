@@ -376,7 +376,7 @@ def commit_in_process(url, writer, environment, barrier, results):
 
 def commit_many_files(url, environment):
     os.environ.update(environment)
-    files = {f"previews/{number:03}.png": b"dying" for number in range(300)}
+    files = {f"previews/{number:03}.png": b"dying" for number in range(100)}
     ArtifactStore(url).commit(files, metadata_of(writer="dying"))
 
 
@@ -496,6 +496,9 @@ class FaultyFileSystem(fsspec.AbstractFileSystem):
     def ls(self, path, detail=True, **options):
         return self._hooked("ls", path, detail=detail, **options)
 
+    def modified(self, path):
+        return self._hooked("modified", path)
+
 
 class ConnectionLostError(Exception):
     """Stands for the exceptions of cloud clients that are not OSErrors."""
@@ -604,6 +607,82 @@ class TestFailingStorage:
         assert store.verify(OBJECT) == []
         store.gc(-60)
         assert stored(store) == committed_paths()
+
+    def test_a_writer_that_wakes_up_while_its_heir_writes_stops(self, faulty):
+        turns = {"sleeper": threading.Event(), "heir": threading.Event()}
+        stopped = {"sleeper": threading.Event(), "heir": threading.Event()}
+        results = {}
+
+        def stall(when, call, path):
+            name = threading.current_thread().name
+            if name in turns and when == "before" and call == "pipe_file" and path.endswith(LORA_FILE):
+                stopped[name].set()
+                assert turns[name].wait(30)
+
+        # fsspec gives every thread a filesystem of its own unless they share a store.
+        store = ArtifactStore(self.url, takeover_after=0.1)
+        artifact_json = f"store/objects/{OBJECT}/{DIGEST}/{METADATA_FILE}"
+        vouched_while_waiting = []
+        waiting = threading.Event()
+
+        def wait():
+            vouched_while_waiting.append(faulty.inner.exists(artifact_json))
+            waiting.set()
+
+        def work(name, alive):
+            results[name] = commit(store, name, alive=alive)
+
+        faulty.hook = stall
+        sleeper = threading.Thread(target=work, args=("sleeper", wait), name="sleeper")
+        heir = threading.Thread(target=work, args=("heir", lambda: None), name="heir")
+        sleeper.start()
+        assert stopped["sleeper"].wait(30)
+        heir.start()
+        assert stopped["heir"].wait(30)
+        turns["sleeper"].set()
+        assert waiting.wait(30)
+        turns["heir"].set()
+        sleeper.join()
+        heir.join()
+        # The sleeper's write that was under way landed among the heir's files; it went no further.
+        assert vouched_while_waiting[0] is False
+        assert sorted(results.values()) == [False, True]
+        assert_whole(store, {name for name, won in results.items() if won})
+        assert store.verify(OBJECT) == []
+
+    def test_a_writer_whose_artifact_was_replaced_did_not_commit_it(self, faulty):
+        heirs = []
+
+        def replace(when, call, path):
+            if when == "after" and call == "pipe_file" and path.endswith(METADATA_FILE) and not heirs:
+                heirs.append("heir")
+                faulty.inner.pipe_file(path.replace(METADATA_FILE, LORA_FILE), b"garbage")
+                assert commit(ArtifactStore(self.url, takeover_after=0.1), "heir") is True
+
+        faulty.hook = replace
+        assert commit(ArtifactStore(self.url), "one") is False
+        assert_whole(ArtifactStore(self.url), {"heir"})
+
+    @pytest.mark.parametrize("cause", ["repair", "gc"])
+    def test_files_are_removed_only_when_nothing_vouches_for_them(self, faulty, cause):
+        store = ArtifactStore(self.url)
+        commit(store)
+        removed = []
+
+        def look(when, call, path):
+            if when == "before" and call == "rm_file" and f"{DIGEST}/" in path and ".claim" not in path:
+                removed.append(path)
+                assert path.endswith(METADATA_FILE) or not store.has(OBJECT, DIGEST)
+
+        if cause == "gc":
+            commit(store, digest=OTHER_DIGEST)
+            faulty.hook = look
+            store.gc(-60)
+        else:
+            faulty.inner.pipe_file(f"store/objects/{OBJECT}/{DIGEST}/{LORA_FILE}", b"garbage")
+            faulty.hook = look
+            commit(store, "two")
+        assert len(removed) == len(files_of("")) + 1
 
 
 class TestLocalAddresses:

@@ -275,9 +275,7 @@ PICTURES = (
         linen((222, 214, 200)),
         (
             Product("jeans-01", "jeans", "Straight-Leg Jeans, Mid Blue", "79.00", 0.78, (0.29, 0.5), 4),
-            Product(
-                "high-heel-01", "high heel", "Slip-On High Heel, Cherry Red", "119.00", 0.44, (0.73, 0.56), -6
-            ),
+            Product("high-heel-01", "high heel", "Slip-On High Heel, Cherry Red", "119.00", 0.44, (0.73, 0.56), -6),
         ),
         scene="outfit-01",
     ),
@@ -286,12 +284,8 @@ PICTURES = (
         (480, 360),
         concrete,
         (
-            Product(
-                "umbrella-01", "umbrella", "Crook-Handle Umbrella, Violet", "34.50", 0.66, (0.7, 0.45), 8
-            ),
-            Product(
-                "hiking-boot-01", "hiking boot", "Nubuck Hiking Boot, Amber", "149.00", 0.38, (0.25, 0.66)
-            ),
+            Product("umbrella-01", "umbrella", "Crook-Handle Umbrella, Violet", "34.50", 0.66, (0.7, 0.45), 8),
+            Product("hiking-boot-01", "hiking boot", "Nubuck Hiking Boot, Amber", "149.00", 0.38, (0.25, 0.66)),
         ),
         scene="rainy-day-01",
     ),
@@ -312,11 +306,7 @@ PICTURES = (
         "skateboard-01.jpg",
         (480, 360),
         grass,
-        (
-            Product(
-                "skateboard-01", "skateboard", "Maple Skateboard, Midnight", "89.90", 0.62, (0.55, 0.48), 7
-            ),
-        ),
+        (Product("skateboard-01", "skateboard", "Maple Skateboard, Midnight", "89.90", 0.62, (0.55, 0.48), 7),),
     ),
     Picture(
         "key-01.jpg",
@@ -334,11 +324,7 @@ PICTURES = (
         "couch-01.jpg",
         (480, 360),
         standing(paper(SAGE), wood(PINE), 0.66),
-        (
-            Product(
-                "couch-01", "couch", "Two-Seat Couch with Reading Lamp, Blue", "899.00", 0.72, (0.46, 0.5)
-            ),
-        ),
+        (Product("couch-01", "couch", "Two-Seat Couch with Reading Lamp, Blue", "899.00", 0.72, (0.46, 0.5)),),
         upright=True,
     ),
     Picture(
@@ -415,11 +401,7 @@ PICTURES = (
         "stethoscope-01.webp",
         (480, 360),
         linen((196, 214, 208)),
-        (
-            Product(
-                "stethoscope-01", "stethoscope", "Clinic Stethoscope, Indigo", "72.00", 0.66, (0.47, 0.5), -5
-            ),
-        ),
+        (Product("stethoscope-01", "stethoscope", "Clinic Stethoscope, Indigo", "72.00", 0.66, (0.47, 0.5), -5),),
     ),
     Picture(
         "nesting-doll-01.jpg",

@@ -1,0 +1,58 @@
+"""Pictures of classes, for the class-characterizing regularization."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+
+from torch import Tensor
+
+from objdrive.base import Base
+from objdrive.prototype import PROMPT
+from objdrive.recipe import Recipe
+from objdrive.sampler import Request, draw_latents
+
+_CLASSES_KEPT = 256
+
+
+class ClassPictures:
+    """Pictures of classes drawn by the base alone, the z' of the class-characterizing regularization.
+
+    They depend on class word, base and recipe only; the most recently used classes are kept.
+    """
+
+    def __init__(self, base: Base, recipe: Recipe) -> None:
+        self._base = base
+        self._recipe = recipe
+        self._latents: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __getitem__(self, class_name: str) -> Tensor:
+        """(class_pool, C, h, h) latents of a class that `draw` has been asked for."""
+        return self._latents[class_name]
+
+    def draw(self, class_names: set[str], *, on_step: Callable[[], None] = lambda: None) -> None:
+        """Have pictures of all these classes, drawing the missing ones in one batch."""
+        missing = sorted(class_names - self._latents.keys())
+        recipe = self._recipe
+        requests = [
+            Request(PROMPT.replace("{}", name), seed=seed_of(f"{recipe.seed}:{name}:{index}"))
+            for name in missing
+            for index in range(recipe.class_pool)
+        ]
+        if requests:
+            latents = draw_latents(
+                self._base,
+                requests,
+                steps=recipe.sample_steps,
+                guidance_scale=recipe.guidance_scale,
+                on_step=on_step,
+            )
+            self._latents.update(zip(missing, latents.split(recipe.class_pool), strict=True))
+        for name in class_names:
+            self._latents.move_to_end(name)
+        while len(self._latents) > max(_CLASSES_KEPT, len(class_names)):
+            self._latents.popitem(last=False)
+
+
+def seed_of(text: str) -> int:
+    """A 63-bit seed from any text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,136 @@
+"""The `objdrive` command."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from objdrive.errors import ObjdriveError
+from objdrive.store import ArtifactStore
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 fine, 1 problems were found, 2 wrong usage or nothing done."""
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except ObjdriveError as error:
+        print(f"objdrive: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="objdrive", description="Personalized pictures of products.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_generate(commands.add_parser("generate", help="draw pictures of an object"))
+    store = commands.add_parser("store", help="look after a store of artifacts")
+    _add_store(store.add_subparsers(required=True, metavar="COMMAND"))
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", required=True, help="the store's address")
+    parser.add_argument("--object", required=True, metavar="ID", help="the object")
+    parser.add_argument("--prompt", required=True, help='"{}" stands for the object: "a photo of {} on grass"')
+    parser.add_argument("--negative-prompt", default="", help="what to lead away from")
+    parser.add_argument("--n", type=int, default=1, help="how many pictures (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the first picture's seed; the next ones count up")
+    parser.add_argument("--steps", type=int, help="DDIM steps (default: the recipe's)")
+    parser.add_argument("--guidance-scale", type=float, help="(default: the recipe's)")
+    parser.add_argument("--base", help="the base, where it isn't found by the name that the artifact notes")
+    parser.add_argument("--clip", help="folder or hub id of the CLIP with the image tower, for bases without one")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for the PNGs (default: here)")
+    parser.set_defaults(run=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    # Heavy imports, which listing a store does not need.
+    from transformers.utils.logging import disable_progress_bar
+
+    from objdrive.generate import generate
+
+    disable_progress_bar()
+
+    pictures = generate(
+        ArtifactStore(arguments.store),
+        arguments.object,
+        arguments.prompt,
+        seeds=range(arguments.seed, arguments.seed + arguments.n),
+        negative_prompt=arguments.negative_prompt,
+        steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        base=arguments.base,
+        clip=arguments.clip,
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for seed, picture in zip(range(arguments.seed, arguments.seed + arguments.n), pictures, strict=True):
+        path = arguments.out / f"{arguments.object}-{seed}.png"
+        picture.save(path)
+        print(path)
+    return 0
+
+
+def _add_store(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    ls = commands.add_parser("ls", help="list the objects")
+    show = commands.add_parser("show", help="print what is known of an object's current artifact")
+    verify = commands.add_parser("verify", help="read artifacts in full and say what is wrong")
+    gc = commands.add_parser("gc", help="remove superseded artifacts and what dead writers left")
+    for command in (ls, show, verify, gc):
+        command.add_argument("store", help="the store's address")
+    show.add_argument("object", metavar="ID")
+    verify.add_argument("objects", metavar="ID", nargs="*", help="(default: all)")
+    gc.add_argument(
+        "--older-than", type=float, default=24.0, metavar="HOURS", help="leave what is younger (%(default)s)"
+    )
+    gc.add_argument("--dry-run", action="store_true", help="only say what would go")
+    ls.set_defaults(run=_ls)
+    show.set_defaults(run=_show)
+    verify.set_defaults(run=_verify)
+    gc.set_defaults(run=_gc)
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    store = ArtifactStore(arguments.store)
+    for object_id in store.object_ids():
+        artifact = store.current(object_id)
+        if artifact is None:
+            print(f"{object_id}\t(no current artifact)")
+        else:
+            print(f"{object_id}\t{artifact.digest}\t{artifact.class_name}\t{artifact.base.id}\t{artifact.created}")
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    artifact = ArtifactStore(arguments.store).current(arguments.object)
+    if artifact is None:
+        raise ObjdriveError(f"{arguments.store} has no object {arguments.object!r}: 'objdrive store ls' lists them")
+    print(artifact.model_dump_json(indent=2))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    store = ArtifactStore(arguments.store)
+    count, problems = 0, 0
+    for object_id in arguments.objects or store.object_ids():
+        count += 1
+        for problem in store.verify(object_id):
+            problems += 1
+            print(problem)
+    print(f"{count} object(s), {problems} problem(s)")
+    return 1 if problems else 0
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
+    removed = ArtifactStore(arguments.store).gc(arguments.older_than * 3600, dry_run=arguments.dry_run)
+    for address in removed:
+        print(address)
+    verb = "would be removed" if arguments.dry_run else "removed"
+    print(f"{len(removed)} {verb} in {time.monotonic() - started:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Draw pictures of a store's objects."""
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from objdrive.artifact import ArtifactMetadata, parse_adapter
+from objdrive.bank import AdapterBank
+from objdrive.base import TOKEN_MARK, Base
+from objdrive.errors import ObjdriveError
+from objdrive.recipe import Recipe
+from objdrive.sampler import Request, draw_pictures
+from objdrive.store import ArtifactStore
+
+
+def generate(
+    store: ArtifactStore,
+    object_id: str,
+    prompt: str,
+    *,
+    seeds: Sequence[int],
+    negative_prompt: str = "",
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    base: str | None = None,
+    clip: str | None = None,
+) -> list[Image.Image]:
+    """Draw one picture per seed of an object's current artifact.
+
+    Args:
+        store: where the artifact is.
+        object_id: of what.
+        prompt: with ``{}`` where the object stands.
+        seeds: of the starting noise.
+        negative_prompt: what guidance leads away from.
+        steps: of DDIM; default: the recipe's.
+        guidance_scale: default: the recipe's.
+        base: name of the base; default: the one that the artifact notes.
+        clip: see `objdrive.base.find_base`.
+
+    Raises:
+        ObjdriveError: no such object, a damaged artifact, another base, or a prompt without ``{}``.
+    """
+    if not seeds:
+        raise ObjdriveError("asked for no pictures: --n must be at least 1")
+    metadata, files = store.read(object_id)
+    adapter = parse_adapter(files, token=metadata.token)
+    recipe = Recipe.model_validate(metadata.recipe)
+    loaded = _matching_base(metadata, base, clip)
+    phrase = metadata.phrase.replace(metadata.token, TOKEN_MARK)
+    with AdapterBank(loaded.unet, slots=1, rank=recipe.rank) as bank:
+        bank.load(0, adapter.lora)
+        return draw_pictures(
+            loaded,
+            [Request(prompt, seed, (phrase,), (adapter.embedding,), 0, negative_prompt) for seed in seeds],
+            bank=bank,
+            steps=steps or recipe.sample_steps,
+            guidance_scale=recipe.guidance_scale if guidance_scale is None else guidance_scale,
+        )
+
+
+def _matching_base(metadata: ArtifactMetadata, name: str | None, clip: str | None) -> Base:
+    base = Base.load(name or metadata.base.id, clip=clip)
+    if base.fingerprint != metadata.base.fingerprint:
+        raise ObjdriveError(
+            f"the artifact of {metadata.object_id!r} was made on the base {metadata.base.id!r} with the fingerprint "
+            f"{metadata.base.fingerprint}, {base.name!r} has {base.fingerprint}: name the right one with --base"
+        )
+    return base
