@@ -4,31 +4,24 @@ Usage: ``python jobs/batch_personalize.py MANIFEST --store URL``, or the same be
 """
 
 import argparse
-import math
 import os
 import sys
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from datetime import UTC, datetime
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import fsspec
-import ray
-from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-from jobs.fanout import Lost, Task, Workers, fan_out
-from jobs.finetune import FineTuneSettings, RowOutcome
-from jobs.ingest import Checked, Target, ingest
+from jobs.cluster import choose_workers, connect
+from jobs.fanout import Workers
+from jobs.finetune import FineTuneSettings
+from jobs.ingest import Target
 from jobs.ledger import REJECTS_FILE, RESULTS_FILE, Ledger
-from jobs.plan import plan
-from jobs.progress import Progress, Standing
-from objdrive.base import BaseFiles, find_base
+from jobs.run import BatchRun
+from objdrive.base import find_base
 from objdrive.errors import ObjdriveError
-from objdrive.manifest import Piece, Reject, pieces
+from objdrive.manifest import pieces
 from objdrive.recipe import PRESETS, Recipe, make_recipe
 from objdrive.report import Failure, Picture, Report, ReportedObject, render
 from objdrive.store import ArtifactStore
@@ -38,7 +31,6 @@ _REPORTED_OBJECTS = 200
 _REPORTED_FAILURES = 1000
 _DEFAULT_STALL_SECONDS = 600.0
 _EXIT_OK, _EXIT_UNUSABLE, _EXIT_ROWS_LOST = 0, 2, 3
-_OBJECT_STORE_BYTES = 512 * 2**20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,146 +94,32 @@ def _run(arguments: argparse.Namespace) -> int:
     recipe = make_recipe(arguments.recipe, tuning=base.tuning, overrides=arguments.set)
     store = ArtifactStore(_shared(_absolute(arguments.store)))
     target = Target(store.url, recipe.digest, base.fingerprint())
-    _connect()
-    workers = _workers(arguments)
+    connect()
+    workers = choose_workers(arguments.workers, arguments.gpus_per_worker)
     started = time.monotonic()
     with closing(Ledger()) as ledger:
-        run = _BatchRun(arguments, manifest_pieces, base, recipe, target, workers, ledger)
-        run.work_off()
+        run = BatchRun(
+            manifest_pieces,
+            target,
+            _settings(arguments, recipe, target, workers),
+            workers,
+            ledger,
+            limit=arguments.limit,
+            previews=arguments.previews,
+            stall_seconds=arguments.stall_seconds,
+        )
+        if arguments.dry_run:
+            run.plan_only()
+        else:
+            run.work_off()
         seconds = time.monotonic() - started
         if not arguments.dry_run:
             ledger.write(store, run.id)
-            store.write_run_file(run.id, REPORT_FILE, _report(run, store, seconds).encode())
-        _print_summary(run, store, seconds)
+            facts = [("manifest", arguments.manifest), ("base", base.name), ("recipe", _describe(recipe))]
+            store.write_run_file(run.id, REPORT_FILE, _report(run, store, facts, seconds).encode())
+        _print_summary(run, store, seconds, dry=arguments.dry_run)
         lost = ledger.counts["rejected"] + ledger.counts["failed"]
     return _EXIT_ROWS_LOST if lost and not arguments.allow_rejects else _EXIT_OK
-
-
-class _BatchRun:
-    """One run of the job: rows become tasks, tasks become outcomes, and the ledger knows of all of them."""
-
-    def __init__(
-        self,
-        arguments: argparse.Namespace,
-        manifest_pieces: list[Piece],
-        base: BaseFiles,
-        recipe: Recipe,
-        target: Target,
-        workers: Workers,
-        ledger: Ledger,
-    ) -> None:
-        self.id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-        self.arguments = arguments
-        self.base = base
-        self.recipe = recipe
-        self.ledger = ledger
-        self._pieces = manifest_pieces
-        self._target = target
-        self._workers = workers
-        self._known = 0
-        self._read = False
-
-    def work_off(self) -> None:
-        """Work the manifest off; on a dry run, only plan it."""
-        ledger = self.ledger
-        tasks = plan(
-            self._records(),
-            previews=self.arguments.previews,
-            on_reject=ledger.reject,
-            on_committed=ledger.committed_before,
-            on_repeat=ledger.repeated,
-        )
-        with Progress(self._standing):
-            if self.arguments.dry_run:
-                for task in tasks:
-                    ledger.counts["to train"] += len(task.payload.rows)
-            # Starting workers takes a while: not for a manifest that is committed already.
-            elif (first := next(tasks, None)) is not None:
-                self._fan_out(chain([first], tasks))
-
-    def _records(self) -> Iterator[Checked | Reject]:
-        for record in islice(ingest(self._pieces, self._target), self.arguments.limit):
-            self._known += 1
-            yield record
-        self._read = True
-
-    def _fan_out(self, tasks: Iterator[Task]) -> None:
-        arguments, workers = self.arguments, self._workers
-        settings = FineTuneSettings(
-            base=_absolute_folder(arguments.base),
-            clip=_absolute_folder(arguments.clip),
-            recipe=self.recipe,
-            target=self._target,
-            group_size=arguments.group_size,
-            threads=None if workers.gpus else 1,
-        )
-        filesystem, root = fsspec.url_to_fs(self._target.store_url)
-        folder = f"{root}/runs/{self.id}/train"
-        try:
-            fan_out(
-                tasks,
-                settings,
-                workers=workers,
-                on_outcome=self._on_outcome,
-                storage=(PyFileSystem(FSSpecHandler(filesystem)), folder),
-                stall_seconds=arguments.stall_seconds,
-                window=max(256, 64 * workers.most),
-            )
-        finally:
-            if filesystem.exists(folder):
-                filesystem.rm(folder, recursive=True)
-
-    def _on_outcome(self, task: Task, outcome: Any) -> None:
-        rows = task.payload.rows
-        if isinstance(outcome, Lost):
-            outcome = [RowOutcome("failed", code="worker_lost", message=outcome.message)] * len(rows)
-        for record, one in zip(rows, outcome, strict=True):
-            self.ledger.outcome(record, one)
-
-    def _standing(self) -> Standing:
-        counts = self.ledger.counts
-        failed = counts["rejected"] + counts["failed"]
-        return Standing(
-            done=counts.total() - failed,
-            failed=failed,
-            known=self._known,
-            total=self._known if self._read else None,
-            trained=counts["committed"],
-        )
-
-
-def _connect() -> None:
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level="ERROR")
-        return
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=_OBJECT_STORE_BYTES,
-    )
-
-
-def _workers(arguments: argparse.Namespace) -> Workers:
-    resources = ray.cluster_resources()
-    gpus = arguments.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if resources.get("GPU") else 0.0
-    if gpus > resources.get("GPU", 0.0):
-        raise ObjdriveError(f"--gpus-per-worker {gpus:g}: the cluster has {resources.get('GPU', 0.0):g} GPU(s)")
-    room = resources["GPU"] / gpus if gpus else resources["CPU"]
-    if arguments.workers is None:
-        count = max(1, math.floor(room))
-        return Workers(count, count, gpus)
-    least, colon, most = arguments.workers.partition(":")
-    try:
-        workers = Workers(int(least), int(most) if colon else int(least), gpus)
-    except ValueError:
-        raise ObjdriveError(f"--workers {arguments.workers}: give a number, or MIN:MAX") from None
-    if not 1 <= workers.least <= workers.most:
-        raise ObjdriveError(f"--workers {arguments.workers}: MIN must be at least 1 and at most MAX")
-    return workers
 
 
 def _absolute(address: str) -> str:
@@ -259,7 +137,22 @@ def _shared(address: str) -> str:
     return address
 
 
-def _report(run: _BatchRun, store: ArtifactStore, seconds: float) -> str:
+def _settings(arguments: argparse.Namespace, recipe: Recipe, target: Target, workers: Workers) -> FineTuneSettings:
+    return FineTuneSettings(
+        base=_absolute_folder(arguments.base),
+        clip=_absolute_folder(arguments.clip),
+        recipe=recipe,
+        target=target,
+        group_size=arguments.group_size,
+        threads=None if workers.gpus else 1,
+    )
+
+
+def _describe(recipe: Recipe) -> str:
+    return f"{recipe.preset}, {recipe.steps} steps, digest {recipe.digest}"
+
+
+def _report(run: BatchRun, store: ArtifactStore, facts: list[tuple[str, str]], seconds: float) -> str:
     ledger = run.ledger
     objects = []
     for line in ledger.results(_REPORTED_OBJECTS):
@@ -277,13 +170,7 @@ def _report(run: _BatchRun, store: ArtifactStore, seconds: float) -> str:
                 pictures,
             )
         )
-    facts = [
-        ("manifest", run.arguments.manifest),
-        ("store", store.url),
-        ("base", f"{run.base.name}"),
-        ("recipe", f"{run.recipe.preset}, {run.recipe.steps} steps"),
-        ("run", f"{run.id}, {seconds:.0f} s"),
-    ]
+    facts = [*facts, ("store", store.url), ("run", f"{run.id}, {seconds:.0f} s")]
     failures = [Failure(**line) for line in ledger.rejects(_REPORTED_FAILURES)]
     return render(Report("objdrive: what came out", facts, _counts(ledger), objects, failures))
 
@@ -293,7 +180,7 @@ def _counts(ledger: Ledger) -> dict[str, int]:
     return {name: ledger.counts[name] for name in names if ledger.counts[name]} or {"rows": 0}
 
 
-def _print_summary(run: _BatchRun, store: ArtifactStore, seconds: float) -> None:
+def _print_summary(run: BatchRun, store: ArtifactStore, seconds: float, *, dry: bool) -> None:
     ledger = run.ledger
     counts = ", ".join(f"{count} {name}" for name, count in _counts(ledger).items())
     print(f"\n{ledger.counts.total()} rows in {seconds:.0f} s: {counts}")
@@ -305,7 +192,7 @@ def _print_summary(run: _BatchRun, store: ArtifactStore, seconds: float) -> None
         print(f"  {count} x {code}")
     for line in ledger.rejects(5):
         print(f"  {line['where']} ({line['object_id']}): {line['message']}")
-    if run.arguments.dry_run:
+    if dry:
         print("dry run: nothing was trained or written")
         return
     for name, file in (("results", RESULTS_FILE), ("rejects", REJECTS_FILE), ("report", REPORT_FILE)):

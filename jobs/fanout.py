@@ -118,7 +118,7 @@ def fan_out(
     filesystem, path = storage
     trainer = TorchTrainer(
         _worker_loop,
-        train_loop_config={"queue": queue, "make_work": make_work},
+        train_loop_config={"queue": queue, "make_work": make_work, "window": window},
         torch_config=FanoutConfig(),
         scaling_config=workers.scaling(),
         run_config=RunConfig(
@@ -192,7 +192,7 @@ class _Pump:
             # What was fed before is still worked off; the caller learns of the failure after that.
             self.failure = error
         self._fed = True
-        ray.get(self._queue.close.remote())
+        self._offer_all()
 
     def _collect(self) -> None:
         try:
@@ -201,7 +201,7 @@ class _Pump:
             self.failure = error
             self._stopping.set()
             self._room.release()
-            ray.get(self._queue.close.remote())
+            ray.get(self._queue.offer.remote([], last=True))
 
     def _collect_until_stopped(self) -> None:
         received: list[str] = []
@@ -218,18 +218,17 @@ class _Pump:
                     self._on_outcome(task, outcome)
                     self._room.release()
             if collected.incarnation != incarnation:
-                incarnation = self._offer_again()
+                incarnation = self._offer_all()
             if last:
                 return
             self._stopping.wait(_POLL_SECONDS)
 
-    def _offer_again(self) -> str:
+    def _offer_all(self) -> str:
+        # Looked at before the tasks: once it is set, none comes to them any more.
+        fed = self._fed
         with self._lock:
             out = list(self._out.values())
-        incarnation = ray.get(self._queue.offer.remote(out))
-        if self._fed:
-            ray.get(self._queue.close.remote())
-        return str(incarnation)
+        return str(ray.get(self._queue.offer.remote(out, last=fed)))
 
 
 def _worker_loop(config: dict[str, Any]) -> None:
@@ -240,7 +239,11 @@ def _worker_loop(config: dict[str, Any]) -> None:
     except Exception as error:
         ray.get(queue.report_broken.remote(f"{type(error).__name__}: {error}"))
         return
-    while (lease := ray.get(queue.lease.remote(rank, work.group_size, process))) != "done":
+    while True:
+        # A group larger than the window would never be full.
+        lease = ray.get(queue.lease.remote(rank, min(work.group_size, config["window"]), process))
+        if lease == "done":
+            return
         if lease == "wait":
             time.sleep(_POLL_SECONDS)
             continue

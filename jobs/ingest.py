@@ -4,11 +4,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
+import ray
 import ray.data
+from ray.data import TaskPoolStrategy
 
 from objdrive.artifact import ArtifactMetadata, Member, SourceRecord, adapter_digest
 from objdrive.errors import RowError
@@ -17,7 +20,8 @@ from objdrive.manifest import Piece, Reject, Row, read_piece
 from objdrive.recipe import METHOD_VERSION
 from objdrive.store import ArtifactStore, StoreError
 
-_ROWS_PER_TASK = 64
+_ROWS_PER_BATCH = 64
+_BLOCK_BYTES = 32 * 2**10
 _THREADS = 4
 _CPUS_PER_TASK = 0.1
 
@@ -54,12 +58,25 @@ def ingest(pieces: list[Piece], target: Target) -> Iterator[Checked | Reject]:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    # Small blocks: the first rows come soon, and the rows of one file are checked by many tasks.
+    context.target_max_block_size = _BLOCK_BYTES
+    # Tasks take a small share of a core in Ray's books, because workers hold the rest; without a bound, an idle
+    # cluster would start ten processes on each core.
+    checkers = max(1, int(ray.cluster_resources()["CPU"]))
+    readers = max(1, checkers // 4)
     items = [{"piece": json.dumps(asdict(piece))} for piece in pieces]
     rows = ray.data.from_items(items, override_num_blocks=len(items))
     checked = (
-        rows.map_batches(_read, batch_size=1, num_cpus=_CPUS_PER_TASK)
-        .repartition(target_num_rows_per_block=_ROWS_PER_TASK)
-        .map_batches(_check_all, batch_size=None, fn_kwargs={"target": target}, num_cpus=_CPUS_PER_TASK)
+        # Different shares keep Ray Data from fusing the two steps, which would check a file's rows in one task.
+        rows.map_batches(
+            _read, batch_size=1, num_cpus=_CPUS_PER_TASK / 2, compute=TaskPoolStrategy(size=readers)
+        ).map_batches(
+            _check_all,
+            batch_size=None,
+            fn_kwargs={"target": target},
+            num_cpus=_CPUS_PER_TASK,
+            compute=TaskPoolStrategy(size=checkers),
+        )
     )
     for batch in checked.iter_batches(batch_size=None):
         yield from map(unpack, batch["record"])
@@ -67,7 +84,7 @@ def ingest(pieces: list[Piece], target: Target) -> Iterator[Checked | Reject]:
 
 def _read(batch: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
     rows = read_piece(Piece(**json.loads(batch["piece"][0])))
-    while some := list(islice(rows, _ROWS_PER_TASK)):
+    while some := list(islice(rows, _ROWS_PER_BATCH)):
         yield {"record": [pack(row) for row in some]}
 
 
@@ -89,8 +106,9 @@ def check_row(row: Row, store: ArtifactStore, target: Target) -> Checked | Rejec
     A committed row whose sources still have the size and mark noted in its artifact is not read again.
     """
     try:
-        image = stat_source(row.image, role="image")
-        mask = stat_source(row.mask, role="mask") if row.mask else None
+        with _naming(row):
+            image = stat_source(row.image, role="image")
+            mask = stat_source(row.mask, role="mask") if row.mask else None
         current = store.current(row.object_id)
         if current and _made_from(current, row, image, mask, target):
             return Checked(row, image, mask, current.digest, tuple(m.object_id for m in current.members))
@@ -108,11 +126,21 @@ def check_row(row: Row, store: ArtifactStore, target: Target) -> Checked | Rejec
 
 def read_photo(row: Row, image: SourceMark, mask: SourceMark | None) -> tuple[Any, Member]:
     """Read and decode a row's picture and mask: the `Photo`, and its part of the artifact's digest."""
-    image_bytes = read_source(image, role="image")
-    mask_bytes = read_source(mask, role="mask") if mask else None
-    photo = decode_photo(image_bytes, mask_bytes, name=f"{row.where} ({row.object_id})")
+    with _naming(row):
+        image_bytes = read_source(image, role="image")
+        mask_bytes = read_source(mask, role="mask") if mask else None
+        photo = decode_photo(image_bytes, mask_bytes, name=row.object_id)
     mask_sha256 = hashlib.sha256(mask_bytes).hexdigest() if mask_bytes is not None else ""
     return photo, Member(hashlib.sha256(image_bytes).hexdigest(), mask_sha256, row.class_name)
+
+
+@contextmanager
+def _naming(row: Row) -> Iterator[None]:
+    """Let messages say which row they are about."""
+    try:
+        yield
+    except RowError as error:
+        raise RowError(error.code, f"{row.where}: {error}") from error
 
 
 def digest_inputs(target: Target) -> dict[str, Any]:

@@ -90,8 +90,13 @@ class LeaseQueue:
         self._ranks: set[int] = set()
         self._closed = False
 
-    def offer(self, tasks: Sequence[Task]) -> str:
+    def offer(self, tasks: Sequence[Task], *, last: bool = False) -> str:
         """Take tasks in; those known already (pending, leased, finished) are not taken twice.
+
+        Args:
+            tasks: in the order in which they are to be leased.
+            last: no further ones will come. `tasks` are then all that have no outcome yet, because this call may reach
+                a new incarnation, which must not take an empty queue for the end.
 
         Returns:
             The incarnation that took them.
@@ -103,11 +108,8 @@ class LeaseQueue:
                 self._tasks[task.key] = task
             if not known and task.key not in held:
                 self._pending.append(task.key)
+        self._closed = self._closed or last
         return self._incarnation
-
-    def close(self) -> None:
-        """No further task will be offered, except again."""
-        self._closed = True
 
     def lease(self, rank: int, size: int, process: Any = None) -> Lease | Literal["wait", "done"]:
         """Lease up to `size` tasks to a rank; whatever it held before is void: it died, or it would not ask."""
@@ -120,7 +122,7 @@ class LeaseQueue:
         if self._clock() < self._lease_from or not self._pending or not (self._closed or len(self._pending) >= size):
             return "wait"
         keys = self._next_keys(size)
-        lease = Lease(uuid.uuid4().hex, tuple(self._tasks[key] for key in keys))
+        lease = Lease(f"{self._incarnation}/{uuid.uuid4().hex}", tuple(self._tasks[key] for key in keys))
         self._holdings[lease.id] = _Holding(rank, keys, self._clock() + self._stall_seconds, process)
         return lease
 
@@ -132,7 +134,7 @@ class LeaseQueue:
         """
         holding = self._holdings.get(lease_id)
         if holding is None:
-            if not self._adoptable(keys):
+            if not self._adoptable(lease_id, keys):
                 return False
             holding = self._holdings[lease_id] = _Holding(rank, tuple(keys), 0.0, process)
             self._pending = deque(key for key in self._pending if key not in keys)
@@ -169,7 +171,9 @@ class LeaseQueue:
             keys.append(self._pending.popleft())
         return tuple(keys)
 
-    def _adoptable(self, keys: Sequence[str]) -> bool:
+    def _adoptable(self, lease_id: str, keys: Sequence[str]) -> bool:
+        if lease_id.startswith(self._incarnation):
+            return False
         held = {key for holding in self._holdings.values() for key in holding.keys}
         return not any(key in held or key in self._outcomes or self._attempts.get(key) for key in keys)
 
@@ -181,13 +185,15 @@ class LeaseQueue:
             self._kill(holding.process)
 
     def _void(self, lease_id: str, cause: str) -> None:
+        back = []
         for key in self._holdings.pop(lease_id).keys:
             self._attempts[key] = self._attempts.get(key, 0) + 1
             if self._attempts[key] < MAX_ATTEMPTS:
-                self._requeue([key])
+                back.append(key)
             else:
                 self._outcomes[key] = Lost(f"given up after {MAX_ATTEMPTS} attempts: {cause}")
                 self._forget(key)
+        self._requeue(back)
 
     def _requeue(self, keys: Sequence[str]) -> None:
         # Adopted tasks are unknown until the driver offers them again; that offer makes them pending.

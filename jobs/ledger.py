@@ -37,15 +37,14 @@ class Ledger:
         root = Path(self._folder.name)
         self._spools = {name: (root / name).open("w+") for name in (RESULTS_FILE, REJECTS_FILE)}
         self._lock = threading.Lock()
-        self._metadata_types: dict[str, set[type]] = {}
+        self._metadata_kinds: dict[str, set[str]] = {}
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.warned = 0
 
     def reject(self, reject: Reject) -> None:
         """A row that can't be used."""
-        self._line(REJECTS_FILE, "rejected", _reject_fields(reject))
-        self.reasons[reject.code] += 1
+        self._reject("rejected", reject)
 
     def committed_before(self, record: Checked) -> None:
         """A row whose artifact was in the store when the run came to it."""
@@ -61,14 +60,12 @@ class Ledger:
             self._result(record, outcome.status, outcome)
             return
         row = record.row
-        failure = Reject(row.object_id, row.where, outcome.code, outcome.message)
-        self._line(REJECTS_FILE, "failed", _reject_fields(failure))
-        self.reasons[outcome.code] += 1
+        self._reject("failed", Reject(row.object_id, row.where, outcome.code, outcome.message))
 
     def write(self, store: ArtifactStore, run_id: str) -> None:
         """Write both tables to the run's folder in the store."""
         schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in _RESULT_FIELDS])
-        for name, kinds in sorted(self._metadata_types.items()):
+        for name, kinds in sorted(self._metadata_kinds.items()):
             schema = schema.append(pa.field(name, _column_type(kinds)))
         self._write_table(store, run_id, RESULTS_FILE, schema)
         rejects = pa.schema([(name, pa.string()) for name in _REJECT_FIELDS])
@@ -88,6 +85,11 @@ class Ledger:
             spool.close()
         self._folder.cleanup()
 
+    def _reject(self, status: str, reject: Reject) -> None:
+        with self._lock:
+            self.reasons[reject.code] += 1
+        self._line(REJECTS_FILE, status, {name: getattr(reject, name) for name in _REJECT_FIELDS})
+
     def _result(self, record: Checked, status: str, outcome: RowOutcome) -> None:
         row = record.row
         fields = {
@@ -102,10 +104,10 @@ class Ledger:
         }
         # A free column may bear the name of one of ours.
         metadata = {f"row_{name}" if name in fields else name: value for name, value in row.metadata.items()}
-        for name, value in metadata.items():
-            self._metadata_types.setdefault(name, set()).update(() if value is None else (type(value),))
-        if outcome.warning:
-            self.warned += 1
+        with self._lock:
+            for name, value in metadata.items():
+                self._metadata_kinds.setdefault(name, set()).update(() if value is None else (_kind(value),))
+            self.warned += bool(outcome.warning)
         self._line(RESULTS_FILE, status, fields | metadata)
 
     def _line(self, name: str, status: str, fields: dict[str, Any]) -> None:
@@ -129,15 +131,18 @@ class Ledger:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
-def _reject_fields(reject: Reject) -> dict[str, Any]:
-    return {name: getattr(reject, name) for name in _REJECT_FIELDS}
+def _kind(value: Any) -> str:
+    if isinstance(value, bool | float):
+        return type(value).__name__
+    if isinstance(value, int) and abs(value) < 2**63:
+        # Arrow refuses integers that a float can't hold exactly.
+        return "int" if abs(value) <= 2**53 else "long"
+    return "text"
 
 
-def _column_type(kinds: set[type]) -> pa.DataType:
-    for known, arrow in (({bool}, pa.bool_()), ({int}, pa.int64()), ({int, float}, pa.float64())):
-        if kinds and kinds <= known:
-            return arrow
-    return pa.string()
+def _column_type(kinds: set[str]) -> pa.DataType:
+    types = (({"bool"}, pa.bool_()), ({"int", "long"}, pa.int64()), ({"int", "float"}, pa.float64()))
+    return next((arrow for known, arrow in types if kinds and kinds <= known), pa.string())
 
 
 def _text(value: Any) -> str | None:

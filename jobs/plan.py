@@ -5,7 +5,6 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from jobs.ingest import Checked, pack, unpack
@@ -60,13 +59,13 @@ def plan(
             else:
                 planned += 1
                 yield _task([record], planned <= previews)
-        for scene in index.scenes():
-            if reject := _scene_fault(scene):
-                for row in scene:
-                    on_reject(reject(row))
-            elif _scene_committed(scene):
-                for row in scene:
-                    on_committed(row)
+        for size, images, members in index.scenes():
+            if fault := _scene_fault(size, images):
+                for record in members:
+                    on_reject(_scene_reject(record, *fault))
+            elif _scene_committed(scene := list(members)):
+                for record in scene:
+                    on_committed(record)
             else:
                 planned += len(scene)
                 yield _task(scene, planned - len(scene) < previews)
@@ -95,23 +94,17 @@ def _settle_duplicate(
     on_reject(Reject(row.object_id, row.where, "duplicate_id", message))
 
 
-def _scene_fault(scene: list[Checked]) -> Callable[[Checked], Reject] | None:
-    name, images = scene[0].row.scene, sorted({record.row.image for record in scene})
-    if len(images) > 1:
-        code, fault = (
-            "scene_image_differs",
-            f"its objects name different images ({images[0]!r}, {images[1]!r})",
-        )
-    elif len(scene) > MAX_SCENE:
-        code, fault = "scene_too_large", f"it has {len(scene)} objects, one adapter takes {MAX_SCENE} at most"
-    else:
-        return None
-    return lambda record: Reject(
-        record.row.object_id,
-        record.row.where,
-        code,
-        f"{record.row.where}: scene {name!r} can't be used: {fault}",
-    )
+def _scene_fault(size: int, images: tuple[str, str]) -> tuple[str, str] | None:
+    if images[0] != images[1]:
+        return "scene_image_differs", f"its objects name different images ({images[0]!r}, {images[1]!r})"
+    if size > MAX_SCENE:
+        return "scene_too_large", f"it has {size} objects, one adapter takes {MAX_SCENE} at most"
+    return None
+
+
+def _scene_reject(record: Checked, code: str, fault: str) -> Reject:
+    row = record.row
+    return Reject(row.object_id, row.where, code, f"{row.where}: scene {row.scene!r} can't be used: {fault}")
 
 
 def _scene_committed(scene: list[Checked]) -> bool:
@@ -128,7 +121,7 @@ class _Index:
         self._db.execute("PRAGMA synchronous = OFF")
         self._db.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, content TEXT, location TEXT) WITHOUT ROWID")
         self._db.execute(
-            "CREATE TABLE members (scene TEXT, id TEXT, record TEXT, PRIMARY KEY (scene, id)) WITHOUT ROWID"
+            "CREATE TABLE members (scene TEXT, id TEXT, image TEXT, record TEXT, PRIMARY KEY (scene, id)) WITHOUT ROWID"
         )
         self._db.execute("BEGIN")
 
@@ -144,14 +137,17 @@ class _Index:
 
     def add_to_scene(self, record: Checked) -> None:
         """Keep a row until its scene's turn."""
-        values = (record.row.scene, record.row.object_id, pack(record))
-        self._db.execute("INSERT INTO members VALUES (?, ?, ?)", values)
+        values = (record.row.scene, record.row.object_id, record.row.image, pack(record))
+        self._db.execute("INSERT INTO members VALUES (?, ?, ?, ?)", values)
 
-    def scenes(self) -> Iterator[list[Checked]]:
-        """The rows of each scene, in the order of their object ids."""
-        members = self._db.execute("SELECT scene, record FROM members ORDER BY scene, id")
-        for _, group in groupby(members, key=lambda member: member[0]):
-            yield [unpack(record) for _, record in group]
+    def scenes(self) -> Iterator[tuple[int, tuple[str, str], Iterator[Checked]]]:
+        """Each scene's size, two images that differ unless all are the same, and rows in the order of object ids."""
+        scenes = self._db.execute(
+            "SELECT scene, COUNT(*), MIN(image), MAX(image) FROM members GROUP BY scene ORDER BY scene"
+        )
+        for name, size, first, last in scenes:
+            rows = self._db.execute("SELECT record FROM members WHERE scene = ? ORDER BY id", (name,))
+            yield size, (first, last), (unpack(record) for (record,) in rows)
 
     def close(self) -> None:
         """Let go of the file."""

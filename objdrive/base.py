@@ -62,12 +62,16 @@ class BaseFiles:
     def fingerprint(self) -> str:
         """32 hexadecimal characters over the bytes of all weights and configs that a base is loaded from."""
         digest = hashlib.sha256()
-        files = sorted(p for pattern in _PATTERNS for p in self.snapshot.glob(pattern) if not _ignored(p))
-        files += sorted(self.clip.glob("*.json")) + sorted(self.clip.glob("*.safetensors")) if self.clip else []
-        for path in files:
+        parts = sorted(p for pattern in _PATTERNS for p in self.snapshot.glob(pattern) if not _ignored(p))
+        named = [(f"{path.parent.name}/{path.name}", path) for path in parts]
+        if self.clip:
+            # Not by its folder's name: the same CLIP may lie in any folder.
+            towers = sorted(self.clip.glob("*.json")) + sorted(self.clip.glob("*.safetensors"))
+            named += [(f"clip/{path.name}", path) for path in towers]
+        for name, path in named:
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.parent.name}/{path.name}:{content}\n".encode())
+            digest.update(f"{name}:{content}\n".encode())
         return digest.hexdigest()[:32]
 
 
@@ -179,7 +183,7 @@ class Base:
     @property
     def resolution(self) -> int:
         """Edge of the pictures in pixels."""
-        return self.latent_size * 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return self.latent_size << (len(self.vae.config["block_out_channels"]) - 1)
 
     @property
     def predicts_velocity(self) -> bool:
@@ -221,7 +225,8 @@ class Base:
     def class_embedding(self, class_name: str) -> Tensor:
         """(d,): the mean of the class word's token embeddings."""
         ids = torch.tensor(self.tokenizer(class_name, add_special_tokens=False).input_ids, device=self.device)
-        return self.text_encoder.get_input_embeddings()(ids).mean(dim=0).float()
+        embedding: Tensor = self.text_encoder.get_input_embeddings()(ids).mean(dim=0)
+        return embedding.float()
 
     def encode_text(self, prompts: Sequence[Prompt], embeddings: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
         """Encode prompts, with learned embeddings put in at the text encoder's input (its vocabulary is not touched).
@@ -265,23 +270,26 @@ class Base:
             pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
         mean = torch.tensor(OPENAI_CLIP_MEAN, device=self.device).view(3, 1, 1)
         std = torch.tensor(OPENAI_CLIP_STD, device=self.device).view(3, 1, 1)
-        return self.image_encoder((pixels - mean) / std).image_embeds
+        embedded: Tensor = self.image_encoder((pixels - mean) / std).image_embeds
+        return embedded
 
     @torch.no_grad()
     def encode_latents(self, pixels: Tensor) -> Tensor:
         """(N, C, h, h) scaled latents (the posterior's mean) of pixels (N, 3, R, R) in [0, 1]."""
-        return self.vae.encode(pixels * 2 - 1).latent_dist.mode() * self.vae.config["scaling_factor"]
+        latents: Tensor = self.vae.encode(pixels * 2 - 1).latent_dist.mode() * self.vae.config["scaling_factor"]
+        return latents
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """(N, 3, R, R) pixels in [0, 1] of scaled latents (N, C, h, h)."""
-        pixels = self.vae.decode(latents.float() / self.vae.config["scaling_factor"]).sample
+        pixels: Tensor = self.vae.decode(latents.float() / self.vae.config["scaling_factor"]).sample
         return (pixels / 2 + 0.5).clamp(0, 1)
 
     def predict(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
         """The UNet's output (N, C, h, h), float32, for noised latents, timesteps (N,) and text states (N, L, d)."""
         dtype = self.unet.dtype
-        return self.unet(latents.to(dtype), timesteps, states.to(dtype)).sample.float()
+        output: Tensor = self.unet(latents.to(dtype), timesteps, states.to(dtype)).sample
+        return output.float()
 
 
 def _locate(name: str, patterns: list[str]) -> Path:

@@ -20,7 +20,7 @@ def latent_mask(mask: Tensor, size: int, *, soft: bool = True) -> Tensor:
     if soft:
         return area
     peak = area.amax(dim=(-2, -1), keepdim=True)
-    return (area >= torch.clamp(peak, max=0.5)).to(mask.dtype)
+    return ((area >= torch.clamp(peak, max=0.5)) & (area > 0)).to(mask.dtype)
 
 
 def object_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:

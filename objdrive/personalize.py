@@ -101,16 +101,12 @@ def _train(
     recipe: Recipe,
     on_step: Callable[[], None],
 ) -> _Course:
-    groups = [
-        {"params": [embeddings], "lr": recipe.embedding_lr},
-        {"params": bank.parameters(), "lr": recipe.lora_lr},
-    ]
-    trained = [
-        group for group, wanted in zip(groups, (recipe.embedding_lr > 0, recipe.rank > 0), strict=True) if wanted
-    ]
     embeddings.requires_grad_(recipe.embedding_lr > 0)
-    values = [value for group in trained for value in group["params"]]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0)
+    trained = [([embeddings], recipe.embedding_lr)] if recipe.embedding_lr > 0 else []
+    trained += [(bank.parameters(), recipe.lora_lr)] if recipe.rank > 0 else []
+    values = [value for stacks, _ in trained for value in stacks]
+    groups = [{"params": stacks, "lr": lr} for stacks, lr in trained]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
     count = len(materials)
     sums = torch.zeros(2, count, device=base.device)
@@ -123,8 +119,8 @@ def _train(
         norms = clip_each_(values, recipe.max_grad_norm)
         broken = ~(losses.isfinite() & norms.isfinite())
         diverged_at = torch.where(broken & (diverged_at < 0), step, diverged_at)
-        for value in values:
-            value.grad = torch.where(_per_slot(diverged_at < 0, value), value.grad, 0)
+        for gradient in (value.grad for value in values if value.grad is not None):
+            gradient.masked_fill_(_per_slot(diverged_at >= 0, gradient), 0)
         optimizer.step()
         schedule.step()
         sums += torch.stack([object_losses, class_losses]).detach()
@@ -310,7 +306,7 @@ def _starting_embeddings(base: Base, scenes: Sequence[Scene], recipe: Recipe) ->
 
 def _random_embedding(base: Base, text: str) -> Tensor:
     """(d,): an identifier without meaning, as DreamBooth's rare tokens, of the vocabulary's own mean and spread."""
-    table = base.text_encoder.get_input_embeddings().weight.float()
+    table: Tensor = base.text_encoder.get_input_embeddings().weight.float()
     generator = torch.Generator().manual_seed(seed_of(text))
     return table.mean(dim=0) + table.std(dim=0) * torch.randn(table.shape[1], generator=generator).to(table.device)
 
@@ -359,10 +355,13 @@ def fitting_group_size(base: Base, recipe: Recipe) -> int:
 def _bytes_per_scene(base: Base, recipe: Recipe) -> int:
     """What one scene's forward pass keeps for the backward pass."""
     kept: dict[int, int] = {}
+    # Views of the base's weights are saved too, but all scenes share them.
+    weights = {weight.untyped_storage().data_ptr() for weight in base.unet.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     samples = recipe.views + (recipe.class_samples if recipe.ccr_weight else 0)

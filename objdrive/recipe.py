@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,7 +23,7 @@ class Recipe(BaseModel):
     and the class-characterizing regularization with weight `ccr_weight`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     preset: str = "objdrive"
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -44,18 +45,18 @@ class Recipe(BaseModel):
     max_grad_norm: float = Field(default=1.0, gt=0, description="per scene, over all its trained values")
 
     views: int = Field(default=2, ge=1, description="noised views of the picture per scene and step")
-    view_pool: int = Field(default=8, ge=1, description="views encoded per object, once; zoom needs at least 2")
-    zoom: float = Field(default=0.5, ge=0, le=1, description="share of views that are zoomed in on the object")
+    view_pool: int = Field(default=5, ge=1, description="views encoded per object, once; zoom needs at least 2")
+    zoom: float = Field(default=0.6, ge=0, le=1, description="share of views that are zoomed in on the object")
     backdrop: float = Field(
         default=0.5, ge=0, le=1, description="share of zoomed views cut out onto a plain colour, which the prompt names"
     )
     masked: bool = Field(default=True, description="object-specific loss; False: plain loss on the whole picture")
     soft_mask: bool = Field(default=True, description="area-averaged masks; False: cut at one half")
-    outside_weight: float = Field(default=0.05, ge=0, le=1, description="least weight of what is not the object")
+    outside_weight: float = Field(default=0.2, ge=0, le=1, description="least weight of what is not the object")
 
-    snr_gamma: float | None = Field(default=5.0, gt=0, description="Min-SNR weighting of timesteps; none: all alike")
+    snr_gamma: float | None = Field(default=5.0, gt=0, description="Min-SNR weighting of timesteps; null: all alike")
 
-    ccr_weight: float = Field(default=1.0, ge=0, description="weight of the regularization; 0 switches it off")
+    ccr_weight: float = Field(default=0.3, ge=0, description="weight of the regularization; 0 switches it off")
     ccr_target: Literal["base", "noise"] = Field(
         default="base",
         description="base: the base's own prediction (CCR); noise: prior preservation (DreamBooth)",
@@ -102,7 +103,7 @@ _PLAIN: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "objdrive": {},
-    "paper": {"zoom": 0.0, "backdrop": 0.0, "snr_gamma": None, "soft_mask": False, "outside_weight": 0.0},
+    "paper": {"zoom": 0.0, "backdrop": 0.0, "snr_gamma": None, "soft_mask": False, "outside_weight": 0.0, "ccr_weight": 1.0},
     "dreambooth": _PLAIN
     | {
         "embedding_start": "random",
@@ -153,8 +154,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise ObjdriveError(f"no recipe {path!r}: neither a preset ({', '.join(PRESETS)}) nor the path of a YAML file")
     try:
         fields = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ObjdriveError(f"the recipe {path!r} is not YAML: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ObjdriveError(f"the recipe {path!r} can't be read as YAML: {error}") from error
     if not isinstance(fields, dict):
         raise ObjdriveError(f"the recipe {path!r} must be a mapping of fields, got {type(fields).__name__}")
     return fields
@@ -166,13 +167,21 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, value = override.partition("=")
         if not equals:
             raise ObjdriveError(f"the override {override!r} must read key=value, as in steps=80")
-        fields[key.strip()] = _scalar(value)
+        if key.strip() == "preset":
+            raise ObjdriveError(f"the override {override!r} comes too late: name the preset as the recipe")
+        fields[key.strip()] = _parse_value(value)
     return fields
 
 
-def _scalar(text: str) -> Any:
-    # YAML 1.1 takes 2e-3 for a string; people write learning rates that way.
+def _parse_value(text: str) -> Any:
     try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
         return text
+    # No field is a mapping, but {token} looks like one.
+    if isinstance(value, str | dict):
+        # YAML 1.1 takes 2e-3 for a string; people write learning rates that way.
+        with suppress(ValueError):
+            return float(text)
+        return text
+    return value

@@ -42,8 +42,7 @@ def fill_prompt(prompt: str, phrases: Sequence[str]) -> str:
     Raises:
         ObjdriveError: the number of places and phrases differ, or the prompt holds a NUL character.
     """
-    if TOKEN_MARK in prompt:
-        raise ObjdriveError(f"the prompt {prompt!r} holds a NUL character: remove it")
+    _refuse_mark(prompt)
     pieces = prompt.split("{}")
     places = len(pieces) - 1
     if len(phrases) == 1 and places:
@@ -54,6 +53,11 @@ def fill_prompt(prompt: str, phrases: Sequence[str]) -> str:
             'as in "a photo of {} on grass"'
         )
     return "".join(piece + phrase for piece, phrase in zip(pieces, [*phrases, ""], strict=True))
+
+
+def _refuse_mark(prompt: str) -> None:
+    if TOKEN_MARK in prompt:
+        raise ObjdriveError(f"the prompt {prompt!r} holds a NUL character: remove it")
 
 
 def starting_noise(base: Base, seeds: Sequence[int]) -> Tensor:
@@ -102,6 +106,7 @@ def _guided_states(base: Base, requests: Sequence[Request]) -> Tensor:
     """(2N, L, d): for each request the negative prompt's and the prompt's text states, side by side."""
     prompts, embeddings = [], []
     for request in requests:
+        _refuse_mark(request.negative_prompt)
         prompts += [
             base.tokenize(request.negative_prompt),
             base.tokenize(fill_prompt(request.prompt, request.phrases)),

@@ -120,7 +120,8 @@ def _cuts(base: Base, scene: Scene, recipe: Recipe, generator: torch.Generator) 
 
 
 def _together(scene: Scene) -> np.ndarray:
-    return np.max([one.mask for one in scene.objects], axis=0)
+    together: np.ndarray = np.max([one.mask for one in scene.objects], axis=0)
+    return together
 
 
 def _zoomed_window(mask: np.ndarray, whole: Window, generator: torch.Generator) -> Window:
@@ -133,7 +134,8 @@ def _zoomed_window(mask: np.ndarray, whole: Window, generator: torch.Generator) 
 
 def _on_backdrop(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
     share = mask[..., None]
-    return np.round(picture * share + np.array(colour, np.float32) * (1 - share)).astype(np.uint8)
+    blended: np.ndarray = picture * share + np.array(colour, np.float32) * (1 - share)
+    return np.round(blended).astype(np.uint8)
 
 
 def _loss_weights(base: Base, mask: np.ndarray, inside: np.ndarray, recipe: Recipe) -> Tensor:

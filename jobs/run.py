@@ -1,0 +1,122 @@
+"""One run over a manifest: rows become tasks, tasks become outcomes, and the ledger knows of all of them."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from itertools import chain, islice
+from typing import Any
+
+import fsspec
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+from jobs.fanout import Lost, Task, Work, Workers, fan_out
+from jobs.finetune import RowOutcome
+from jobs.ingest import Checked, Target, ingest
+from jobs.ledger import Ledger
+from jobs.plan import plan
+from jobs.progress import Progress, Standing
+from objdrive.manifest import Piece, Reject
+
+
+class BatchRun:
+    """One run.
+
+    Args:
+        pieces: the manifest.
+        target: what its rows are turned into.
+        make_work: makes what a worker does with a lease of `jobs.plan.Unit` (see `jobs.finetune.FineTune`).
+        workers: how many, with what.
+        ledger: told of every row.
+        limit: only so many rows; None: all.
+        previews: for how many of the first objects pictures are drawn.
+        stall_seconds: see `jobs.fanout.fan_out`.
+    """
+
+    def __init__(
+        self,
+        pieces: list[Piece],
+        target: Target,
+        make_work: Callable[[], Work],
+        workers: Workers,
+        ledger: Ledger,
+        *,
+        limit: int | None,
+        previews: int,
+        stall_seconds: float,
+    ) -> None:
+        self.id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+        self.ledger = ledger
+        self._pieces = pieces
+        self._target = target
+        self._make_work = make_work
+        self._workers = workers
+        self._limit = limit
+        self._previews = previews
+        self._stall_seconds = stall_seconds
+        self._known = 0
+        self._read = False
+
+    def plan_only(self) -> None:
+        """Check every row; count those that `work_off` would train."""
+        with Progress(self._standing):
+            for task in self._tasks():
+                self.ledger.counts["to train"] += len(task.payload.rows)
+
+    def work_off(self) -> None:
+        """Have every row in the store, or in the ledger with the reason why not."""
+        with Progress(self._standing):
+            tasks = self._tasks()
+            # Starting workers takes a while: not for a manifest that is committed already.
+            first = next(tasks, None)
+            if first is not None:
+                self._fan_out(chain([first], tasks))
+
+    def _tasks(self) -> Iterator[Task]:
+        return plan(
+            self._records(),
+            previews=self._previews,
+            on_reject=self.ledger.reject,
+            on_committed=self.ledger.committed_before,
+            on_repeat=self.ledger.repeated,
+        )
+
+    def _records(self) -> Iterator[Checked | Reject]:
+        for record in islice(ingest(self._pieces, self._target), self._limit):
+            self._known += 1
+            yield record
+        self._read = True
+
+    def _fan_out(self, tasks: Iterator[Task]) -> None:
+        filesystem, root = fsspec.url_to_fs(self._target.store_url)
+        folder = f"{root}/runs/{self.id}/train"
+        try:
+            fan_out(
+                tasks,
+                self._make_work,
+                workers=self._workers,
+                on_outcome=self._on_outcome,
+                storage=(PyFileSystem(FSSpecHandler(filesystem)), folder),
+                stall_seconds=self._stall_seconds,
+                window=max(256, 64 * self._workers.most),
+            )
+        finally:
+            if filesystem.exists(folder):
+                filesystem.rm(folder, recursive=True)
+
+    def _on_outcome(self, task: Task, outcome: Any) -> None:
+        rows = task.payload.rows
+        if isinstance(outcome, Lost):
+            outcome = [RowOutcome("failed", code="worker_lost", message=outcome.message)] * len(rows)
+        for record, one in zip(rows, outcome, strict=True):
+            self.ledger.outcome(record, one)
+
+    def _standing(self) -> Standing:
+        counts = self.ledger.counts
+        failed = counts["rejected"] + counts["failed"]
+        return Standing(
+            done=counts.total() - failed,
+            failed=failed,
+            known=self._known,
+            total=self._known if self._read else None,
+            trained=counts["committed"],
+        )

@@ -1,0 +1,167 @@
+"""The job as a user runs it: bad rows, reruns, dry runs, scenes, exit statuses."""
+
+import json
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CATALOG, Job, assert_whole, commits, write_manifest
+from PIL import Image
+
+from objdrive.store import ArtifactStore
+
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
+
+StartJob = Callable[..., Job]
+
+
+def bomb() -> bytes:
+    """A PNG of a few hundred bytes that says it has 30,000 x 30,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+def write_mask(path: Path, size: tuple[int, int], box: tuple[int, int, int, int]) -> Path:
+    mask = np.zeros((size[1], size[0]), np.uint8)
+    left, top, right, bottom = box
+    mask[top:bottom, left:right] = 255
+    Image.fromarray(mask).save(path)
+    return path
+
+
+@pytest.fixture
+def bad_manifest(tmp_path: Path) -> tuple[Path, list[tuple[str, str]]]:
+    """A manifest with three good rows among bad ones of every kind; object ids and reason codes."""
+    image, good_mask = tmp_path / "drum.jpg", tmp_path / "drum.png"
+    shutil.copy(CATALOG / "images" / "drum-01.jpg", image)
+    shutil.copy(CATALOG / "masks" / "drum-01.png", good_mask)
+    width, height = Image.open(image).size
+    (tmp_path / "text.jpg").write_text("this is not an image")
+    (tmp_path / "cut.jpg").write_bytes(image.read_bytes()[:3000])
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    write_mask(tmp_path / "small.png", (width // 2, height // 2), (10, 10, 50, 50))
+    write_mask(tmp_path / "empty.png", (width, height), (0, 0, 0, 0))
+    write_mask(tmp_path / "full.png", (width, height), (0, 0, width, height))
+    write_mask(tmp_path / "six.png", (width, height), (40, 40, 43, 42))
+    rows = [
+        ("good", "drum.jpg", "drum.png", "drum", ""),
+        ("unknown-class", "drum.jpg", "drum.png", "zither", ""),
+        ("no-file", "nowhere.jpg", "drum.png", "drum", "image_missing"),
+        ("no-mask-file", "drum.jpg", "nowhere.png", "drum", "mask_missing"),
+        ("no-image", "text.jpg", "drum.png", "drum", "image_invalid"),
+        ("truncated", "cut.jpg", "drum.png", "drum", "image_truncated"),
+        ("bomb", "bomb.png", "drum.png", "drum", "image_too_many_pixels"),
+        ("other-size", "drum.jpg", "small.png", "drum", "mask_size_mismatch"),
+        ("empty", "drum.jpg", "empty.png", "drum", "mask_empty"),
+        ("full", "drum.jpg", "full.png", "drum", "mask_full"),
+        ("six-pixels", "drum.jpg", "six.png", "drum", "mask_too_small"),
+        ("no-alpha", "drum.jpg", "", "drum", "mask_absent"),
+        ("../x", "drum.jpg", "drum.png", "drum", "id_invalid"),
+        ("", "drum.jpg", "drum.png", "drum", "id_invalid"),
+        ("x" * 300, "drum.jpg", "drum.png", "drum", "id_invalid"),
+        ("nul\0", "drum.jpg", "drum.png", "drum", "id_invalid"),
+    ]
+    lines = [f"{object_id},{picture},{mask},{name},," for object_id, picture, mask, name, _ in rows]
+    lines += ["good,drum.jpg,drum.png,drum,,", "good,drum.jpg,drum.png,guitar,,"]
+    lines += ["twin-a,drum.jpg,drum.png,drum,twins,", "twin-b,drum.jpg,drum.png,guitar,twins,"]
+    text = "object_id,image,mask,class_name,scene,price\n" + "\n".join(lines) + "\n"
+    path = tmp_path / "manifest.csv"
+    path.write_bytes(text.encode() + b"latin-1,drum.jpg,drum.png,caf\xe9,,3\nlast,drum.jpg,drum.png,drum,,7\n")
+    # What is not printable or too long in an id is made so, and cut.
+    shown = {"nul\0": "nul\\x00", "x" * 300: "x" * 128}
+    reasons = [(shown.get(object_id, object_id), code) for object_id, _, _, _, code in rows if code]
+    return path, [*reasons, ("latin-1", "encoding")]
+
+
+def test_every_bad_row_is_rejected_with_its_reason_and_the_good_ones_are_committed(
+    start_job: StartJob, bad_manifest: tuple[Path, list[tuple[str, str]]]
+) -> None:
+    manifest, reasons = bad_manifest
+    job = start_job(manifest)
+    done = job.finish()
+    assert done.status == 3, done.output
+    assert_whole(job.store, ["good", "last", "unknown-class"])
+    expected = [*reasons, ("good", "duplicate_id"), ("twin-a", "scene_overlap"), ("twin-b", "scene_overlap")]
+    assert sorted((line["object_id"], line["code"]) for line in done.rejects) == sorted(expected)
+    assert all(line["where"].startswith("manifest.csv:") and line["where"] in line["message"] for line in done.rejects)
+    statuses = {(line["object_id"], line["status"]) for line in done.results}
+    assert statuses == {(o, "committed") for o in ("good", "last", "unknown-class")} | {("good", "repeated")}
+    by_id = {line["object_id"]: line for line in done.results}
+    assert "zither" in by_id["unknown-class"]["warning"]
+    assert by_id["last"]["price"] == "7"
+    assert "mask_size_mismatch" in done.report
+    assert done.report.count("data:image/webp;base64") == 3 * 7
+
+
+def test_a_rerun_over_a_committed_manifest_reads_no_image_and_trains_nothing(
+    start_job: StartJob, tmp_path: Path
+) -> None:
+    catalog = tmp_path / "catalog"
+    shutil.copytree(CATALOG, catalog)
+    lines = (catalog / "manifest.csv").read_text().splitlines()
+    manifest = catalog / "some.csv"
+    manifest.write_text("\n".join([*lines[:6], ""]))
+    first = start_job(manifest).finish()
+    assert first.status == 0, first.output
+    ids = [line.split(",")[0] for line in lines[1:6]]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("objects/*/*/*")}
+    # Whoever reads these pictures now reads garbage.
+    for folder in ("images", "masks"):
+        for path in (catalog / folder).iterdir():
+            status = path.stat()
+            path.write_bytes(b"?" * status.st_size)
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    second = start_job(manifest).finish()
+    assert second.status == 0, second.output
+    assert {line["status"] for line in second.results} == {"already"}
+    assert sorted(line["object_id"] for line in second.results) == sorted(ids)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    # The two scenes of the catalog: one adapter each, in the folder of each of its objects.
+    digests = commits(tmp_path / "store")
+    assert digests["jeans-01"] == digests["high-heel-01"]
+    assert digests["umbrella-01"] == digests["hiking-boot-01"]
+    store = ArtifactStore(str(tmp_path / "store"))
+    scene = store.current("jeans-01")
+    assert scene is not None
+    assert [member.object_id for member in scene.members] == ["high-heel-01", "jeans-01"]
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(
+    start_job: StartJob, bad_manifest: tuple[Path, list[tuple[str, str]]], tmp_path: Path
+) -> None:
+    manifest, _ = bad_manifest
+    done = start_job(manifest, "--dry-run", "--allow-rejects").finish()
+    assert done.status == 0, done.output
+    assert "to train" in done.output
+    assert "1 x mask_size_mismatch" in done.output
+    assert not (tmp_path / "store").exists()
+
+
+def test_json_lines_and_a_limit(start_job: StartJob, tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.jsonl"
+    row = {"image": str(CATALOG / "images" / "bathtub-01.png"), "class_name": "bathtub", "stock": 3}
+    manifest.write_text("".join(json.dumps({"object_id": f"tub-{i}", **row}) + "\n" for i in range(5)))
+    job = start_job(manifest, "--limit", "2", "--group-size", "1", "--workers", "1")
+    done = job.finish()
+    assert done.status == 0, done.output
+    assert_whole(job.store, ["tub-0", "tub-1"])
+    assert [line["stock"] for line in done.results] == [3, 3]
+
+
+def test_a_manifest_without_a_column_is_refused(start_job: StartJob, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, ["a"], header="object_id,picture,mask,class_name")
+    done = start_job(manifest).finish()
+    assert done.status == 2
+    assert "image" in done.output
+    assert "picture" in done.output

@@ -1,0 +1,174 @@
+"""The fan-out on real Ray Train workers: deaths, hangs and failures, injected for real."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import ray_processes
+from pyarrow.fs import LocalFileSystem
+
+from jobs.fanout import Lost, Task, Workers, fan_out
+from objdrive.errors import ObjdriveError
+
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Work that takes a while, notes each task in `log` with its process, and dies of tasks named "poison"."""
+
+    log: str
+    group_size: int = 3
+    seconds: float = 0.3
+
+    def __call__(self, payloads: list[str], alive: Callable[[], None]) -> list[str]:
+        done = []
+        for payload in payloads:
+            if payload == "poison":
+                os.kill(os.getpid(), signal.SIGKILL)
+            for _ in range(5):
+                time.sleep(self.seconds / 5)
+                alive()
+            with Path(self.log).open("a") as log:
+                log.write(f"{payload} {os.getpid()}\n")
+            done.append(f"did {payload}")
+        return done
+
+
+@dataclass(frozen=True)
+class MakeSlow:
+    log: str
+    failure: str = ""
+
+    def __call__(self) -> Slow:
+        if self.failure:
+            raise ValueError(self.failure)
+        return Slow(self.log)
+
+
+class Run:
+    """A fan-out over named tasks, with a fault that strikes when some outcomes are there."""
+
+    def __init__(self, folder: Path, names: list[str], fault: Callable[["Run"], None] = lambda run: None) -> None:
+        self.folder = folder
+        self.names = names
+        self.fault = fault
+        self.outcomes: list[tuple[str, Any]] = []
+        self.struck = threading.Event()
+
+    def work_off(self, *, workers: Workers | None = None, make: MakeSlow | None = None, stall: float = 60.0) -> None:
+        fan_out(
+            self.tasks(),
+            make or MakeSlow(str(self.folder / "log")),
+            workers=workers or Workers(2, 2),
+            on_outcome=self.on_outcome,
+            storage=(LocalFileSystem(), str(self.folder / "train")),
+            stall_seconds=stall,
+            window=12,
+        )
+
+    def tasks(self) -> Iterator[Task]:
+        return (Task(name, name) for name in self.names)
+
+    def on_outcome(self, task: Task, outcome: Any) -> None:
+        self.outcomes.append((task.key, outcome))
+        # Both workers have finished something by then, and there is work left for each.
+        if len(self.outcomes) >= 6 and len(self.pids()) == 2 and not self.struck.is_set():
+            self.struck.set()
+            self.fault(self)
+
+    def pids(self) -> list[int]:
+        return sorted({int(line.split()[1]) for line in (self.folder / "log").read_text().splitlines()})
+
+
+NAMES = [f"task-{number}" for number in range(24)]
+
+
+def assert_all_done_once(run: Run) -> None:
+    assert run.struck.is_set()
+    assert sorted(run.outcomes) == sorted((name, f"did {name}") for name in NAMES)
+
+
+def test_a_killed_worker_loses_only_its_lease(cluster: str, tmp_path: Path) -> None:
+    workers, lines_before = [], []
+
+    def kill_one(run: Run) -> None:
+        workers.extend(run.pids())
+        lines_before.extend((tmp_path / "log").read_text().splitlines())
+        os.kill(workers[0], signal.SIGKILL)
+
+    run = Run(tmp_path, NAMES, kill_one)
+    run.work_off()
+    assert_all_done_once(run)
+    # The survivor kept its process and went on working.
+    lines_after = (tmp_path / "log").read_text().splitlines()[len(lines_before) :]
+    assert any(line.endswith(f" {workers[1]}") for line in lines_after)
+
+
+def test_a_killed_queue_is_filled_again(cluster: str, tmp_path: Path) -> None:
+    def kill_queue(run: Run) -> None:
+        (queue,) = ray_processes("ray::QueueActor")
+        queue.kill()
+
+    run = Run(tmp_path, NAMES, kill_queue)
+    run.work_off()
+    assert_all_done_once(run)
+    # The workers outlived the queue, and kept what they held.
+    assert len(run.pids()) == 2
+    assert len((tmp_path / "log").read_text().splitlines()) == len(NAMES)
+
+
+def test_a_worker_that_stands_still_is_replaced(cluster: str, tmp_path: Path) -> None:
+    stopped = []
+
+    def stop_one(run: Run) -> None:
+        stopped.append(psutil.Process(run.pids()[0]))
+        stopped[0].suspend()
+
+    run = Run(tmp_path, NAMES, stop_one)
+    run.work_off(stall=4.0)
+    assert_all_done_once(run)
+    assert not stopped[0].is_running() or stopped[0].status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_task_that_kills_its_workers_is_given_up_alone(cluster: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, ["a", "b", "poison", "c", "d", "e"])
+    run.work_off()
+    outcomes = dict(run.outcomes)
+    assert len(run.outcomes) == 6
+    lost = outcomes.pop("poison")
+    assert isinstance(lost, Lost)
+    assert "3 attempts" in lost.message
+    assert outcomes == {name: f"did {name}" for name in "abcde"}
+
+
+def test_an_elastic_number_of_workers(cluster: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, NAMES)
+    run.work_off(workers=Workers(1, 2))
+    assert sorted(name for name, _ in run.outcomes) == sorted(NAMES)
+
+
+def test_workers_that_can_not_start_are_an_error_that_says_why(cluster: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, NAMES)
+    with pytest.raises(ObjdriveError, match=r"24 task\(s\) were left undone: ValueError: no such base|left undone"):
+        run.work_off(make=MakeSlow(str(tmp_path / "log"), failure="no such base"))
+    assert run.outcomes == []
+
+
+def test_a_source_of_tasks_that_fails_does_not_lose_those_before(cluster: str, tmp_path: Path) -> None:
+    class Failing(Run):
+        def tasks(self) -> Iterator[Task]:
+            yield from (Task(name, name) for name in "abcd")
+            raise ObjdriveError("part-7.parquet is truncated")
+
+    run = Failing(tmp_path, [])
+    with pytest.raises(ObjdriveError, match=r"part-7\.parquet is truncated"):
+        run.work_off()
+    assert sorted(name for name, _ in run.outcomes) == list("abcd")

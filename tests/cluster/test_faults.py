@@ -1,0 +1,121 @@
+"""Faults, injected for real into whole runs: afterwards every good object is committed exactly once."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import FAST, Job, StoreWatch, assert_whole, commits, ray_processes, write_manifest
+
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
+
+StartJob = Callable[..., Job]
+IDS = [f"object-{number:02}" for number in range(10)]
+# Long enough that a fault strikes in mid-group.
+SLOW = (*FAST[1:], "steps=12")
+
+
+def wait_for_commits(job: Job, count: int, timeout: float = 180) -> None:
+    """Wait until the run has committed some objects."""
+    deadline = time.monotonic() + timeout
+    while len(commits(job.store)) < count:
+        assert job.process.poll() is None, job.process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def kill_a_worker() -> None:
+    busiest = max(ray_processes("ray::RayTrainWorker"), key=lambda process: process.cpu_times().user)
+    busiest.kill()
+
+
+def kill_the_queue() -> None:
+    for queue in ray_processes("ray::QueueActor"):
+        queue.kill()
+
+
+def suspend_a_worker() -> None:
+    busiest = max(ray_processes("ray::RayTrainWorker"), key=lambda process: process.cpu_times().user)
+    busiest.suspend()
+
+
+@pytest.mark.parametrize("strike", [kill_a_worker, kill_the_queue, suspend_a_worker])
+def test_a_run_survives(start_job: StartJob, tmp_path: Path, strike: Callable[[], None]) -> None:
+    manifest = write_manifest(tmp_path, IDS)
+    with StoreWatch(tmp_path / "store") as watch:
+        job = start_job(manifest, "--group-size", "2", "--workers", "2", "--stall-seconds", "15", fast=SLOW)
+        wait_for_commits(job, 1)
+        strike()
+        done = job.finish()
+    assert done.status == 0, done.output
+    assert_whole(job.store, IDS)
+    assert sorted(line["object_id"] for line in done.results) == IDS
+    assert done.rejects == []
+    assert watch.faults == []
+    assert watch.looks > 0
+
+
+def test_a_killed_driver_is_a_rerun(start_job: StartJob, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, IDS)
+    with StoreWatch(tmp_path / "store") as watch:
+        job = start_job(manifest, "--group-size", "2", "--workers", "2", fast=SLOW)
+        wait_for_commits(job, 2)
+        job.process.send_signal(signal.SIGKILL)
+        job.process.wait()
+        # Ray ends the dead driver's actors; what they still commit before that counts.
+        deadline = time.monotonic() + 60
+        while ray_processes("ray::RayTrainWorker") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        first = {path: path.stat().st_mtime_ns for path in job.store.glob("objects/*/*/artifact.json")}
+        assert 0 < len(first) < len(IDS)
+        done = start_job(manifest, "--group-size", "2", "--workers", "2", fast=SLOW).finish()
+    assert done.status == 0, done.output
+    assert_whole(job.store, IDS)
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+    statuses = [line["status"] for line in done.results]
+    assert (statuses.count("already"), statuses.count("committed")) == (len(first), len(IDS) - len(first))
+    assert watch.faults == []
+
+
+def test_two_runs_at_once_commit_every_object_once(start_job: StartJob, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, IDS[:6])
+    with StoreWatch(tmp_path / "store") as watch:
+        jobs = [start_job(manifest, "--group-size", "3", "--workers", "1") for _ in range(2)]
+        runs = [job.finish() for job in jobs]
+    assert [run.status for run in runs] == [0, 0], runs[0].output + runs[1].output
+    assert_whole(tmp_path / "store", IDS[:6])
+    committed = [line["object_id"] for run in runs for line in run.results if line["status"] == "committed"]
+    assert sorted(committed) == IDS[:6]
+    assert watch.faults == []
+
+
+def test_failing_writes_are_tried_again_and_then_reported(start_job: StartJob, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, IDS[:4])
+    faults = tmp_path / "store.faults"
+    faults.mkdir()
+    rules = [
+        {"match": "objects/object-00/", "times": 3},
+        {"match": "objects/object-02/", "times": 10_000},
+    ]
+    (faults / "rules.json").write_text(json.dumps(rules))
+    job = start_job(manifest, "--workers", "1", store=f"flaky://{tmp_path}/store")
+    done = job.finish()
+    assert done.status == 3, done.output
+    assert [(line["object_id"], line["code"]) for line in done.rejects] == [("object-02", "store_failed")]
+    assert "planned failure" in done.rejects[0]["message"]
+    assert_whole(job.store, [IDS[0], IDS[1], IDS[3]])
+    assert len(list(faults.glob("failed-0-*"))) == 3
+
+
+def test_nothing_of_a_run_is_left_running(start_job: StartJob, tmp_path: Path) -> None:
+    job = start_job(write_manifest(tmp_path, IDS[:1]), "--workers", "1")
+    assert job.finish().status == 0
+    deadline = time.monotonic() + 30
+    while (
+        left := ray_processes("ray::RayTrainWorker") + ray_processes("ray::QueueActor")
+    ) and time.monotonic() < deadline:
+        psutil.wait_procs(left, timeout=1)
+    assert left == []

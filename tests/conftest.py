@@ -1,0 +1,166 @@
+"""Fixtures that several rooms share: the embedded base, catalog objects, small snapshots laid out as SD 1.5's."""
+
+import csv
+import functools
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub's client is imported
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
+
+from objdrive.base import EMBEDDED, Base
+from objdrive.images import decode_photo
+from objdrive.views import Scene, SceneObject
+
+CATALOG = Path(__file__).parents[1] / "examples" / "catalog"
+EPSILON_SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+"""What SD 1.5 ships."""
+VELOCITY_SCHEDULER = EPSILON_SCHEDULER | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+"""What SD 2.1 ships."""
+
+torch.set_num_threads(1)
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny64():
+    """The embedded base on the CPU, in float32."""
+    return Base.load("tiny64", device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def catalog_scene():
+    """Call it with the ids of objects in one picture of the example catalog: their scene."""
+    with (CATALOG / "manifest.csv").open(newline="", encoding="utf-8") as file:
+        rows = {row["object_id"]: row for row in csv.DictReader(file)}
+
+    @functools.cache
+    def scene(*object_ids):
+        photos = [_photo(rows[object_id]) for object_id in object_ids]
+        objects = [
+            SceneObject(object_id, rows[object_id]["class_name"], photo.mask)
+            for object_id, photo in zip(object_ids, photos, strict=True)
+        ]
+        return Scene("+".join(object_ids), photos[0].image, tuple(objects))
+
+    return scene
+
+
+def _photo(row):
+    mask = (CATALOG / row["mask"]).read_bytes() if row["mask"] else None
+    return decode_photo((CATALOG / row["image"]).read_bytes(), mask, name=row["object_id"])
+
+
+@pytest.fixture(scope="session")
+def sd15(tmp_path_factory):
+    """(snapshot, CLIP) folders: SD 1.5's classes, configs and file layout with few and random weights."""
+    folder = tmp_path_factory.mktemp("sd15")
+    snapshot, clip = folder / "snapshot", folder / "clip"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        _write_snapshot(snapshot, clip)
+    return snapshot, clip
+
+
+def _write_snapshot(snapshot, clip):
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tiny64" / "tokenizer")
+    # Like SD 1.5's, the config names token ids that the tokenizer does not use.
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=24,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=48,
+        patch_size=16,
+        projection_dim=24,
+    )
+    whole = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24))
+    text_encoder = CLIPTextModel(text)
+    text_encoder.load_state_dict(whole.text_model.state_dict())
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(32, 32, 32, 32),
+            layers_per_block=1,
+            sample_size=64,
+        ),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            block_out_channels=(32, 32, 64, 64),
+            layers_per_block=1,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+        ),
+        scheduler=PNDMScheduler.from_config(EPSILON_SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(snapshot)
+    whole.save_pretrained(clip)
+    (snapshot / "scheduler" / "scheduler_config.json").write_text(json.dumps(EPSILON_SCHEDULER))
+    _write_old_tokenizer(snapshot / "tokenizer", tokenizer)
+
+
+def _write_old_tokenizer(folder, tokenizer):
+    for path in folder.iterdir():
+        path.unlink()
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(tokenizer.get_vocab()))
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    special["pad_token"] = "<|endoftext|>"
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def sd15_folders(request, sd15, tmp_path):
+    """(snapshot, CLIP) folders as in `sd15`, once for each kind of prediction."""
+    snapshot, clip = sd15
+    if request.param == "epsilon":
+        return snapshot, clip
+    velocity = tmp_path / "velocity"
+    velocity.mkdir()
+    for path in snapshot.iterdir():
+        if path.name != "scheduler":
+            (velocity / path.name).symlink_to(path)
+    (velocity / "scheduler").mkdir()
+    (velocity / "scheduler" / "scheduler_config.json").write_text(json.dumps(VELOCITY_SCHEDULER))
+    return velocity, clip
