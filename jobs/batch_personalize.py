@@ -12,7 +12,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-
 from jobs.cluster import choose_workers, connect
 from jobs.fanout import Workers
 from jobs.finetune import FineTuneSettings

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import warnings
 
 import ray
 
@@ -17,6 +18,7 @@ def connect() -> None:
     # What these say while all is well is of use to Ray's developers only.
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks", category=UserWarning)
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False, logging_level="ERROR")
         return

@@ -165,7 +165,8 @@ class LeaseQueue:
         # A task that took a worker down is leased alone, so that it can't take its neighbours down again.
         if self._attempts.get(self._pending[0]):
             return (self._pending.popleft(),)
-        fair = math.ceil(len(self._pending) / max(self._workers, len(self._ranks)))
+        left = len(self._pending) + sum(len(holding.keys) for holding in self._holdings.values())
+        fair = math.ceil(left / max(self._workers, len(self._ranks)))
         keys: list[str] = []
         while self._pending and len(keys) < min(size, fair) and not self._attempts.get(self._pending[0]):
             keys.append(self._pending.popleft())

@@ -56,11 +56,11 @@ class Progress:
     def __exit__(self, *exc_info: object) -> None:
         self._closed.set()
         self._thread.join()
-        if self._bar:
+        if self._bar is not None:
             self._bar.close()
 
     def _run(self) -> None:
-        while not self._closed.wait(_TERMINAL_SECONDS if self._bar else _LINES_SECONDS):
+        while not self._closed.wait(_TERMINAL_SECONDS if self._bar is not None else _LINES_SECONDS):
             self._show()
         self._show()
 

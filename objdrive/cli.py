@@ -52,7 +52,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     from objdrive.generate import generate
 
     disable_progress_bar()
-
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ObjdriveError(f"--out {arguments.out} can't be made a folder: {error}") from error
     pictures = generate(
         ArtifactStore(arguments.store),
         arguments.object,
@@ -64,7 +67,6 @@ def _generate(arguments: argparse.Namespace) -> int:
         base=arguments.base,
         clip=arguments.clip,
     )
-    arguments.out.mkdir(parents=True, exist_ok=True)
     for seed, picture in zip(range(arguments.seed, arguments.seed + arguments.n), pictures, strict=True):
         path = arguments.out / f"{arguments.object}-{seed}.png"
         picture.save(path)
@@ -115,8 +117,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     count, problems = 0, 0
     for object_id in arguments.objects or store.object_ids():
         count += 1
-        for problem in store.verify(object_id):
-            problems += 1
+        found = store.verify(object_id)
+        if arguments.objects and not found and not store.digests(object_id):
+            found = [f"{store.url} has no artifact of {object_id!r}: 'objdrive store ls' lists the objects"]
+        problems += len(found)
+        for problem in found:
             print(problem)
     print(f"{count} object(s), {problems} problem(s)")
     return 1 if problems else 0

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from PIL import Image
+from pydantic import ValidationError
 
 from objdrive.artifact import ArtifactMetadata, parse_adapter
 from objdrive.bank import AdapterBank
@@ -39,13 +40,16 @@ def generate(
         clip: see `objdrive.base.find_base`.
 
     Raises:
-        ObjdriveError: no such object, a damaged artifact, another base, or a prompt without ``{}``.
+        ObjdriveError: no such object, a damaged artifact, another base, a prompt without ``{}``, or a number that
+            is out of range.
     """
     if not seeds:
         raise ObjdriveError("asked for no pictures: --n must be at least 1")
+    if any(seed.bit_length() > 63 for seed in seeds):
+        raise ObjdriveError(f"the seeds {seeds[0]} to {seeds[-1]} must fit 63 bits: choose smaller ones")
     metadata, files = store.read(object_id)
     adapter = parse_adapter(files, token=metadata.token)
-    recipe = Recipe.model_validate(metadata.recipe)
+    recipe = _drawing_recipe(metadata, sample_steps=steps, guidance_scale=guidance_scale)
     loaded = _matching_base(metadata, base, clip)
     phrase = metadata.phrase.replace(metadata.token, TOKEN_MARK)
     with AdapterBank(loaded.unet, slots=1, rank=recipe.rank) as bank:
@@ -54,9 +58,17 @@ def generate(
             loaded,
             [Request(prompt, seed, (phrase,), (adapter.embedding,), 0, negative_prompt) for seed in seeds],
             bank=bank,
-            steps=steps or recipe.sample_steps,
-            guidance_scale=recipe.guidance_scale if guidance_scale is None else guidance_scale,
+            steps=recipe.sample_steps,
+            guidance_scale=recipe.guidance_scale,
         )
+
+
+def _drawing_recipe(metadata: ArtifactMetadata, **asked: float | None) -> Recipe:
+    """The artifact's recipe, with those of its fields that are asked for otherwise."""
+    try:
+        return Recipe.model_validate(metadata.recipe | {name: v for name, v in asked.items() if v is not None})
+    except ValidationError as error:
+        raise ObjdriveError(f"can't draw {metadata.object_id!r} with its recipe and what was asked: {error}") from error
 
 
 def _matching_base(metadata: ArtifactMetadata, name: str | None, clip: str | None) -> Base:

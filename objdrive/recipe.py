@@ -103,7 +103,14 @@ _PLAIN: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "objdrive": {},
-    "paper": {"zoom": 0.0, "backdrop": 0.0, "snr_gamma": None, "soft_mask": False, "outside_weight": 0.0, "ccr_weight": 1.0},
+    "paper": {
+        "zoom": 0.0,
+        "backdrop": 0.0,
+        "snr_gamma": None,
+        "soft_mask": False,
+        "outside_weight": 0.0,
+        "ccr_weight": 1.0,
+    },
     "dreambooth": _PLAIN
     | {
         "embedding_start": "random",

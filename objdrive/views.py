@@ -93,7 +93,7 @@ def make_views(base: Base, scene: Scene, recipe: Recipe, generator: torch.Genera
 
 def whole_picture(base: Base, scene: Scene) -> np.ndarray:
     """(R, R, 3) uint8: the picture, as a square with all objects in it."""
-    together = _together(scene)
+    together = _union(scene)
     return cut(scene.image, together, whole_window(together), base.resolution)[0]
 
 
@@ -103,7 +103,7 @@ def to_pixels(base: Base, pictures: Sequence[np.ndarray]) -> Tensor:
 
 
 def _cuts(base: Base, scene: Scene, recipe: Recipe, generator: torch.Generator) -> Iterator[_Cut]:
-    together = _together(scene)
+    together = _union(scene)
     whole = whole_window(together)
     picture, mask, inside = cut(scene.image, together, whole, base.resolution)
     yield _Cut(tuple(range(len(scene.objects))), "", picture, _loss_weights(base, mask, inside, recipe))
@@ -111,6 +111,9 @@ def _cuts(base: Base, scene: Scene, recipe: Recipe, generator: torch.Generator) 
         for _ in range(recipe.view_pool - 1 if recipe.zoom else 0):
             window = _zoomed_window(one.mask, whole, generator)
             picture, mask, inside = cut(scene.image, one.mask, window, base.resolution)
+            # A prompt that names this object alone must not be taught what the others look like.
+            others = _union(scene, without=one)
+            inside = inside * (1 - cut(scene.image, others, window, base.resolution)[1])
             context = ""
             if float(torch.rand((), generator=generator)) < recipe.backdrop:
                 colour = list(BACKDROPS)[int(torch.randint(len(BACKDROPS), (), generator=generator))]
@@ -119,9 +122,13 @@ def _cuts(base: Base, scene: Scene, recipe: Recipe, generator: torch.Generator) 
             yield _Cut((index,), context, picture, _loss_weights(base, mask, inside, recipe))
 
 
-def _together(scene: Scene) -> np.ndarray:
-    together: np.ndarray = np.max([one.mask for one in scene.objects], axis=0)
-    return together
+def _union(scene: Scene, without: SceneObject | None = None) -> np.ndarray:
+    """(H, W): the masks of a scene's objects in one, empty if there are none."""
+    union = np.zeros_like(scene.objects[0].mask)
+    for one in scene.objects:
+        if one is not without:
+            union = np.maximum(union, one.mask)
+    return union
 
 
 def _zoomed_window(mask: np.ndarray, whole: Window, generator: torch.Generator) -> Window:

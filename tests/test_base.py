@@ -14,7 +14,6 @@ from objdrive.errors import ObjdriveError
 from objdrive.images import object_alone
 from objdrive.views import to_pixels, whole_picture
 
-
 HELD_OUT = (
     "scarf-01",
     "drum-01",
@@ -235,7 +234,7 @@ class TestStableDiffusion15:
     def test_loads_and_knows_its_sizes(self, sd15_folders):
         snapshot, clip = sd15_folders
         base = Base.load(str(snapshot), clip=str(clip), device="cpu")
-        assert (base.resolution, base.latent_size) == (64, 8)
+        assert (base.resolution, base.latent_size) == (128, 16)
         assert base.predicts_velocity == (snapshot.name == "velocity")
         assert base.files.tuning == {}
         assert base.files.classes == frozenset()

@@ -6,7 +6,7 @@ import pytest
 
 from objdrive.report import Failure, Picture, Report, ReportedObject, render
 
-NASTY = '<script>alert("1")</script> & \'co\''
+NASTY = "<script>alert(\"1\")</script> & 'co'"
 
 
 class Page(HTMLParser):

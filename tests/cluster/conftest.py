@@ -15,6 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
+from moto.server import ThreadedMotoServer
 
 from objdrive.errors import ObjdriveError
 from objdrive.store import ArtifactStore
@@ -33,14 +34,25 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Ray cluster that this test run started; its address."""
+    """A Ray cluster that this test run started, and an S3-compatible server that it sees; the cluster's address."""
     before = dict(os.environ)
-    os.environ.update(ENVIRONMENT, HOME=str(tmp_path_factory.mktemp("home")))
+    storage = ThreadedMotoServer(port=0)
+    storage.start()
+    host, port = storage.get_host_and_port()
+    os.environ.update(
+        ENVIRONMENT,
+        HOME=str(tmp_path_factory.mktemp("home")),
+        AWS_ENDPOINT_URL=f"http://{host}:{port}",
+        AWS_ACCESS_KEY_ID="test",
+        AWS_SECRET_ACCESS_KEY="test",
+        AWS_DEFAULT_REGION="us-east-1",
+    )
     context = ray.init(
         address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False
     )
     yield context.address_info["gcs_address"]
     ray.shutdown()
+    storage.stop()
     os.environ.clear()
     os.environ.update(before)
 

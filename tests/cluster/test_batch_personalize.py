@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import s3fs
 from conftest import CATALOG, Job, assert_whole, commits, write_manifest
 from PIL import Image
 
@@ -165,3 +168,29 @@ def test_a_manifest_without_a_column_is_refused(start_job: StartJob, tmp_path: P
     assert done.status == 2
     assert "image" in done.output
     assert "picture" in done.output
+
+
+def test_a_catalog_in_a_bucket(start_job: StartJob, tmp_path: Path) -> None:
+    storage = s3fs.S3FileSystem()
+    storage.mkdir("shop")
+    storage.mkdir("adapters")
+    rows = []
+    for name in ("drum-01", "key-01"):
+        storage.put_file(str(CATALOG / "images" / f"{name}.jpg"), f"shop/spring/{name}.jpg")
+        storage.put_file(str(CATALOG / "masks" / f"{name}.png"), f"shop/spring/{name}.png")
+        row = {"object_id": name, "image": f"{name}.jpg", "mask": f"{name}.png", "class_name": name[:-3], "price": 7.5}
+        rows.append(row)
+    with storage.open("shop/spring/manifest.parquet", "wb") as file:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    url = "s3://adapters/spring"
+    first = start_job("s3://shop/spring/*.parquet", "--workers", "1", store=url)
+    output = first.process.communicate(timeout=240)[0]
+    assert first.process.returncode == 0, output
+    store = ArtifactStore(url)
+    assert list(store.object_ids()) == ["drum-01", "key-01"]
+    assert [problem for object_id in store.object_ids() for problem in store.verify(object_id)] == []
+    (results,) = storage.glob("adapters/spring/runs/*/results.parquet")
+    with storage.open(results, "rb") as file:
+        assert pq.read_table(file).column("price").to_pylist() == [7.5, 7.5]
+    second = start_job("s3://shop/spring/*.parquet", "--workers", "1", store=url)
+    assert "2 already" in second.process.communicate(timeout=240)[0]

@@ -28,7 +28,7 @@ class FlakyFileSystem(DirFileSystem):
         return super().pipe_file(path, value, mode=mode, **kwargs)
 
     def _fail_by_plan(self, path):
-        for folder in Path("/" + path.lstrip("/")).parents:
+        for folder in list(Path("/" + path.lstrip("/")).parents)[:-1]:
             rules = folder.with_name(folder.name + ".faults") / "rules.json"
             for number, rule in enumerate(json.loads(rules.read_text()) if rules.is_file() else []):
                 if rule["match"] in path and _one_more(rules.parent, number, rule["times"]):
