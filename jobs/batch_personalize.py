@@ -4,11 +4,13 @@ Usage: ``python jobs/batch_personalize.py MANIFEST --store URL``, or the same be
 """
 
 import argparse
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", metavar="MIN[:MAX]", help="Ray Train workers (default: one per GPU, else per core)"
     )
-    parser.add_argument("--gpus-per-worker", type=float, metavar="G", help="(default: 1 if the cluster has any)")
+    parser.add_argument("--gpus-per-worker", type=_number, metavar="G", help="(default: 1 if the cluster has any)")
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows")
     parser.add_argument("--previews", type=int, default=_REPORTED_OBJECTS, metavar="N",
                         help="draw pictures for the first N objects (%(default)s)")  # fmt: skip
-    parser.add_argument("--stall-seconds", type=float, default=_DEFAULT_STALL_SECONDS, metavar="S",
-                        help="replace a worker that shows no progress for so long (%(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--stall-seconds", type=partial(_number, least=2.0), default=_DEFAULT_STALL_SECONDS, metavar="S",
+        help="replace a worker that shows no progress for so long (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check every row, train and write nothing")
     parser.add_argument(
         "--allow-rejects", action="store_true", help="exit with 0 although rows were rejected or failed"
@@ -81,9 +85,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _number(text: str, least: float = 0.0) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not least <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least {least:g}, got {text!r}")
     return number
 
 

@@ -192,7 +192,6 @@ class _Pump:
             # What was fed before is still worked off; the caller learns of the failure after that.
             self.failure = error
         self._fed = True
-        self._offer_all()
 
     def _collect(self) -> None:
         try:
@@ -205,7 +204,7 @@ class _Pump:
 
     def _collect_until_stopped(self) -> None:
         received: list[str] = []
-        incarnation = ""
+        incarnation, last_offered = "", False
         while True:
             last = self._stopping.is_set()
             collected = ray.get(self._queue.collect.remote(received))
@@ -217,18 +216,19 @@ class _Pump:
                 if task is not None:
                     self._on_outcome(task, outcome)
                     self._room.release()
-            if collected.incarnation != incarnation:
-                incarnation = self._offer_all()
+            if collected.incarnation != incarnation or self._fed != last_offered:
+                # Looked at before the tasks: once it is set, none comes to them any more.
+                last_offered = self._fed
+                incarnation = self._offer_all(last=last_offered)
             if last:
                 return
             self._stopping.wait(_POLL_SECONDS)
 
-    def _offer_all(self) -> str:
-        # Looked at before the tasks: once it is set, none comes to them any more.
-        fed = self._fed
+    def _offer_all(self, *, last: bool) -> str:
+        # Only between two polls: the queue forgets what the driver received, and would take it for new.
         with self._lock:
             out = list(self._out.values())
-        return str(ray.get(self._queue.offer.remote(out, last=fed)))
+        return str(ray.get(self._queue.offer.remote(out, last=last)))
 
 
 def _worker_loop(config: dict[str, Any]) -> None:

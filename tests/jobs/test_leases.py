@@ -74,7 +74,7 @@ def test_a_lease_carries_the_tasks_as_offered(make_queue):
 
 def test_ranks_hold_different_tasks(make_queue):
     queue = make_queue("abcdefgh", workers=2)
-    assert [names(queue.lease(rank, 4)) for rank in (0, 1)] == ["abcd", "ef"]
+    assert [names(queue.lease(rank, 4)) for rank in (0, 1)] == ["abcd", "efgh"]
 
 
 def test_known_tasks_are_not_taken_twice(make_queue):
@@ -89,7 +89,7 @@ def test_known_tasks_are_not_taken_twice(make_queue):
 
 def test_the_tail_is_shared_by_the_workers(make_queue):
     queue = make_queue("abcdefghij", workers=4)
-    assert [names(queue.lease(rank, 4)) for rank in range(5)] == ["abc", "de", "fg", "h", "i"]
+    assert [names(queue.lease(rank, 4)) for rank in range(4)] == ["abc", "def", "ghi", "j"]
 
 
 def test_the_tail_is_shared_by_more_ranks_than_were_expected(make_queue):
@@ -178,7 +178,7 @@ def test_what_another_rank_holds_by_now_can_be_finished_by_both(make_queue, cloc
 def test_a_rank_that_asks_anew_gives_its_tasks_back_in_their_order_one_by_one(make_queue):
     queue = make_queue("abcdef")
     assert names(queue.lease(0, 3)) == "abc"
-    assert [names(queue.lease(rank, 3)) for rank in range(4)] == ["a", "b", "c", "d"]
+    assert [names(queue.lease(rank, 3)) for rank in range(4)] == ["a", "b", "c", "de"]
 
 
 def test_a_task_is_given_up_after_three_attempts_and_its_neighbours_are_not(make_queue):
@@ -460,21 +460,18 @@ class World:
             self._send("feed", Call("offer", ([self.out[name]],)))
             yield self.random.choice([0.0, 0.1, 2.0])
         self.fed = True
-        yield self._offer_all()
-
-    def _offer_all(self):
-        return Call("offer", (list(self.out.values()),), {"last": self.fed})
 
     def _collect(self):
-        received, incarnation = [], ""
+        received, incarnation, last_offered = [], "", False
         while True:
             collected = yield Call("collect", (received,))
             received = list(collected.outcomes)
             for key, outcome in collected.outcomes.items():
                 if self.out.pop(key, None):
                     self.outcomes[key].append(outcome)
-            if collected.incarnation != incarnation:
-                incarnation = yield self._offer_all()
+            if collected.incarnation != incarnation or self.fed != last_offered:
+                last_offered = self.fed
+                incarnation = yield Call("offer", (list(self.out.values()),), {"last": last_offered})
             yield 0.2
 
     # A rank

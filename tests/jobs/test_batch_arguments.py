@@ -1,0 +1,103 @@
+"""What the job refuses before it starts anything."""
+
+import pytest
+import ray
+
+from jobs.batch_personalize import main
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    path = tmp_path / "manifest.csv"
+    path.write_text("object_id,image,mask,class_name\nmug,mug.png,mask.png,mug\n")
+    return path
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """Call it with the job's words: what it says when it exits with 2, before there is any Ray process or file."""
+    monkeypatch.chdir(tmp_path)
+
+    def refused(*words):
+        before = sorted(tmp_path.rglob("*"))
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as exit:
+            status = exit.code
+        output, error = capsys.readouterr()
+        assert (status, output) == (2, "")
+        assert not ray.is_initialized()
+        assert sorted(tmp_path.rglob("*")) == before
+        return error
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--group-size", "0", "must be a whole number of at least 1, got '0'"),
+        ("--group-size", "many", "must be a whole number of at least 1, got 'many'"),
+        ("--limit", "-3", "must be a whole number of at least 1, got '-3'"),
+        ("--limit", "1.5", "must be a whole number of at least 1, got '1.5'"),
+        ("--previews", "all", "'all'"),
+        ("--stall-seconds", "0", "must be a number of at least 2, got '0'"),
+        ("--stall-seconds", "nan", "must be a number of at least 2, got 'nan'"),
+        ("--gpus-per-worker", "-1", "must be a number of at least 0, got '-1'"),
+        ("--gpus-per-worker", "half", "must be a number of at least 0, got 'half'"),
+        ("--colour", "red", "unrecognized arguments: --colour=red"),
+    ],
+)
+def test_bad_values(refused, manifest, option, value, message):
+    error = refused(manifest, f"{option}={value}")
+    assert option in error
+    assert message in error
+
+
+def test_no_manifest_given(refused):
+    assert "manifest" in refused()
+
+
+@pytest.mark.parametrize("name", ["missing.csv", "missing-*.csv", "file:///nowhere/missing.csv"])
+def test_a_manifest_that_is_not_there(refused, name):
+    error = refused(name)
+    assert error.startswith("objdrive: there is no manifest at ")
+    assert name in error
+
+
+def test_a_manifest_without_the_columns_it_needs(refused, manifest):
+    manifest.write_text("id,picture\n1,mug.png\n")
+    error = refused(manifest)
+    assert str(manifest) in error
+    assert "object_id, image, mask, class_name" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--set", "stepz=3"), ["stepz", "3"]),
+        (("--set", "steps=many"), ["steps", "'many'"]),
+        (("--set", "steps"), ["'steps'", "key=value"]),
+        (("--recipe", "nosuch"), ["'nosuch'", "textual_inversion"]),
+    ],
+)
+def test_a_recipe_that_can_not_be(refused, manifest, options, words):
+    error = refused(manifest, *options)
+    assert error.startswith("objdrive: ")
+    assert all(word in error for word in words), error
+
+
+def test_a_recipe_file_with_an_unknown_field(refused, manifest, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("steps: 3\nstepz: 4\n")
+    assert "stepz" in refused(manifest, "--recipe", "recipe.yaml")
+
+
+def test_a_folder_that_is_no_base(refused, manifest, tmp_path):
+    (tmp_path / "bases" / "empty").mkdir(parents=True)
+    error = refused(manifest, "--base", "bases/empty")
+    assert "unet" in error
+    assert str(tmp_path / "bases" / "empty") in error
+
+
+def test_a_store_that_workers_would_not_share(refused, manifest):
+    assert "--store memory://shop: memory is not shared" in refused(manifest, "--store", "memory://shop")
