@@ -21,7 +21,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --quiet -m 'not cluster'
+	$(BIN)/pytest --quiet --numprocesses 2 -m 'not cluster'
 
 test: check
 	$(BIN)/pytest --quiet -m cluster

@@ -4,12 +4,13 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from objdrive.base import Base
 from objdrive.prototype import PROMPT
 from objdrive.recipe import Recipe
-from objdrive.sampler import Request, draw_latents
+from objdrive.sampler import Request, draw_latents, fitting_batch_size
 
 _CLASSES_KEPT = 256
 
@@ -30,7 +31,7 @@ class ClassPictures:
         return self._latents[class_name]
 
     def draw(self, class_names: set[str], *, on_step: Callable[[], None] = lambda: None) -> None:
-        """Have pictures of all these classes, drawing the missing ones in one batch."""
+        """Have pictures of all these classes, drawing the missing ones together."""
         missing = sorted(class_names - self._latents.keys())
         recipe = self._recipe
         requests = [
@@ -38,15 +39,19 @@ class ClassPictures:
             for name in missing
             for index in range(recipe.class_pool)
         ]
-        if requests:
-            latents = draw_latents(
+        batch = fitting_batch_size(self._base)
+        drawn = [
+            draw_latents(
                 self._base,
-                requests,
+                requests[first : first + batch],
                 steps=recipe.sample_steps,
                 guidance_scale=recipe.guidance_scale,
                 on_step=on_step,
             )
-            self._latents.update(zip(missing, latents.split(recipe.class_pool), strict=True))
+            for first in range(0, len(requests), batch)
+        ]
+        if drawn:
+            self._latents.update(zip(missing, torch.cat(drawn).split(recipe.class_pool), strict=True))
         for name in class_names:
             self._latents.move_to_end(name)
         while len(self._latents) > max(_CLASSES_KEPT, len(class_names)):

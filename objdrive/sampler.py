@@ -127,7 +127,7 @@ def draw_pictures(
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
     """Draw requests, with and without a slot, in batches that fit a device; pictures in the requests' order."""
-    batch = max(1, _PIXELS_PER_BATCH // base.resolution**2)
+    batch = fitting_batch_size(base)
     plain = [index for index, request in enumerate(requests) if request.slot is None]
     adapted = [index for index, request in enumerate(requests) if request.slot is not None]
     pictures: dict[int, Image.Image] = {}
@@ -145,6 +145,11 @@ def draw_pictures(
             pictures.update(zip(some, to_pictures(base.decode_latents(latents)), strict=True))
             on_step()
     return [pictures[index] for index in range(len(requests))]
+
+
+def fitting_batch_size(base: Base) -> int:
+    """Requests in a batch that fits a device: four pictures of 512 x 512, or as many pixels in smaller ones."""
+    return max(1, _PIXELS_PER_BATCH // base.resolution**2)
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
