@@ -252,6 +252,10 @@ def _worker_loop(config: dict[str, Any]) -> None:
             outcomes = work([task.payload for task in lease.tasks], beats)
         except LeaseLostError:
             continue
+        except Exception as error:
+            # Nobody knows what state this process is in: another one goes on, and the queue knows why.
+            ray.get(queue.abandon.remote(lease.id, f"{type(error).__name__}: {error}"))
+            raise
         ray.get(queue.finish.remote(lease.id, dict(zip(beats.keys, outcomes, strict=True))))
 
 

@@ -229,7 +229,7 @@ class FineTune:
             try:
                 committed = self._store.commit(files, self._metadata(loaded, record, result, notes), alive=alive)
             except StoreError as error:
-                outcomes.append(RowOutcome("failed", code="store_failed", message=str(error)))
+                outcomes.append(fail_row(record, "store_failed", str(error)))
                 continue
             warning = "" if self._base.knows(record.row.class_name) else _unknown_class(record, self._base)
             status: Literal["committed", "already"] = "committed" if committed else "already"
@@ -273,14 +273,19 @@ def _token(object_id: str) -> str:
 
 
 def _fail(unit: Unit, code: str, message: str) -> list[RowOutcome]:
-    return [RowOutcome("failed", code=code, message=message)] * len(unit.rows)
+    return [fail_row(record, code, message) for record in unit.rows]
+
+
+def fail_row(record: Checked, code: str, message: str) -> RowOutcome:
+    """The outcome of a row that came to nothing; the message says which row it is about."""
+    return RowOutcome("failed", code=code, message=f"{record.row.where}: {message}")
 
 
 def _overlap_message(unit: Unit, first: int, second: int, share: float) -> str:
     a, b = unit.rows[first].row, unit.rows[second].row
     return (
-        f"{a.where}: scene {a.scene!r}: the masks of {a.object_id!r} and {b.object_id!r} overlap by {share:.0%} of the "
-        "smaller one, so they can't be told apart: give each object a mask of its own"
+        f"scene {a.scene!r}: the masks of {a.object_id!r} and {b.object_id!r} share {share:.0%} of the smaller one, "
+        "so they can't be told apart: give each object a mask of its own"
     )
 
 
@@ -305,4 +310,4 @@ def _webp(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-__all__ = ["FineTune", "FineTuneSettings", "RowOutcome"]
+__all__ = ["FineTune", "FineTuneSettings", "RowOutcome", "fail_row"]

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -106,9 +105,8 @@ def check_row(row: Row, store: ArtifactStore, target: Target) -> Checked | Rejec
     A committed row whose sources still have the size and mark noted in its artifact is not read again.
     """
     try:
-        with _naming(row):
-            image = stat_source(row.image, role="image")
-            mask = stat_source(row.mask, role="mask") if row.mask else None
+        image = stat_source(row.image, role="image")
+        mask = stat_source(row.mask, role="mask") if row.mask else None
         current = store.current(row.object_id)
         if current and _made_from(current, row, image, mask, target):
             return Checked(row, image, mask, current.digest, tuple(m.object_id for m in current.members))
@@ -119,28 +117,18 @@ def check_row(row: Row, store: ArtifactStore, target: Target) -> Checked | Rejec
             return Checked(row, image, mask, digest, (row.object_id,))
         return Checked(row, image, mask)
     except RowError as error:
-        return Reject(row.object_id, row.where, error.code, str(error))
+        return Reject(row.object_id, row.where, error.code, f"{row.where}: {error}")
     except StoreError as error:
-        return Reject(row.object_id, row.where, "store_failed", str(error))
+        return Reject(row.object_id, row.where, "store_failed", f"{row.where}: {error}")
 
 
 def read_photo(row: Row, image: SourceMark, mask: SourceMark | None) -> tuple[Any, Member]:
     """Read and decode a row's picture and mask: the `Photo`, and its part of the artifact's digest."""
-    with _naming(row):
-        image_bytes = read_source(image, role="image")
-        mask_bytes = read_source(mask, role="mask") if mask else None
-        photo = decode_photo(image_bytes, mask_bytes, name=row.object_id)
+    image_bytes = read_source(image, role="image")
+    mask_bytes = read_source(mask, role="mask") if mask else None
+    photo = decode_photo(image_bytes, mask_bytes, name=row.object_id)
     mask_sha256 = hashlib.sha256(mask_bytes).hexdigest() if mask_bytes is not None else ""
     return photo, Member(hashlib.sha256(image_bytes).hexdigest(), mask_sha256, row.class_name)
-
-
-@contextmanager
-def _naming(row: Row) -> Iterator[None]:
-    """Let messages say which row they are about."""
-    try:
-        yield
-    except RowError as error:
-        raise RowError(error.code, f"{row.where}: {error}") from error
 
 
 def digest_inputs(target: Target) -> dict[str, Any]:

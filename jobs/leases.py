@@ -150,6 +150,11 @@ class LeaseQueue:
         if holding:
             self._requeue([key for key in holding.keys if key not in outcomes])
 
+    def abandon(self, lease_id: str, cause: str) -> None:
+        """Take a lease back whose work failed as a whole; its tasks are tried again, each alone."""
+        if lease_id in self._holdings:
+            self._void(lease_id, cause)
+
     def report_broken(self, message: str) -> None:
         """A worker could not start; it takes no leases."""
         self._broken.append(message)

@@ -10,7 +10,7 @@ import fsspec
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from jobs.fanout import Lost, Task, Work, Workers, fan_out
-from jobs.finetune import RowOutcome
+from jobs.finetune import fail_row
 from jobs.ingest import Checked, Target, ingest
 from jobs.ledger import Ledger
 from jobs.plan import plan
@@ -106,7 +106,7 @@ class BatchRun:
     def _on_outcome(self, task: Task, outcome: Any) -> None:
         rows = task.payload.rows
         if isinstance(outcome, Lost):
-            outcome = [RowOutcome("failed", code="worker_lost", message=outcome.message)] * len(rows)
+            outcome = [fail_row(record, "worker_lost", outcome.message) for record in rows]
         for record, one in zip(rows, outcome, strict=True):
             self.ledger.outcome(record, one)
 

@@ -33,6 +33,8 @@ class Slow:
         for payload in payloads:
             if payload == "poison":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if payload == "broken":
+                raise ValueError("cannot do this")
             for _ in range(5):
                 time.sleep(self.seconds / 5)
                 alive()
@@ -138,14 +140,14 @@ def test_a_worker_that_stands_still_is_replaced(cluster: str, tmp_path: Path) ->
     assert not stopped[0].is_running() or stopped[0].status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_task_that_kills_its_workers_is_given_up_alone(cluster: str, tmp_path: Path) -> None:
-    run = Run(tmp_path, ["a", "b", "poison", "c", "d", "e"])
+def test_tasks_that_take_their_workers_down_are_given_up_alone(cluster: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, ["a", "b", "poison", "c", "d", "broken", "e"])
     run.work_off()
     outcomes = dict(run.outcomes)
-    assert len(run.outcomes) == 6
-    lost = outcomes.pop("poison")
-    assert isinstance(lost, Lost)
-    assert "3 attempts" in lost.message
+    assert len(run.outcomes) == 7
+    lost = {name: outcomes.pop(name) for name in ("poison", "broken")}
+    assert all(isinstance(outcome, Lost) and "3 attempts" in outcome.message for outcome in lost.values())
+    assert "ValueError: cannot do this" in lost["broken"].message
     assert outcomes == {name: f"did {name}" for name in "abcde"}
 
 

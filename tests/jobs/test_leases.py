@@ -77,6 +77,21 @@ def test_ranks_hold_different_tasks(make_queue):
     assert [names(queue.lease(rank, 4)) for rank in (0, 1)] == ["abcd", "efgh"]
 
 
+def test_an_abandoned_lease_is_tried_again_task_by_task_and_keeps_its_cause(make_queue):
+    queue = make_queue("ab")
+    lease = queue.lease(0, 2)
+    queue.abandon(lease.id, "ValueError: bad a")
+    for _ in range(MAX_ATTEMPTS - 1):
+        lease = queue.lease(0, 2)
+        assert names(lease) == "a"
+        queue.abandon(lease.id, "ValueError: bad a")
+    finish(queue, queue.lease(0, 2))
+    assert queue.lease(0, 2) == "done"
+    found = outcomes(queue)
+    assert "ValueError: bad a" in found.pop("a").message
+    assert found == did("b")
+
+
 def test_known_tasks_are_not_taken_twice(make_queue):
     queue = make_queue("abc")
     finished, held = queue.lease(0, 1), queue.lease(1, 1)
