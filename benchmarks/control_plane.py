@@ -31,7 +31,13 @@ from jobs.ingest import Target, source_record
 from jobs.ledger import Ledger
 from jobs.plan import Unit
 from jobs.run import BatchRun
-from objdrive.artifact import Adapter, ArtifactMetadata, BaseRef, SceneMember, Sources, adapter_files
+from objdrive.adapter import Adapter, adapter_files
+from objdrive.artifact import (
+    ArtifactMetadata,
+    BaseRef,
+    SceneMember,
+    Sources,
+)
 from objdrive.manifest import pieces
 from objdrive.store import ArtifactStore
 

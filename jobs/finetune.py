@@ -12,6 +12,7 @@ from PIL import Image
 
 from jobs.ingest import Checked, Target, digest_inputs, read_photo, source_record
 from jobs.plan import Unit
+from objdrive.adapter import adapter_files
 from objdrive.artifact import (
     ArtifactMetadata,
     BaseRef,
@@ -19,7 +20,6 @@ from objdrive.artifact import (
     SceneMember,
     Sources,
     adapter_digest,
-    adapter_files,
     library_versions,
 )
 from objdrive.bank import AdapterBank

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from PIL import Image
 from pydantic import ValidationError
 
-from objdrive.artifact import ArtifactMetadata, parse_adapter
+from objdrive.adapter import parse_adapter
+from objdrive.artifact import (
+    ArtifactMetadata,
+)
 from objdrive.bank import AdapterBank
 from objdrive.base import TOKEN_MARK, Base
 from objdrive.errors import ObjdriveError

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from objdrive.artifact import Adapter
+from objdrive.adapter import Adapter
 from objdrive.bank import AdapterBank
 from objdrive.base import TOKEN_MARK, Base
 from objdrive.class_pictures import ClassPictures, seed_of

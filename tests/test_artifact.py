@@ -8,10 +8,10 @@ import safetensors.torch
 import torch
 from pydantic import ValidationError
 
+from objdrive.adapter import Adapter, adapter_files, parse_adapter
 from objdrive.artifact import (
     EMBEDDING_FILE,
     LORA_FILE,
-    Adapter,
     ArtifactMetadata,
     BaseRef,
     FileRecord,
@@ -21,9 +21,7 @@ from objdrive.artifact import (
     SourceRecord,
     Sources,
     adapter_digest,
-    adapter_files,
     library_versions,
-    parse_adapter,
 )
 from objdrive.errors import ObjdriveError
 

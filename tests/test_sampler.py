@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from objdrive import sampler
-from objdrive.artifact import Adapter, adapter_files
+from objdrive.adapter import Adapter, adapter_files
 from objdrive.bank import AdapterBank
 from objdrive.base import EMBEDDED, TOKEN_MARK, Base
 from objdrive.errors import ObjdriveError

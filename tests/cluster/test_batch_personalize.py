@@ -1,6 +1,5 @@
 """The job as a user runs it: bad rows, reruns, dry runs, scenes, exit statuses."""
 
-import json
 import os
 import shutil
 import struct
@@ -91,7 +90,7 @@ def test_every_bad_row_is_rejected_with_its_reason_and_the_good_ones_are_committ
     start_job: StartJob, bad_manifest: tuple[Path, list[tuple[str, str]]]
 ) -> None:
     manifest, reasons = bad_manifest
-    job = start_job(manifest)
+    job = start_job(manifest, "--workers", "2")
     done = job.finish()
     assert done.status == 3, done.output
     assert_whole(job.store, ["good", "last", "unknown-class"])
@@ -115,7 +114,7 @@ def test_a_rerun_over_a_committed_manifest_reads_no_image_and_trains_nothing(
     lines = (catalog / "manifest.csv").read_text().splitlines()
     manifest = catalog / "some.csv"
     manifest.write_text("\n".join([*lines[:6], ""]))
-    first = start_job(manifest).finish()
+    first = start_job(manifest, "--workers", "2").finish()
     assert first.status == 0, first.output
     ids = [line.split(",")[0] for line in lines[1:6]]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("objects/*/*/*")}
@@ -125,7 +124,7 @@ def test_a_rerun_over_a_committed_manifest_reads_no_image_and_trains_nothing(
             status = path.stat()
             path.write_bytes(b"?" * status.st_size)
             os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    second = start_job(manifest).finish()
+    second = start_job(manifest, "--workers", "2").finish()
     assert second.status == 0, second.output
     assert {line["status"] for line in second.results} == {"already"}
     assert sorted(line["object_id"] for line in second.results) == sorted(ids)
@@ -149,17 +148,6 @@ def test_a_dry_run_checks_everything_and_writes_nothing(
     assert "to train" in done.output
     assert "1 x mask_size_mismatch" in done.output
     assert not (tmp_path / "store").exists()
-
-
-def test_json_lines_and_a_limit(start_job: StartJob, tmp_path: Path) -> None:
-    manifest = tmp_path / "manifest.jsonl"
-    row = {"image": str(CATALOG / "images" / "bathtub-01.png"), "class_name": "bathtub", "stock": 3}
-    manifest.write_text("".join(json.dumps({"object_id": f"tub-{i}", **row}) + "\n" for i in range(5)))
-    job = start_job(manifest, "--limit", "2", "--group-size", "1", "--workers", "1")
-    done = job.finish()
-    assert done.status == 0, done.output
-    assert_whole(job.store, ["tub-0", "tub-1"])
-    assert [line["stock"] for line in done.results] == [3, 3]
 
 
 def test_a_manifest_without_a_column_is_refused(start_job: StartJob, tmp_path: Path) -> None:
@@ -192,5 +180,3 @@ def test_a_catalog_in_a_bucket(start_job: StartJob, tmp_path: Path) -> None:
     (results,) = storage.glob("adapters/spring/runs/*/results.parquet")
     with storage.open(results, "rb") as file:
         assert pq.read_table(file).column("price").to_pylist() == [7.5, 7.5]
-    second = start_job("s3://shop/spring/*.parquet", "--workers", "1", store=url)
-    assert "2 already" in second.process.communicate(timeout=240)[0]

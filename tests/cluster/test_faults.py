@@ -42,6 +42,13 @@ def suspend_a_worker() -> None:
     busiest.suspend()
 
 
+def assert_nothing_left_running() -> None:
+    deadline = time.monotonic() + 30
+    while left := ray_processes("ray::RayTrainWorker") + ray_processes("ray::QueueActor"):
+        assert time.monotonic() < deadline, left
+        psutil.wait_procs(left, timeout=1)
+
+
 @pytest.mark.parametrize("strike", [kill_a_worker, kill_the_queue, suspend_a_worker])
 def test_a_run_survives(start_job: StartJob, tmp_path: Path, strike: Callable[[], None]) -> None:
     manifest = write_manifest(tmp_path, IDS)
@@ -56,6 +63,7 @@ def test_a_run_survives(start_job: StartJob, tmp_path: Path, strike: Callable[[]
     assert done.rejects == []
     assert watch.faults == []
     assert watch.looks > 0
+    assert_nothing_left_running()
 
 
 def test_a_killed_driver_is_a_rerun(start_job: StartJob, tmp_path: Path) -> None:
@@ -108,14 +116,3 @@ def test_failing_writes_are_tried_again_and_then_reported(start_job: StartJob, t
     assert "planned failure" in done.rejects[0]["message"]
     assert_whole(job.store, [IDS[0], IDS[1], IDS[3]])
     assert len(list(faults.glob("failed-0-*"))) == 3
-
-
-def test_nothing_of_a_run_is_left_running(start_job: StartJob, tmp_path: Path) -> None:
-    job = start_job(write_manifest(tmp_path, IDS[:1]), "--workers", "1")
-    assert job.finish().status == 0
-    deadline = time.monotonic() + 30
-    while (
-        left := ray_processes("ray::RayTrainWorker") + ray_processes("ray::QueueActor")
-    ) and time.monotonic() < deadline:
-        psutil.wait_procs(left, timeout=1)
-    assert left == []

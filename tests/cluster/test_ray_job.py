@@ -40,8 +40,8 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         assert node.poll() is None, (tmp_path / "head.log").read_text()
         assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
     yield address, environment
-    os.killpg(node.pid, signal.SIGTERM)
-    node.wait(timeout=60)
+    os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
 
 
 def test_a_submitted_job_commits_the_manifest(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:

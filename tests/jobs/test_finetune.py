@@ -16,7 +16,7 @@ from PIL import Image
 from jobs.finetune import PREVIEW_PROMPTS, FineTune, FineTuneSettings
 from jobs.ingest import Checked, Target, check_row
 from jobs.plan import Unit
-from objdrive.artifact import parse_adapter
+from objdrive.adapter import parse_adapter
 from objdrive.errors import ObjdriveError
 from objdrive.manifest import read_manifest
 from objdrive.recipe import make_recipe
