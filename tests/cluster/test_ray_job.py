@@ -32,6 +32,8 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     dashboard = free_port()
     command = [RAY, "start", "--head", "--block", "--num-cpus", "2", "--object-store-memory", str(200 * 2**20)]
     command += ["--port", str(free_port()), "--dashboard-port", str(dashboard)]
+    # Another node on this machine, such as the other tests', has the default port of this one's job agent.
+    command += ["--dashboard-agent-listen-port", str(free_port())]
     with (tmp_path / "head.log").open("w") as log:
         node = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
