@@ -26,9 +26,9 @@ from PIL import Image
 
 from jobs.cluster import connect
 from jobs.fanout import Workers
-from jobs.finetune import RowOutcome
 from jobs.ingest import Target, source_record
 from jobs.ledger import Ledger
+from jobs.outcomes import RowOutcome
 from jobs.plan import Unit
 from jobs.run import BatchRun
 from objdrive.adapter import Adapter, adapter_files

@@ -17,9 +17,9 @@ from pyarrow.fs import LocalFileSystem
 
 from jobs.cluster import connect
 from jobs.fanout import Task, Workers, fan_out
-from jobs.finetune import FineTuneSettings
 from jobs.ingest import Checked, Target, ingest
 from jobs.plan import Unit
+from jobs.settings import FineTuneSettings
 from objdrive.base import find_base
 from objdrive.manifest import pieces
 from objdrive.recipe import make_recipe

@@ -16,10 +16,10 @@ from typing import Any
 
 from jobs.cluster import choose_workers, connect
 from jobs.fanout import Workers
-from jobs.finetune import FineTuneSettings
 from jobs.ingest import Target
 from jobs.ledger import REJECTS_FILE, RESULTS_FILE, Ledger
 from jobs.run import BatchRun
+from jobs.settings import FineTuneSettings
 from objdrive.base import find_base
 from objdrive.errors import ObjdriveError
 from objdrive.manifest import pieces

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from jobs.ingest import Checked, Target, digest_inputs, read_photo, source_record
+from jobs.ingest import Checked, digest_inputs, read_photo, source_record
+from jobs.outcomes import RowOutcome, fail_row
 from jobs.plan import Unit
+from jobs.settings import FineTuneSettings
 from objdrive.adapter import adapter_files
 from objdrive.artifact import (
     ArtifactMetadata,
@@ -34,7 +36,7 @@ from objdrive.personalize import (
     personalize,
     token_phrase,
 )
-from objdrive.recipe import METHOD_VERSION, Recipe
+from objdrive.recipe import METHOD_VERSION
 from objdrive.sampler import Request, draw_pictures
 from objdrive.store import ArtifactStore, StoreError
 from objdrive.views import Scene, SceneObject
@@ -46,18 +48,6 @@ PREVIEW_PROMPTS = (
     "a photo of {} under water",
 )
 _THUMBNAIL = 256
-
-
-@dataclass(frozen=True)
-class RowOutcome:
-    """What became of one row: a digest if it is in the store, else a reason code and a message."""
-
-    status: Literal["committed", "already", "failed"]
-    digest: str = ""
-    code: str = ""
-    message: str = ""
-    warning: str = ""
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,24 +71,6 @@ class _Drawn:
     object_id: str
     caption: str
     picture: Image.Image
-
-
-@dataclass(frozen=True)
-class FineTuneSettings:
-    """All that a worker needs to make its `FineTune`; picklable."""
-
-    base: str
-    clip: str | None
-    recipe: Recipe
-    target: Target
-    group_size: int | None
-    threads: int | None
-
-    def __call__(self) -> "FineTune":
-        """Load the base."""
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        return FineTune(self)
 
 
 class FineTune:
@@ -276,11 +248,6 @@ def _fail(unit: Unit, code: str, message: str) -> list[RowOutcome]:
     return [fail_row(record, code, message) for record in unit.rows]
 
 
-def fail_row(record: Checked, code: str, message: str) -> RowOutcome:
-    """The outcome of a row that came to nothing; the message says which row it is about."""
-    return RowOutcome("failed", code=code, message=f"{record.row.where}: {message}")
-
-
 def _overlap_message(unit: Unit, first: int, second: int, share: float) -> str:
     a, b = unit.rows[first].row, unit.rows[second].row
     return (
@@ -308,6 +275,3 @@ def _webp(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=90)
     return buffer.getvalue()
-
-
-__all__ = ["FineTune", "FineTuneSettings", "RowOutcome", "fail_row"]

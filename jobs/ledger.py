@@ -12,8 +12,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.finetune import RowOutcome
 from jobs.ingest import Checked
+from jobs.outcomes import RowOutcome
 from objdrive.manifest import Reject
 from objdrive.store import ArtifactStore
 

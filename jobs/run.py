@@ -10,9 +10,9 @@ import fsspec
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from jobs.fanout import Lost, Task, Work, Workers, fan_out
-from jobs.finetune import fail_row
 from jobs.ingest import Checked, Target, ingest
 from jobs.ledger import Ledger
+from jobs.outcomes import fail_row
 from jobs.plan import plan
 from jobs.progress import Progress, Standing
 from objdrive.manifest import Piece, Reject

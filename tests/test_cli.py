@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.finetune import FineTuneSettings
 from jobs.ingest import Target, check_row
 from jobs.plan import Unit
+from jobs.settings import FineTuneSettings
 from objdrive.artifact import LORA_FILE
 from objdrive.base import EMBEDDED
 from objdrive.cli import main

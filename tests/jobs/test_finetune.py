@@ -13,9 +13,10 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from jobs.finetune import PREVIEW_PROMPTS, FineTune, FineTuneSettings
+from jobs.finetune import PREVIEW_PROMPTS, FineTune
 from jobs.ingest import Checked, Target, check_row
 from jobs.plan import Unit
+from jobs.settings import FineTuneSettings
 from objdrive.adapter import parse_adapter
 from objdrive.errors import ObjdriveError
 from objdrive.manifest import read_manifest

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.finetune import RowOutcome
 from jobs.ingest import Checked
 from jobs.ledger import REJECTS_FILE, RESULTS_FILE, Ledger
+from jobs.outcomes import RowOutcome
 from objdrive.images import SourceMark
 from objdrive.manifest import Reject, Row
 from objdrive.store import ArtifactStore
