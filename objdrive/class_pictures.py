@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from objdrive.base import Base
-from objdrive.prototype import PROMPT
+from objdrive.prototype import class_prompt
 from objdrive.recipe import Recipe
 from objdrive.sampler import Request, draw_latents, fitting_batch_size
 
@@ -35,7 +35,7 @@ class ClassPictures:
         missing = sorted(class_names - self._latents.keys())
         recipe = self._recipe
         requests = [
-            Request(PROMPT.replace("{}", name), seed=seed_of(f"{recipe.seed}:{name}:{index}"))
+            Request(class_prompt(name), seed=seed_of(f"{recipe.seed}:{name}:{index}"))
             for name in missing
             for index in range(recipe.class_pool)
         ]

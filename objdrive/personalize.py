@@ -16,7 +16,7 @@ from objdrive.base import TOKEN_MARK, Base
 from objdrive.class_pictures import ClassPictures, seed_of
 from objdrive.images import object_alone
 from objdrive.losses import add_noise, class_loss, min_snr_weight, object_loss, velocity
-from objdrive.prototype import PROMPT, optimise_prototypes, prototype_targets
+from objdrive.prototype import class_prompt, optimise_prototypes, prototype_targets
 from objdrive.recipe import Recipe
 from objdrive.views import Scene, View, make_views, to_pixels, whole_picture
 
@@ -244,7 +244,7 @@ class _Material:
     def prepare(cls, base: Base, scene: Scene, recipe: Recipe, class_pictures: ClassPictures) -> "_Material":
         generator = torch.Generator().manual_seed(seed_of(f"{recipe.seed}:{scene.key}"))
         names = [o.class_name for o in scene.objects]
-        prompts = [base.tokenize(PROMPT.replace("{}", name)) for name in names]
+        prompts = [base.tokenize(class_prompt(name)) for name in names]
         with torch.no_grad():
             class_states, _ = base.encode_text(prompts)
         return cls(

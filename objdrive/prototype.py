@@ -11,6 +11,11 @@ from objdrive.losses import prototype_loss
 PROMPT = "a photo of {}"
 
 
+def class_prompt(class_name: str) -> str:
+    """The class prompt c_c."""
+    return PROMPT.replace("{}", class_name)
+
+
 def prototype_targets(base: Base, whole: Tensor, alone: Tensor, class_names: Sequence[str]) -> Tensor:
     """(N, 3, D): CLIP embeddings of the pictures, of the objects alone and of the class prompts.
 
@@ -20,7 +25,7 @@ def prototype_targets(base: Base, whole: Tensor, alone: Tensor, class_names: Seq
         alone: (N, 3, R, R) pixels in [0, 1], the masked crop x_m.
         class_names: N class words.
     """
-    prompts = [base.tokenize(PROMPT.replace("{}", name)) for name in class_names]
+    prompts = [base.tokenize(class_prompt(name)) for name in class_names]
     with torch.no_grad():
         text = base.encode_text(prompts)[1]
     return torch.stack([base.encode_images(whole), base.encode_images(alone), text], dim=1)
