@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from jobs.cluster import choose_workers, connect
 from jobs.fanout import Workers
@@ -57,8 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--store", default="objdrive-store", help="where artifacts go, any fsspec address (%(default)s)"
     )
-    parser.add_argument("--base", default="tiny64", help="embedded base, folder or hub id (%(default)s)")
-    parser.add_argument("--clip", help="folder or hub id of the CLIP with the image tower, for bases without one")
+    parser.add_argument(
+        "--base", type=_base_name, default="tiny64", help="embedded base, folder or hub id (%(default)s)"
+    )
+    parser.add_argument(
+        "--clip", type=_base_name, help="folder or hub id of the CLIP with the image tower, for bases without one"
+    )
     parser.add_argument("--recipe", default="objdrive", help=f"YAML file or preset: {', '.join(PRESETS)} (%(default)s)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the recipe"
@@ -102,7 +105,7 @@ def _number(text: str, least: float = 0.0) -> float:
 
 def _run(arguments: argparse.Namespace) -> int:
     manifest_pieces = pieces(_absolute(arguments.manifest))
-    base = find_base(_absolute_folder(arguments.base), clip=_absolute_folder(arguments.clip))
+    base = find_base(arguments.base, clip=arguments.clip)
     recipe = make_recipe(arguments.recipe, tuning=base.tuning, overrides=arguments.set)
     store = ArtifactStore(_shared(_absolute(arguments.store)))
     target = Target(store.url, recipe.digest, base.fingerprint())
@@ -134,13 +137,14 @@ def _run(arguments: argparse.Namespace) -> int:
     return _EXIT_ROWS_LOST if lost and not arguments.allow_rejects else _EXIT_OK
 
 
+def _base_name(text: str) -> str:
+    # Hub ids have the form of a relative path.
+    return _absolute(text) if os.sep in text and Path(text).is_dir() else text
+
+
 def _absolute(address: str) -> str:
     # Workers run in folders of their own.
     return address if "://" in address else str(Path(address).absolute())
-
-
-def _absolute_folder(name: str | None) -> Any:
-    return str(Path(name).absolute()) if name and os.sep in name and Path(name).is_dir() else name
 
 
 def _shared(address: str) -> str:
@@ -151,8 +155,8 @@ def _shared(address: str) -> str:
 
 def _settings(arguments: argparse.Namespace, recipe: Recipe, target: Target, workers: Workers) -> FineTuneSettings:
     return FineTuneSettings(
-        base=_absolute_folder(arguments.base),
-        clip=_absolute_folder(arguments.clip),
+        base=arguments.base,
+        clip=arguments.clip,
         recipe=recipe,
         target=target,
         group_size=arguments.group_size,

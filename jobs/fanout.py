@@ -13,17 +13,19 @@ from typing import Any, Protocol
 
 import ray
 from pyarrow.fs import FileSystem
+from ray import cloudpickle
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from jobs.leases import LeaseQueue, Lost, Task
+from jobs.leases import Lost, Task
+from jobs.queue_actor import QueueActor
 from objdrive.errors import ObjdriveError
 
 _POLL_SECONDS = 0.2
 _BEAT_SECONDS = 1.0
-_PATIENCE_SECONDS = 5.0
 
 
 class Work(Protocol):
@@ -70,23 +72,17 @@ class FanoutConfig(TorchConfig):
         return PerWorkerBackend
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-class QueueActor(LeaseQueue):
-    """The lease queue as an actor: when it dies, a new incarnation starts empty and is filled again by the driver."""
+class _FanoutTrainer(TorchTrainer):
+    """TorchTrainer without Ray Train's cleaner of placement groups.
 
-    def __init__(self, *, workers: int, stall_seconds: float) -> None:
-        again = ray.get_runtime_context().was_current_actor_reconstructed
-        super().__init__(
-            workers=workers,
-            stall_seconds=stall_seconds,
-            clock=time.monotonic,
-            patience=_PATIENCE_SECONDS if again else 0.0,
-            kill=_kill,
-        )
+    The cleaner takes "the latest cluster of this host" for its own one. Next to another cluster it therefore ends a
+    sound run, or holds the end of a run up for 12 s. What it is for, a controller that dies alone, ends the driver's
+    job here, and with the job its placement groups.
+    """
 
-
-def _kill(process: ActorHandle) -> None:
-    ray.kill(process)
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
 
 
 def fan_out(
@@ -116,7 +112,7 @@ def fan_out(
     queue = QueueActor.remote(workers=workers.least, stall_seconds=stall_seconds)
     pump = _Pump(queue, iter(tasks), on_outcome, window)
     filesystem, path = storage
-    trainer = TorchTrainer(
+    trainer = _FanoutTrainer(
         _worker_loop,
         train_loop_config={"queue": queue, "make_work": make_work, "window": window},
         torch_config=FanoutConfig(),
@@ -156,6 +152,7 @@ class _Pump:
         self._room = threading.Semaphore(window)
         self._lock = threading.Lock()
         self._out: dict[str, Task] = {}
+        self._fresh: list[Task] = []
         self._fed = False
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._feed, self._collect)]
@@ -187,7 +184,7 @@ class _Pump:
                     return
                 with self._lock:
                     self._out[task.key] = task
-                self._queue.offer.remote([task])
+                    self._fresh.append(task)
         except BaseException as error:
             # What was fed before is still worked off; the caller learns of the failure after that.
             self.failure = error
@@ -207,6 +204,7 @@ class _Pump:
         incarnation, last_offered = "", False
         while True:
             last = self._stopping.is_set()
+            self._offer_fresh()
             collected = ray.get(self._queue.collect.remote(received))
             received = list(collected.outcomes)
             self.broken = collected.broken or self.broken
@@ -214,7 +212,7 @@ class _Pump:
                 with self._lock:
                     task = self._out.pop(key, None)
                 if task is not None:
-                    self._on_outcome(task, outcome)
+                    self._on_outcome(task, outcome if isinstance(outcome, Lost) else cloudpickle.loads(outcome))
                     self._room.release()
             if collected.incarnation != incarnation or self._fed != last_offered:
                 # Looked at before the tasks: once it is set, none comes to them any more.
@@ -224,11 +222,22 @@ class _Pump:
                 return
             self._stopping.wait(_POLL_SECONDS)
 
+    def _offer_fresh(self) -> None:
+        with self._lock:
+            fresh, self._fresh = self._fresh, []
+        if fresh:
+            self._queue.offer.remote(_packed(fresh))
+
     def _offer_all(self, *, last: bool) -> str:
         # Only between two polls: the queue forgets what the driver received, and would take it for new.
         with self._lock:
             out = list(self._out.values())
-        return str(ray.get(self._queue.offer.remote(out, last=last)))
+        return str(ray.get(self._queue.offer.remote(_packed(out), last=last)))
+
+
+def _packed(tasks: list[Task]) -> list[Task]:
+    # The queue looks at keys only: bytes spare it the unpacking, and the imports that it takes.
+    return [Task(task.key, cloudpickle.dumps(task.payload)) for task in tasks]
 
 
 def _worker_loop(config: dict[str, Any]) -> None:
@@ -249,14 +258,15 @@ def _worker_loop(config: dict[str, Any]) -> None:
             continue
         beats = _Beats(queue, lease.id, rank, [task.key for task in lease.tasks], process)
         try:
-            outcomes = work([task.payload for task in lease.tasks], beats)
+            outcomes = work([cloudpickle.loads(task.payload) for task in lease.tasks], beats)
         except LeaseLostError:
             continue
         except Exception as error:
             # Nobody knows what state this process is in: another one goes on, and the queue knows why.
             ray.get(queue.abandon.remote(lease.id, f"{type(error).__name__}: {error}"))
             raise
-        ray.get(queue.finish.remote(lease.id, dict(zip(beats.keys, outcomes, strict=True))))
+        packed = map(cloudpickle.dumps, outcomes)
+        ray.get(queue.finish.remote(lease.id, dict(zip(beats.keys, packed, strict=True))))
 
 
 class _Beats:

@@ -36,7 +36,8 @@ class Claim:
         highest = max(_numbers(names), default=-1)
         if highest >= 0 and now - self._seen_since < self._takeover_after:
             return False
-        if not self._files.create(self._path(highest + 1), self._nonce):
+        # A power failure ends the writer too: its claim may be lost with it.
+        if not self._files.create(self._path(highest + 1), self._nonce, durable=False):
             return False
         self._number, self._moved, self._seen = highest + 1, now, None
         return True

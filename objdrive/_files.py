@@ -58,14 +58,14 @@ class Files:
         except FileNotFoundError:
             return None
 
-    def create(self, path: str, data: bytes) -> bool:
+    def create(self, path: str, data: bytes, *, durable: bool = True) -> bool:
         """Write a new file atomically; False if one was there already and holds other bytes.
 
         Equal bytes count as written by this call: an attempt may have failed after the write had really
-        happened.
+        happened. A file that is not `durable` may be gone after a power failure.
         """
         try:
-            self._tried("create", path, lambda at: self._create(at, data), FileExistsError)
+            self._tried("create", path, lambda at: self._create(at, data, durable), FileExistsError)
         except FileExistsError:
             return self.read(path) == data
         return True
@@ -132,7 +132,7 @@ class Files:
     def _read(self, path: str) -> bytes:
         return bytes(self._filesystem.cat_file(path))
 
-    def _create(self, path: str, data: bytes) -> None:
+    def _create(self, path: str, data: bytes, durable: bool) -> None:
         self._filesystem.pipe_file(path, data, mode="create")
 
     def _replace(self, path: str, data: bytes) -> None:
@@ -173,13 +173,13 @@ class LocalFiles(Files):
     def _read(self, path: str) -> bytes:
         return Path(path).read_bytes()
 
-    def _create(self, path: str, data: bytes) -> None:
-        self._place(path, data, os.link)
+    def _create(self, path: str, data: bytes, durable: bool) -> None:
+        self._place(path, data, os.link, durable)
 
     def _replace(self, path: str, data: bytes) -> None:
-        self._place(path, data, os.replace)
+        self._place(path, data, os.replace, durable=True)
 
-    def _place(self, path: str, data: bytes, place: Callable[[Path, Path], None]) -> None:
+    def _place(self, path: str, data: bytes, place: Callable[[Path, Path], None], durable: bool) -> None:
         final = Path(path)
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
@@ -187,10 +187,13 @@ class LocalFiles(Files):
             with temporary.open("xb") as stream:
                 stream.write(data)
                 stream.flush()
-                os.fsync(stream.fileno())
+                if durable:
+                    os.fsync(stream.fileno())
             place(temporary, final)
         finally:
             temporary.unlink(missing_ok=True)
+        if not durable:
+            return
         # The name is durable only when the folder is: artifact.json must not outlive a file that it vouches
         # for.
         folder = os.open(final.parent, os.O_RDONLY)

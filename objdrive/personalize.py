@@ -293,10 +293,13 @@ def token_phrase(recipe: Recipe, class_name: str) -> str:
 def _starting_embeddings(base: Base, scenes: Sequence[Scene], recipe: Recipe) -> list[Tensor]:
     """For each scene (objects, d): class word embeddings, prototypes or random identifiers, by the recipe."""
     objects = [(scene, o) for scene in scenes for o in scene.objects]
-    start = torch.stack([base.class_embedding(o.class_name) for _, o in objects])
     if recipe.embedding_start == "random":
-        start = torch.stack([_random_embedding(base, f"{recipe.seed}:{s.key}:{o.object_id}") for s, o in objects])
-    elif recipe.embedding_start == "prototype":
+        # By place, not by id: an adapter depends on nothing that its digest does not hold.
+        places = [f"{recipe.seed}:{scene.key}:{place}" for scene in scenes for place in range(len(scene.objects))]
+        start = torch.stack([_random_embedding(base, place) for place in places])
+    else:
+        start = torch.stack([base.class_embedding(o.class_name) for _, o in objects])
+    if recipe.embedding_start == "prototype":
         whole = to_pixels(base, [whole_picture(base, scene) for scene, _ in objects])
         alone = to_pixels(base, [object_alone(scene.image, o.mask, base.resolution) for scene, o in objects])
         targets = prototype_targets(base, whole, alone, [o.class_name for _, o in objects])

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     command += ["--port", str(free_port()), "--dashboard-port", str(dashboard)]
     # Another node on this machine, such as the other tests', has the default port of this one's job agent.
     command += ["--dashboard-agent-listen-port", str(free_port())]
+    # In the default folder it would leave its address behind, for which other clusters' processes would take it.
+    command += ["--temp-dir", tempfile.mkdtemp(prefix="ray-")]
     with (tmp_path / "head.log").open("w") as log:
         node = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
