@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -159,8 +160,6 @@ class FineTune:
                 self._base,
                 [request for *_, request in asks],
                 bank=bank,
-                steps=self._recipe.sample_steps,
-                guidance_scale=self._recipe.guidance_scale,
                 on_step=alive,
             )
         for (slot, object_id, caption, _), picture in zip(asks, pictures, strict=True):
@@ -172,13 +171,14 @@ class FineTune:
         if not loaded.unit.previews:
             return []
         asks = []
+        ask = partial(Request, steps=self._recipe.sample_steps, guidance_scale=self._recipe.guidance_scale)
         for record, prototype, adapter in zip(loaded.unit.rows, result.prototypes, result.adapters, strict=True):
             object_id, phrase = record.row.object_id, token_phrase(self._recipe, record.row.class_name)
             seeds = [seed_of(f"{loaded.digest}:{prompt}") for prompt in PREVIEW_PROMPTS]
-            first = Request(PREVIEW_PROMPTS[0], seeds[0], (phrase,), (prototype,))
+            first = ask(PREVIEW_PROMPTS[0], seeds[0], (phrase,), (prototype,))
             asks.append((slot, object_id, f"prototype only: {PREVIEW_PROMPTS[0]}", first))
             for prompt, seed in zip(PREVIEW_PROMPTS, seeds, strict=True):
-                asks.append((slot, object_id, prompt, Request(prompt, seed, (phrase,), (adapter.embedding,), slot)))
+                asks.append((slot, object_id, prompt, ask(prompt, seed, (phrase,), (adapter.embedding,), {slot: 1.0})))
         return asks
 
     def _commit(

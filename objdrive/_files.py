@@ -14,17 +14,13 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from objdrive.errors import ObjdriveError
+from objdrive.errors import StoreError
 
 TEMPORARY_PREFIX = ".tmp-"
 
 _T = TypeVar("_T")
 _FIRST_PAUSE_SECONDS = 0.1
 _MEMORY_LOCK = threading.RLock()
-
-
-class StoreError(ObjdriveError):
-    """The storage failed, and kept failing when tried again."""
 
 
 def open_files(url: str, attempts: int) -> "Files":

@@ -22,6 +22,17 @@ FILE_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$
 
 
 @dataclass(frozen=True)
+class ArtifactKey:
+    """Names one artifact: the object, and which of its fine-tunes. As text: ``object_id@digest``."""
+
+    object_id: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.object_id}@{self.digest}"
+
+
+@dataclass(frozen=True)
 class Member:
     """One object of a fine-tune, as far as the result depends on it.
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 class AdapterBank:
     """Stacked LoRA layers: slot k of every stack belongs to one adapter (LoRA: arXiv 2106.09685).
 
-    While `active`, a batch is taken as equal contiguous runs of samples, one slot a run, and each target layer adds
-    ``B[slot] A[slot] x`` as one batched matrix product. Outside of `active` the network is the plain base.
+    While `active`, a batch is taken as equal contiguous runs of samples, and each target layer adds
+    ``sum_k scale_k B[slot_k] A[slot_k] x`` over the run's slots, for all runs as one batched matrix product. Outside
+    of `active` the network is the plain base.
 
     Args:
         network: the frozen network; its weights and state dict stay untouched.
@@ -32,7 +34,7 @@ class AdapterBank:
         self.rank = rank
         self.down: dict[str, nn.Parameter] = {}
         self.up: dict[str, nn.Parameter] = {}
-        self._runs: Tensor | slice | None = None
+        self._runs: _Runs | slice | None = None
         self._hooks: list[RemovableHandle] = []
         for name, layer in _target_layers(network):
             self.down[name] = nn.Parameter(torch.zeros(slots, rank, layer.in_features, device=weight.device))
@@ -64,6 +66,16 @@ class AdapterBank:
                 down[slot] = start.to(down.device)
                 up[slot] = 0
 
+    def check(self, lora: Mapping[str, Tensor]) -> None:
+        """Raise ObjdriveError if `load` would: a layer that the network lacks, or shapes that do not fit it."""
+        unknown = {key.rsplit(".lora_", 1)[0] for key in lora} - self.down.keys()
+        if unknown:
+            raise ObjdriveError(f"the adapter has layers that the base lacks, such as {sorted(unknown)[0]!r}")
+        for name, down in self.down.items():
+            if f"{name}.lora_A.weight" in lora:
+                _check_fits(down[0], lora[f"{name}.lora_A.weight"], name)
+                _check_fits(self.up[name][0].T, lora[f"{name}.lora_B.weight"].T, name)
+
     def load(self, slot: int, lora: Mapping[str, Tensor]) -> None:
         """Put an adapter's layers into a slot; a smaller rank is padded with zeros.
 
@@ -75,16 +87,12 @@ class AdapterBank:
         Raises:
             ObjdriveError: a layer that this network lacks, or shapes that do not fit it.
         """
-        unknown = {key.rsplit(".lora_", 1)[0] for key in lora} - self.down.keys()
-        if unknown:
-            raise ObjdriveError(f"the adapter has layers that the base lacks, such as {sorted(unknown)[0]!r}")
+        self.check(lora)
         with torch.no_grad():
             for name, down in self.down.items():
-                up = self.up[name]
-                down[slot], up[slot] = 0, 0
-                if f"{name}.lora_A.weight" in lora:
-                    _copy_padded(down[slot], lora[f"{name}.lora_A.weight"], name)
-                    _copy_padded(up[slot].T, lora[f"{name}.lora_B.weight"].T, name)
+                _fill(down[slot], lora.get(f"{name}.lora_A.weight"))
+                up = lora.get(f"{name}.lora_B.weight")
+                _fill(self.up[name][slot].T, None if up is None else up.T)
 
     def export(self, slot: int) -> dict[str, Tensor]:
         """Copy a slot out, in the naming of `load`, on the CPU."""
@@ -95,27 +103,58 @@ class AdapterBank:
         return lora
 
     @contextmanager
-    def active(self, slots: Sequence[int]) -> Iterator[None]:
-        """Let the network's batches be ``len(slots)`` equal contiguous runs, adapted by these slots in this order."""
-        previous, self._runs = self._runs, self._index(slots)
+    def active(self, runs: Sequence[int | Mapping[int, float]]) -> Iterator[None]:
+        """Let the network's batches be ``len(runs)`` equal contiguous runs, each adapted as it says.
+
+        Args:
+            runs: for each run a slot, or any number of slots with their scales, whose deltas are summed.
+        """
+        previous, self._runs = self._runs, self._index(runs)
         try:
             yield
         finally:
             self._runs = previous
 
-    def _index(self, slots: Sequence[int]) -> Tensor | slice:
+    def _index(self, runs: Sequence[int | Mapping[int, float]]) -> "_Runs | slice | None":
         # The whole bank in order is what training uses; a slice spares it a copy of every layer.
-        if list(slots) == list(range(self.slots)):
+        if list(runs) == list(range(self.slots)):
             return slice(None)
-        return torch.tensor(list(slots), device=next(iter(self.down.values())).device)
+        mixes = [{run: 1.0} if isinstance(run, int) else run for run in runs]
+        return _Runs.of(mixes, next(iter(self.down.values())).device) if any(mixes) else None
 
     def _adding(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if self._runs is None:
                 return output
-            return _add_lora(output, inputs[0], self.down[name][self._runs], self.up[name][self._runs])
+            down: Tensor = self.down[name]
+            up: Tensor = self.up[name]
+            if isinstance(self._runs, _Runs):
+                down, up = self._runs.select(down, up)
+            return _add_lora(output, inputs[0], down, up)
 
         return add
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Which slots adapt each of R runs: `slots` and `scales` (R, K), K the most that any run has."""
+
+    slots: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, mixes: Sequence[Mapping[int, float]], device: torch.device) -> "_Runs":
+        most = max(len(mix) for mix in mixes)
+        padded = [[*mix.items(), *[(0, 0.0)] * (most - len(mix))] for mix in mixes]
+        slots = torch.tensor([[slot for slot, _ in row] for row in padded], device=device)
+        return cls(slots, torch.tensor([[scale for _, scale in row] for row in padded], device=device))
+
+    def select(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """The runs' own (R, K r, in) and (R, out, K r) of all slots' `down` and `up`: deltas are summed by stacking."""
+        runs = len(self.slots)
+        a = down[self.slots] * self.scales[:, :, None, None]
+        b = up[self.slots].transpose(1, 2)
+        return a.reshape(runs, -1, a.shape[-1]), b.reshape(runs, b.shape[1], -1)
 
 
 def _add_lora(output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -134,11 +173,17 @@ def _target_layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, layer
 
 
-def _copy_padded(place: Tensor, weight: Tensor, name: str) -> None:
-    """Copy `weight` (r, width) into the first r rows of `place` (rank, width)."""
+def _check_fits(place: Tensor, weight: Tensor, name: str) -> None:
     rank, width = place.shape
     if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] > rank:
         raise ObjdriveError(
             f"layer {name!r}: weights of shape {tuple(weight.shape)} do not fit rank {rank} and width {width}"
         )
-    place[: weight.shape[0]] = weight
+
+
+def _fill(place: Tensor, weight: Tensor | None) -> None:
+    """Copy `weight` (r, width) into the first r rows of `place` (rank, width), zeros below."""
+    rank = 0 if weight is None else weight.shape[0]
+    if weight is not None:
+        place[:rank] = weight
+    place[rank:] = 0

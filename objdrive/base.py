@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from objdrive.errors import ObjdriveError
+from objdrive.errors import InvalidPrompt, ObjdriveError
 
 EMBEDDED = Path(__file__).parent / "bases"
 TOKEN_MARK = "\0"
@@ -194,7 +194,7 @@ class Base:
         """Tokenize a text in which `TOKEN_MARK` stands for each learned token.
 
         Raises:
-            ObjdriveError: the text is longer than the text encoder reads.
+            InvalidPrompt: the text is longer than the text encoder reads.
         """
         tokenizer = self.tokenizer
         ids, places = [tokenizer.bos_token_id], []
@@ -207,7 +207,7 @@ class Base:
         length = tokenizer.model_max_length
         if len(ids) > length:
             shown = text.replace(TOKEN_MARK, "{}")
-            raise ObjdriveError(f"the prompt {shown!r} takes {len(ids)} tokens, the base reads {length}: shorten it")
+            raise InvalidPrompt(f"the prompt {shown!r} takes {len(ids)} tokens, the base reads {length}: shorten it")
         ids += [tokenizer.pad_token_id] * (length - len(ids))
         return Prompt(torch.tensor(ids), tuple(places))
 

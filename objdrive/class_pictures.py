@@ -35,19 +35,18 @@ class ClassPictures:
         missing = sorted(class_names - self._latents.keys())
         recipe = self._recipe
         requests = [
-            Request(class_prompt(name), seed=seed_of(f"{recipe.seed}:{name}:{index}"))
+            Request(
+                class_prompt(name),
+                seed=seed_of(f"{recipe.seed}:{name}:{index}"),
+                steps=recipe.sample_steps,
+                guidance_scale=recipe.guidance_scale,
+            )
             for name in missing
             for index in range(recipe.class_pool)
         ]
         batch = fitting_batch_size(self._base)
         drawn = [
-            draw_latents(
-                self._base,
-                requests[first : first + batch],
-                steps=recipe.sample_steps,
-                guidance_scale=recipe.guidance_scale,
-                on_step=on_step,
-            )
+            draw_latents(self._base, requests[first : first + batch], on_step=on_step)
             for first in range(0, len(requests), batch)
         ]
         if drawn:

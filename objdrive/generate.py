@@ -57,13 +57,20 @@ def generate(
     phrase = metadata.phrase.replace(metadata.token, TOKEN_MARK)
     with AdapterBank(loaded.unet, slots=1, rank=recipe.rank) as bank:
         bank.load(0, adapter.lora)
-        return draw_pictures(
-            loaded,
-            [Request(prompt, seed, (phrase,), (adapter.embedding,), 0, negative_prompt) for seed in seeds],
-            bank=bank,
-            steps=recipe.sample_steps,
-            guidance_scale=recipe.guidance_scale,
-        )
+        requests = [
+            Request(
+                prompt,
+                seed,
+                (phrase,),
+                (adapter.embedding,),
+                {0: 1.0},
+                negative_prompt,
+                steps=recipe.sample_steps,
+                guidance_scale=recipe.guidance_scale,
+            )
+            for seed in seeds
+        ]
+        return draw_pictures(loaded, requests, bank=bank)
 
 
 def _drawing_recipe(metadata: ArtifactMetadata, **asked: float | None) -> Recipe:

@@ -1,8 +1,9 @@
-"""Drawing pictures: classifier-free guidance and DDIM over one batch of many objects."""
+"""Drawing pictures: classifier-free guidance over one batch of many objects, every picture at a step of its own."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from objdrive.bank import AdapterBank
 from objdrive.base import TOKEN_MARK, Base
-from objdrive.errors import ObjdriveError
+from objdrive.errors import InvalidPrompt
+from objdrive.schedulers import SchedulerName, Stepper
 
 _PIXELS_PER_BATCH = 4 * 512**2
 
@@ -24,23 +26,66 @@ class Request:
         seed: of the starting noise.
         phrases: what each ``{}`` becomes, `TOKEN_MARK` standing for the learned token.
         embeddings: the learned token embedding (d,) of each phrase.
-        slot: the bank's slot that adapts the base; None draws with the base alone.
+        slots: the bank's slots that adapt the base, with their scales; none draw with the base alone.
         negative_prompt: what guidance leads away from.
+        steps: of the scheduler.
+        guidance_scale: 1 draws without guidance.
+        scheduler: which solver.
     """
 
     prompt: str
     seed: int
     phrases: Sequence[str] = ()
     embeddings: Sequence[Tensor] = ()
-    slot: int | None = None
+    slots: Mapping[int, float] = field(default_factory=dict)
     negative_prompt: str = ""
+    steps: int = field(kw_only=True)
+    guidance_scale: float = field(kw_only=True)
+    scheduler: SchedulerName = field(default="ddim", kw_only=True)
+
+
+@dataclass
+class Sample:
+    """One picture in the making.
+
+    Attributes:
+        latents: (1, C, h, h), where it has got to.
+        states: (2, L, d), the negative prompt's and the prompt's text states, or (1, L, d) without guidance.
+        guidance_scale: how far beyond the prompt's prediction to go.
+        slots: the bank's slots that adapt the base, with their scales.
+        stepper: its way from noise to picture.
+    """
+
+    latents: Tensor
+    states: Tensor
+    guidance_scale: float
+    slots: Mapping[int, float]
+    stepper: Stepper
+
+
+def place_objects(prompt: str, class_names: Sequence[str]) -> str:
+    """Give every object its place ``{}`` in a prompt that has none.
+
+    A single object takes the place of its class word where that first occurs (as a whole word, in either case), else
+    it comes in front: ``"on grass"`` becomes ``"{}, on grass"``. Several come in front in their order, joined by "and".
+    A prompt with places, or for no objects, stays as it is.
+    """
+    if "{}" in prompt or not class_names:
+        return prompt
+    if len(class_names) == 1:
+        word = rf"(?<!\w){re.escape(class_names[0])}(?!\w)"
+        placed, found = re.subn(word, "{}", prompt, count=1, flags=re.IGNORECASE)
+        if found:
+            return placed
+    objects = " and ".join(["{}"] * len(class_names))
+    return f"{objects}, {prompt}" if prompt.strip() else objects
 
 
 def fill_prompt(prompt: str, phrases: Sequence[str]) -> str:
     """Put phrases in the places of ``{}``; a single phrase fills all of them.
 
     Raises:
-        ObjdriveError: the number of places and phrases differ, or the prompt holds a NUL character.
+        InvalidPrompt: the number of places and phrases differ, or the prompt holds a NUL character.
     """
     _refuse_mark(prompt)
     pieces = prompt.split("{}")
@@ -48,7 +93,7 @@ def fill_prompt(prompt: str, phrases: Sequence[str]) -> str:
     if len(phrases) == 1 and places:
         phrases = list(phrases) * places
     if places != len(phrases):
-        raise ObjdriveError(
+        raise InvalidPrompt(
             f"the prompt {prompt!r} has {places} places {{}} for {len(phrases)} object(s): name each once, "
             'as in "a photo of {} on grass"'
         )
@@ -57,7 +102,7 @@ def fill_prompt(prompt: str, phrases: Sequence[str]) -> str:
 
 def _refuse_mark(prompt: str) -> None:
     if TOKEN_MARK in prompt:
-        raise ObjdriveError(f"the prompt {prompt!r} holds a NUL character: remove it")
+        raise InvalidPrompt(f"the prompt {prompt!r} holds a NUL character: remove it")
 
 
 def starting_noise(base: Base, seeds: Sequence[int]) -> Tensor:
@@ -68,53 +113,65 @@ def starting_noise(base: Base, seeds: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
+def begin(base: Base, request: Request) -> Sample:
+    """Start a picture: its noise, its text states and its place before the first step.
+
+    Raises:
+        InvalidPrompt: places and objects do not match, or the prompt is too long for the base.
+        ObjdriveError: a number of steps that the base cannot take.
+    """
+    stepper = Stepper(base.scheduler, request.scheduler, request.steps)
+    _refuse_mark(request.negative_prompt)
+    prompt = base.tokenize(fill_prompt(request.prompt, request.phrases))
+    one = len(request.embeddings) == 1
+    embeddings = list(request.embeddings) * len(prompt.places) if one else request.embeddings
+    guided = request.guidance_scale != 1
+    prompts = [base.tokenize(request.negative_prompt), prompt] if guided else [prompt]
+    states, _ = base.encode_text(prompts, embeddings)
+    return Sample(starting_noise(base, [request.seed]), states, request.guidance_scale, request.slots, stepper)
+
+
+@torch.no_grad()
+def denoise(base: Base, samples: Sequence[Sample], bank: AdapterBank | None = None) -> None:
+    """Take every sample one step of its own further, all in one forward pass of the UNet.
+
+    With classifier-free guidance (arXiv 2207.12598) a sample takes two rows of the batch. Each sample depends on
+    itself alone, up to rounding.
+    """
+    counts = [len(sample.states) for sample in samples]
+    latents = torch.cat([sample.latents.expand(n, -1, -1, -1) for sample, n in zip(samples, counts, strict=True)])
+    timesteps = torch.tensor([sample.stepper.timestep for sample in samples]).repeat_interleave(torch.tensor(counts))
+    # Rows of a sample share its slots: longer runs make larger and fewer matrix products.
+    rows = [1] * len(samples) if len(set(counts)) == 1 else counts
+    runs = [sample.slots for sample, n in zip(samples, rows, strict=True) for _ in range(n)]
+    with bank.active(runs) if bank is not None else nullcontext():
+        outputs = base.predict(latents, timesteps.to(base.device), torch.cat([sample.states for sample in samples]))
+    for sample, output in zip(samples, outputs.split(counts), strict=True):
+        if len(output) == 2:
+            plain, prompted = output.split(1)
+            output = plain + sample.guidance_scale * (prompted - plain)
+        sample.latents = sample.stepper.step(output, sample.latents)
+
+
 def draw_latents(
     base: Base,
     requests: Sequence[Request],
     *,
     bank: AdapterBank | None = None,
-    steps: int,
-    guidance_scale: float,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Draw all requests in one batch by DDIM (arXiv 2010.02502) with classifier-free guidance (arXiv 2207.12598).
-
-    Either every request names a slot of `bank` or none does. Each picture depends on its own request alone.
+    """Draw all requests in one batch. Each picture depends on its own request alone.
 
     Returns:
         (N, C, h, h) scaled latents.
     """
-    slots = [request.slot for request in requests if request.slot is not None]
-    if len(slots) not in (0, len(requests)) or (slots and bank is None):
-        raise ValueError("either every request names a slot of a bank or none does")
-    states = _guided_states(base, requests)
-    scheduler = type(base.scheduler).from_config(base.scheduler.config)
-    scheduler.set_timesteps(steps)
-    latents = starting_noise(base, [request.seed for request in requests])
-    with bank.active(slots) if bank is not None and slots else nullcontext():
-        for timestep in scheduler.timesteps:
-            doubled = latents.repeat_interleave(2, dim=0)
-            output = base.predict(doubled, timestep.expand(len(doubled)).to(base.device), states)
-            plain, prompted = output.view(-1, 2, *output.shape[1:]).unbind(dim=1)
-            guided = plain + guidance_scale * (prompted - plain)
-            latents = scheduler.step(guided, timestep, latents).prev_sample
-            on_step()
-    return latents
-
-
-def _guided_states(base: Base, requests: Sequence[Request]) -> Tensor:
-    """(2N, L, d): for each request the negative prompt's and the prompt's text states, side by side."""
-    prompts, embeddings = [], []
-    for request in requests:
-        _refuse_mark(request.negative_prompt)
-        prompts += [
-            base.tokenize(request.negative_prompt),
-            base.tokenize(fill_prompt(request.prompt, request.phrases)),
-        ]
-        tokens = len(prompts[-1].places)
-        one = len(request.embeddings) == 1
-        embeddings += list(request.embeddings) * tokens if one else list(request.embeddings)
-    return base.encode_text(prompts, embeddings)[0]
+    if bank is None and any(request.slots for request in requests):
+        raise ValueError("a request names slots, but there is no bank")
+    samples = [begin(base, request) for request in requests]
+    while rest := [sample for sample in samples if not sample.stepper.done]:
+        denoise(base, rest, bank)
+        on_step()
+    return torch.cat([sample.latents for sample in samples])
 
 
 def draw_pictures(
@@ -122,29 +179,16 @@ def draw_pictures(
     requests: Sequence[Request],
     *,
     bank: AdapterBank | None = None,
-    steps: int,
-    guidance_scale: float,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
-    """Draw requests, with and without a slot, in batches that fit a device; pictures in the requests' order."""
+    """Draw requests in batches that fit a device; pictures in the requests' order."""
+    pictures = []
     batch = fitting_batch_size(base)
-    plain = [index for index, request in enumerate(requests) if request.slot is None]
-    adapted = [index for index, request in enumerate(requests) if request.slot is not None]
-    pictures: dict[int, Image.Image] = {}
-    for indices in (plain, adapted):
-        for first in range(0, len(indices), batch):
-            some = indices[first : first + batch]
-            latents = draw_latents(
-                base,
-                [requests[index] for index in some],
-                bank=bank,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                on_step=on_step,
-            )
-            pictures.update(zip(some, to_pictures(base.decode_latents(latents)), strict=True))
-            on_step()
-    return [pictures[index] for index in range(len(requests))]
+    for first in range(0, len(requests), batch):
+        latents = draw_latents(base, requests[first : first + batch], bank=bank, on_step=on_step)
+        pictures += to_pictures(base.decode_latents(latents))
+        on_step()
+    return pictures
 
 
 def fitting_batch_size(base: Base) -> int:

@@ -14,14 +14,14 @@ commits, the others find it done.
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import IO, Any
 
 from pydantic import BaseModel, ValidationError
 
 from objdrive._claim import CLAIM_PREFIX, Claim
-from objdrive._files import TEMPORARY_PREFIX, StoreError, open_files
+from objdrive._files import TEMPORARY_PREFIX, open_files
 from objdrive.artifact import (
     DIGEST_PATTERN,
     FILE_NAME_PATTERN,
@@ -30,7 +30,7 @@ from objdrive.artifact import (
     ArtifactMetadata,
     FileRecord,
 )
-from objdrive.errors import ObjdriveError
+from objdrive.errors import CorruptArtifact, ObjdriveError, StoreError, UnknownObject
 
 __all__ = ["ArtifactStore", "StoreError"]
 
@@ -40,10 +40,6 @@ _OBJECTS = "objects"
 _RUNS = "runs"
 _FIRST_POLL_SECONDS = 0.02
 _LAST_POLL_SECONDS = 1.0
-
-
-class _DamageError(ObjdriveError):
-    """What is stored is not what was committed. Unlike a StoreError, asking again does not help."""
 
 
 class _Current(BaseModel):
@@ -116,7 +112,7 @@ class ArtifactStore:
         document = self._files.read(f"{folder}/{METADATA_FILE}")
         try:
             return None if document is None else _parse(document, object_id, digest)
-        except _DamageError:
+        except CorruptArtifact:
             return None
 
     def has(self, object_id: str, digest: str) -> bool:
@@ -129,27 +125,36 @@ class ArtifactStore:
             raise ObjdriveError(f"{self.folder(object_id, digest)} is not a committed artifact; commit it first")
         self._point(object_id, digest)
 
-    def read(self, object_id: str, digest: str | None = None) -> tuple[ArtifactMetadata, dict[str, bytes]]:
-        """Return an artifact (the current one by default) with all its files by name, checked.
+    def read(
+        self, object_id: str, digest: str | None = None, *, only: Collection[str] | None = None
+    ) -> tuple[ArtifactMetadata, dict[str, bytes]]:
+        """Return an artifact (the current one by default) with its files by name, checked.
 
-        Raises ObjdriveError if there is none, and if a file is missing or not the one that was committed.
+        With `only`, read just those of its files. Raises UnknownObject if there is none, and CorruptArtifact if a
+        file is missing or not the one that was committed.
         """
-        metadata = self.current(object_id) if digest is None else self.metadata(object_id, digest)
-        if metadata is None:
+        chosen = self._pointed(object_id) if digest is None else digest
+        document = None if chosen is None else self._files.read(f"{_folder(object_id, chosen)}/{METADATA_FILE}")
+        if chosen is None or document is None:
             what = "current artifact" if digest is None else f"artifact {digest}"
-            raise ObjdriveError(f"object {object_id!r} has no {what} in {self.url}; personalize it first")
-        return metadata, {name: self.read_file(metadata, name) for name in metadata.files}
+            raise UnknownObject(f"object {object_id!r} has no {what} in {self.url}; personalize it first")
+        try:
+            metadata = _parse(document, object_id, chosen)
+        except CorruptArtifact as error:
+            raise CorruptArtifact(f"{self.folder(object_id, chosen)}/{METADATA_FILE}: {error}") from error
+        names = metadata.files if only is None else metadata.files.keys() & only
+        return metadata, {name: self.read_file(metadata, name) for name in names}
 
     def read_file(self, metadata: ArtifactMetadata, name: str) -> bytes:
-        """Return one file of the artifact, checked. Raises ObjdriveError as `read` does."""
+        """Return one file of the artifact, checked. Raises as `read` does."""
         if name not in metadata.files:
             raise ObjdriveError(f"the artifact has no file {name!r}; it has {sorted(metadata.files)}")
         address = f"{_folder(metadata.object_id, metadata.digest)}/{name}"
         data = self._files.read(address)
         if data is None:
-            raise _DamageError(f"{self.url}/{address} is missing; personalize the object again")
+            raise CorruptArtifact(f"{self.url}/{address} is missing; personalize the object again")
         if FileRecord.of(data) != metadata.files[name]:
-            raise _DamageError(
+            raise CorruptArtifact(
                 f"{self.url}/{address} is damaged: {len(data)} bytes that do not match the checksum of the "
                 f"{metadata.files[name].size} bytes committed; personalize the object again"
             )
@@ -235,13 +240,13 @@ class ArtifactStore:
     def _damage(self, document: bytes, object_id: str, digest: str) -> list[str]:
         try:
             metadata = _parse(document, object_id, digest)
-        except _DamageError as error:
+        except CorruptArtifact as error:
             return [f"{self.folder(object_id, digest)}/{METADATA_FILE}: {error}"]
         damage = []
         for name in metadata.files:
             try:
                 self.read_file(metadata, name)
-            except _DamageError as error:
+            except CorruptArtifact as error:
                 damage.append(str(error))
         return damage
 
@@ -308,9 +313,9 @@ def _parse(document: bytes, object_id: str, digest: str) -> ArtifactMetadata:
     try:
         metadata = ArtifactMetadata.model_validate_json(document)
     except ValidationError as error:
-        raise _DamageError(f"not valid: {error}; personalize the object again") from error
+        raise CorruptArtifact(f"not valid: {error}; personalize the object again") from error
     if (metadata.object_id, metadata.digest) != (object_id, digest):
-        raise _DamageError(
+        raise CorruptArtifact(
             f"speaks of object {metadata.object_id!r}, digest {metadata.digest}; personalize the object again"
         )
     return metadata

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ from objdrive.adapter import Adapter, adapter_files
 from objdrive.bank import AdapterBank
 from objdrive.base import EMBEDDED, TOKEN_MARK, Base
 from objdrive.errors import ObjdriveError
-from objdrive.sampler import Request, draw_latents, draw_pictures, fill_prompt, starting_noise, to_pictures
+from objdrive.sampler import draw_latents, draw_pictures, fill_prompt, place_objects, starting_noise, to_pictures
 
 RANK = 4
 STEPS = 3
 GUIDANCE = 4.0
 TOKEN = "<drum-01>"
 OTHER_TOKEN = "<drum-02>"
+
+Request = partial(sampler.Request, steps=STEPS, guidance_scale=GUIDANCE)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def bank(tiny64, adapters):
 
 
 def draw(base, requests, bank=None):
-    return draw_latents(base, requests, bank=bank, steps=STEPS, guidance_scale=GUIDANCE)
+    return draw_latents(base, requests, bank=bank)
 
 
 def difference(one, other):
@@ -85,25 +88,25 @@ class TestStockDiffusers:
             seed=2**40 + 7,
             phrases=[phrase.replace("{token}", TOKEN_MARK)],
             embeddings=[adapters[1].embedding],
-            slot=1,
+            slots={1: 1.0},
         )
         ours = draw(tiny64, [request], bank)
         theirs = stock_latents(stock, f"a photo of {phrase.replace('{token}', TOKEN)} on grass", request.seed)
         assert ours.shape == theirs.shape == (1, 4, 16, 16)
         assert difference(ours, theirs) < 1e-3
-        assert difference(ours, draw(tiny64, [replace(request, slot=None)])) > 0.05
+        assert difference(ours, draw(tiny64, [replace(request, slots={})])) > 0.05
         other_token = replace(request, embeddings=[adapters[0].embedding])
         assert difference(ours, draw(tiny64, [other_token], bank)) > 0.01
 
     def test_takes_negative_prompts_alike(self, tiny64, bank, stock):
-        request = Request("a photo of a teapot", seed=3, slot=1, negative_prompt="grass, blue")
+        request = Request("a photo of a teapot", seed=3, slots={1: 1.0}, negative_prompt="grass, blue")
         ours = draw(tiny64, [request], bank)
         assert difference(ours, stock_latents(stock, request.prompt, 3, request.negative_prompt)) < 1e-3
         assert difference(ours, draw(tiny64, [replace(request, negative_prompt="")], bank)) > 0.01
 
     def test_several_objects_take_their_places_in_order(self, tiny64, bank, adapters, stock):
         embeddings = [adapters[1].embedding, adapters[2].embedding]
-        request = Request("{} left of {}", 1, [f"{TOKEN_MARK} drum", TOKEN_MARK], embeddings, slot=1)
+        request = Request("{} left of {}", 1, [f"{TOKEN_MARK} drum", TOKEN_MARK], embeddings, slots={1: 1.0})
         ours = draw(tiny64, [request], bank)
         assert difference(ours, stock_latents(stock, f"{TOKEN} drum left of {OTHER_TOKEN}", 1)) < 1e-3
         swapped = replace(request, embeddings=embeddings[::-1])
@@ -131,7 +134,7 @@ class TestStockDiffusers:
 class TestBatches:
     def test_a_request_does_not_depend_on_its_batch_mates(self, tiny64, bank, adapters):
         requests = [
-            Request(prompt, seed, [TOKEN_MARK], [adapters[slot].embedding], slot, negative)
+            Request(prompt, seed, [TOKEN_MARK], [adapters[slot].embedding], {slot: 1.0}, negative)
             for prompt, seed, slot, negative in (
                 ("a photo of {} on grass", 1, 2, ""),
                 ("{} and {}, under water", 2, 0, "red"),
@@ -151,17 +154,13 @@ class TestBatches:
         draw_latents(
             tiny64,
             [Request("a teapot", 1)],
-            steps=STEPS,
-            guidance_scale=GUIDANCE,
             on_step=lambda: steps.append(1),
         )
         assert len(steps) == STEPS
 
-    @pytest.mark.parametrize("with_bank", [True, False])
-    def test_slots_and_no_slots_do_not_mix_in_one_batch(self, tiny64, bank, with_bank):
-        requests = [Request("a teapot", 1, slot=0)] + [Request("a teapot", 1)] * with_bank
-        with pytest.raises(ValueError, match="either every request names a slot of a bank or none does"):
-            draw(tiny64, requests, bank if with_bank else None)
+    def test_slots_without_a_bank_are_refused(self, tiny64):
+        with pytest.raises(ValueError, match="names slots, but there is no bank"):
+            draw(tiny64, [Request("a teapot", 1, slots={0: 1.0}), Request("a teapot", 1)])
 
     def test_noise_belongs_to_the_seed(self, tiny64):
         noise = starting_noise(tiny64, [5, 6, 5])
@@ -211,23 +210,41 @@ class TestFillPrompt:
             draw(tiny64, [request])
 
 
+class TestPlaceObjects:
+    @pytest.mark.parametrize(
+        ("prompt", "classes", "placed"),
+        [
+            ("a photo of {} on grass", ["mug"], "a photo of {} on grass"),
+            ("a photo of a mug", [], "a photo of a mug"),
+            ("a Mug next to a mug", ["mug"], "a {} next to a mug"),
+            ("a straw hat, red", ["straw hat"], "a {}, red"),
+            ("mugs on grass", ["mug"], "{}, mugs on grass"),
+            ("a c++ mug", ["c++"], "a {} mug"),
+            ("on grass", ["mug"], "{}, on grass"),
+            ("  ", ["mug"], "{}"),
+            ("a mug and a plate", ["mug", "plate"], "{} and {}, a mug and a plate"),
+            ("", ["mug", "plate", "cup"], "{} and {} and {}"),
+        ],
+    )
+    def test_gives_every_object_a_place(self, prompt, classes, placed):
+        assert place_objects(prompt, classes) == placed
+
+
 class TestPictures:
     def test_come_in_the_requests_order(self, tiny64, bank, adapters, monkeypatch):
         # Batches of two, which the embedded base's small pictures would never fill.
         monkeypatch.setattr(sampler, "_PIXELS_PER_BATCH", 2 * tiny64.resolution**2)
         token, embedding = [TOKEN_MARK], [adapters[0].embedding]
         requests = [
-            Request("a photo of {}", 1, token, embedding, slot=2),
+            Request("a photo of {}", 1, token, embedding, slots={2: 1.0}),
             Request("a photo of {}", 1, token, embedding),
             Request("a teapot", 2),
-            Request("a photo of {}", 1, token, embedding, slot=0),
-            Request("a teapot", 2, slot=0),
+            Request("a photo of {}", 1, token, embedding, slots={0: 1.0}),
+            Request("a teapot", 2, slots={0: 1.0}),
             Request("a rose", 3),
         ]
-        pictures = draw_pictures(tiny64, requests, bank=bank, steps=2, guidance_scale=GUIDANCE)
-        alone = [
-            draw_pictures(tiny64, [request], bank=bank, steps=2, guidance_scale=GUIDANCE)[0] for request in requests
-        ]
+        pictures = draw_pictures(tiny64, requests, bank=bank)
+        alone = [draw_pictures(tiny64, [request], bank=bank)[0] for request in requests]
         assert [picture.size for picture in pictures] == [(64, 64)] * 6
         distances = [
             [np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() for other in alone]

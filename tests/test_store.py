@@ -23,7 +23,7 @@ from objdrive.artifact import (
     SourceRecord,
     Sources,
 )
-from objdrive.errors import ObjdriveError
+from objdrive.errors import CorruptArtifact, ObjdriveError, UnknownObject
 from objdrive.store import ArtifactStore, StoreError
 
 OBJECT = "mug-1"
@@ -246,7 +246,7 @@ class TestEveryStorage:
             problem, consequence = store.verify(OBJECT)
             assert METADATA_FILE in problem
             assert "current.json" in consequence
-            with pytest.raises(ObjdriveError, match="no current artifact"):
+            with pytest.raises(CorruptArtifact, match=rf"{METADATA_FILE}: .*personalize the object again"):
                 store.read(OBJECT)
         assert commit(store, "two") is True
         assert_whole(store, {"two"})
@@ -335,9 +335,9 @@ class TestEveryStorage:
         assert store.has(OBJECT, DIGEST)
 
     def test_absent(self, store):
-        with pytest.raises(ObjdriveError, match="'mug-1' has no current artifact"):
+        with pytest.raises(UnknownObject, match="'mug-1' has no current artifact"):
             store.read(OBJECT)
-        with pytest.raises(ObjdriveError, match=f"has no artifact {DIGEST}"):
+        with pytest.raises(UnknownObject, match=f"has no artifact {DIGEST}"):
             store.read(OBJECT, DIGEST)
         commit(store)
         with pytest.raises(ObjdriveError, match=r"no file 'other\.bin'"):
