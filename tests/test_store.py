@@ -246,7 +246,7 @@ class TestEveryStorage:
             problem, consequence = store.verify(OBJECT)
             assert METADATA_FILE in problem
             assert "current.json" in consequence
-            with pytest.raises(CorruptArtifact, match=rf"{METADATA_FILE}: .*personalize the object again"):
+            with pytest.raises(CorruptArtifact, match=rf"(?s){METADATA_FILE}: .*personalize the object again"):
                 store.read(OBJECT)
         assert commit(store, "two") is True
         assert_whole(store, {"two"})
