@@ -133,7 +133,8 @@ class Drawing:
         """
         for index in range(self.request.steps + 1):
             with self._changed:
-                self._changed.wait_for(lambda index=index: len(self._events) > index)  # type: ignore[misc]
+                while len(self._events) <= index:
+                    self._changed.wait()
                 event = self._events[index]
             if isinstance(event, ObjdriveError):
                 raise event
@@ -151,11 +152,9 @@ class Drawing:
         with self._changed:
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"no picture within {timeout} s")
-            event = self._events[-1]
-        if not isinstance(event, Picture):
-            assert isinstance(event, ObjdriveError)
-            raise event
-        return event
+        *_, picture = self.events()
+        assert isinstance(picture, Picture)
+        return picture
 
     def subscribe(self, callback: Callable[[Event], None]) -> None:
         """Have `callback` called with every event in order, those already past at once.
@@ -452,7 +451,7 @@ class Engine:
                 blocked = blocked or ticket
 
     def _may_overtake(self, ticket: _Ticket, blocked: _Ticket) -> bool:
-        if blocked.overtaken == _MOST_OVERTAKEN or not self._residency.leased(ticket.claim):
+        if blocked.overtaken == _MOST_OVERTAKEN or not self._residency.needs_no_slot(ticket.claim):
             return False
         blocked.overtaken += 1
         return True

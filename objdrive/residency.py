@@ -158,8 +158,8 @@ class Residency:
         with self._lock:
             return all(load.done() for load in claim.loads.values())
 
-    def leased(self, claim: Claim) -> bool:
-        """Whether other leases already hold all slots that the claim needs."""
+    def needs_no_slot(self, claim: Claim) -> bool:
+        """Whether other leases hold already all the adapters of the claim."""
         with self._lock:
             return all(key in self._slots and self._slots[key].leases for key in claim.keys)
 

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,9 @@ import transformers
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
+from objdrive.adapter import Adapter, adapter_files
+from objdrive.artifact import ArtifactKey, ArtifactMetadata, BaseRef, SceneMember, SourceRecord, Sources
+from objdrive.bank import AdapterBank
 from objdrive.base import EMBEDDED, Base
 from objdrive.images import decode_photo
 from objdrive.views import Scene, SceneObject
@@ -164,3 +168,82 @@ def sd15_folders(request, sd15, tmp_path):
     (velocity / "scheduler").mkdir()
     (velocity / "scheduler" / "scheduler_config.json").write_text(json.dumps(VELOCITY_SCHEDULER))
     return velocity, clip
+
+
+@pytest.fixture(scope="session")
+def small(sd15):
+    """A base whose few and random weights draw meaningless pictures of 16 x 16 pixels fast."""
+    snapshot, clip = sd15
+    base = Base.load(str(snapshot), clip=str(clip), device="cpu", dtype=torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        base.unet = UNet2DConditionModel(
+            sample_size=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(16, 16),
+            norm_num_groups=4,
+            layers_per_block=1,
+            attention_head_dim=2,
+            cross_attention_dim=32,
+        )
+        base.vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            layers_per_block=1,
+            sample_size=16,
+        )
+    for part in (base.unet, base.vae):
+        part.eval().requires_grad_(False)
+    return base
+
+
+@pytest.fixture(scope="session")
+def random_adapter():
+    """Call it with a base, a seed and a rank: an adapter that changes every picture by a lot."""
+
+    def random_adapter(base, seed, rank=4):
+        generator = torch.Generator().manual_seed(seed)
+        with AdapterBank(base.unet, slots=1, rank=rank) as bank:
+            lora = {
+                key: torch.randn(value.shape, generator=generator) * (0.2 / rank**0.5)
+                for key, value in bank.export(0).items()
+            }
+        width = base.text_encoder.config.hidden_size
+        return Adapter(lora, 0.5 * torch.randn(width, generator=generator))
+
+    return random_adapter
+
+
+@pytest.fixture(scope="session")
+def put_adapter(random_adapter):
+    """Call it with a store, a base, an object id and a seed: a random adapter is the object's current artifact."""
+
+    def put_adapter(store, drawn_by, object_id, seed, *, rank=4, adapter=None, **changes):
+        adapter = adapter or random_adapter(drawn_by, seed, rank)
+        token = f"<{object_id}>"
+        metadata = ArtifactMetadata(
+            **{
+                "object_id": object_id,
+                "class_name": "mug",
+                "token": token,
+                "phrase": f"{token} mug",
+                "digest": hashlib.sha256(f"{object_id}:{seed}".encode()).hexdigest()[:32],
+                "members": [SceneMember(object_id=object_id, class_name="mug", token=token)],
+                "base": BaseRef(id=drawn_by.name, fingerprint=drawn_by.fingerprint),
+                "recipe": {},
+                "recipe_digest": "",
+                "method_version": 1,
+                "metrics": {},
+                "sources": Sources(image=SourceRecord(uri="mug.png", size=1, mark="")),
+                "versions": {},
+                "created": "2026-11-22T18:45:00Z",
+            }
+            | changes
+        )
+        store.commit(adapter_files(adapter, token=token), metadata)
+        return ArtifactKey(object_id, metadata.digest)
+
+    return put_adapter
