@@ -30,7 +30,7 @@ from objdrive.sampler import (
     place_objects,
     to_pictures,
 )
-from objdrive.schedulers import SchedulerName
+from objdrive.schedulers import SchedulerName, most_steps
 from objdrive.store import ArtifactStore
 
 _logger = logging.getLogger(__name__)
@@ -589,9 +589,14 @@ def check_request(request: DrawRequest, base: Base, slots: int) -> None:
             raise UnknownObject(f"there is no artifact {str(key)!r}: it is not of the form object_id@digest")
     if len(request.objects) > slots:
         raise ObjdriveError(f"{len(request.objects)} objects in one picture are too many: at most {slots}")
-    trained = base.scheduler.config["num_train_timesteps"]
-    ranges = {"seed": (0, 2**63 - 1), "steps": (1, trained - 1), "guidance_scale": (1, 100), "adapter_scale": (0, 10)}
-    for name, (least, most) in (ranges | {"partial_images": (0, request.steps)}).items():
+    ranges = {
+        "seed": (0, 2**63 - 1),
+        "steps": (1, most_steps(base.scheduler)),
+        "guidance_scale": (1, 100),
+        "adapter_scale": (0, 10),
+        "partial_images": (0, request.steps),
+    }
+    for name, (least, most) in ranges.items():
         value = getattr(request, name)
         if not least <= value <= most:
             raise ObjdriveError(f"{name}={value} must be at least {least} and at most {most}")

@@ -10,6 +10,11 @@ from objdrive.errors import ObjdriveError
 SchedulerName = Literal["ddim", "dpmsolver++"]
 
 
+def most_steps(scheduler: DDIMScheduler) -> int:
+    """The most steps that both solvers can take: with more, timesteps coincide or pass the last one trained on."""
+    return int(scheduler.config["num_train_timesteps"]) - 2
+
+
 class Stepper:
     """One request's way through the noise levels.
 
@@ -22,13 +27,13 @@ class Stepper:
         steps: how many.
 
     Raises:
-        ObjdriveError: `steps` is not at least 1 and less than the timesteps that the base was trained on.
+        ObjdriveError: `steps` is not between 1 and `most_steps`.
     """
 
     def __init__(self, scheduler: DDIMScheduler, name: SchedulerName, steps: int) -> None:
-        trained = int(scheduler.config["num_train_timesteps"])
-        if not 1 <= steps < trained:
-            raise ObjdriveError(f"steps={steps} must be at least 1 and at most {trained - 1}")
+        most = most_steps(scheduler)
+        if not 1 <= steps <= most:
+            raise ObjdriveError(f"steps={steps} must be at least 1 and at most {most}")
         self._scheduler: DDIMScheduler | DPMSolverMultistepScheduler
         if name == "ddim":
             self._scheduler = DDIMScheduler.from_config(scheduler.config)
