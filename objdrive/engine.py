@@ -474,6 +474,7 @@ class Engine:
                 self._waiting.remove(ticket)
         if cancelled:
             self._residency.release(ticket.claim)
+            self._wake()
         elif isinstance(begun, _Place):
             self._batch.append(begun)
         else:
@@ -556,7 +557,8 @@ class Engine:
         ticket.drawing.tell(event)
         with self._condition:
             self._unfinished -= 1
-            self._condition.notify_all()
+        # Its place and slots may be what another waits for.
+        self._wake()
 
     def _count(self, outcome: str) -> None:
         with self._condition:
