@@ -90,6 +90,28 @@ class TestForward:
             expected = by_hand(network, x[sample].numpy(), loras[slots[sample // run]])
             np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("run", [1, 2])
+    def test_a_sample_may_have_several_adapters_with_scales_or_none(self, network, run):
+        loras = [random_lora(WIDTHS, rank, seed) for seed, rank in enumerate((2, 1, 2))]
+        mixes = [{}, {0: 1.0}, {2: 0.5, 1: -1.5}, {1: 0.0}, {0: 1.0, 1: 1.0, 2: 1.0}]
+        x = torch.randn(len(mixes) * run, 4, 5, generator=torch.Generator().manual_seed(9))
+        with AdapterBank(network, slots=3, rank=2) as bank:
+            for slot, lora in enumerate(loras):
+                bank.load(slot, lora)
+            with bank.active(mixes), torch.no_grad():
+                got = network(x)
+        for sample, answer in enumerate(got):
+            stacked = {}
+            for name, (inside, outside) in WIDTHS.items():
+                stacked[f"{name}.lora_A.weight"] = torch.zeros(1, inside)
+                stacked[f"{name}.lora_B.weight"] = torch.zeros(outside, 1)
+            for slot, scale in mixes[sample // run].items():
+                for name in WIDTHS:
+                    a, b = (f"{name}.lora_{half}.weight" for half in "AB")
+                    stacked[a] = torch.cat([stacked[a], loras[slot][a]])
+                    stacked[b] = torch.cat([stacked[b], scale * loras[slot][b]], dim=1)
+            np.testing.assert_allclose(answer, by_hand(network, x[sample].numpy(), stacked), rtol=1e-4, atol=1e-5)
+
     def test_equals_pefts_own_injection(self, unet):
         with AdapterBank(unet, slots=2, rank=3) as bank:
             lora = random_lora({name: (d.shape[2], bank.up[name].shape[1]) for name, d in bank.down.items()}, 3, 1)
@@ -129,6 +151,8 @@ class TestPlain:
             with bank.active([0]):
                 assert not torch.equal(network(x), plain)
             assert torch.equal(network(x), plain)
+            with bank.active([{}, {}]):
+                assert torch.equal(network(x), plain)
             with pytest.raises(KeyError), bank.active([0]):
                 raise KeyError
             assert torch.equal(network(x), plain)
@@ -221,6 +245,18 @@ class TestSlots:
 
 
 class TestRefusals:
+    def test_before_anything_is_overwritten(self, network):
+        lora = random_lora(WIDTHS, 2, 0)
+        with AdapterBank(network, slots=1, rank=2) as bank:
+            bank.load(0, lora)
+            for bad in (random_lora(WIDTHS, 3, 1), random_lora(WIDTHS | {"attn.to_k": (5, 7)}, 2, 1)):
+                with pytest.raises(ObjdriveError):
+                    bank.check(bad)
+                with pytest.raises(ObjdriveError):
+                    bank.load(0, bad)
+            exported = bank.export(0)
+        assert all(torch.equal(exported[key], lora[key]) for key in lora)
+
     def test_of_a_layer_that_the_base_lacks(self, network):
         with (
             AdapterBank(network, slots=1, rank=2) as bank,

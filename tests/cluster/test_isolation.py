@@ -1,0 +1,141 @@
+"""No request ever gets another object's adapter, whatever happens around it."""
+
+import random
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+
+from objdrive.engine import DrawRequest, Engine
+from objdrive.errors import Cancelled
+from objdrive.store import ArtifactStore
+
+pytestmark = pytest.mark.cluster
+
+OBJECTS, SLOTS, CLIENTS = 40, 6, 16
+REQUESTS = 2 * 63 * CLIENTS
+VERSIONS = 3
+CANCELLED_SHARE = 0.05
+RETRAINED_EVERY = 25
+RANK = 4
+MEBIBYTE = 2**20
+
+
+STYLES = [
+    {"steps": 2, "guidance_scale": 4.0, "scheduler": "ddim"},
+    {"steps": 3, "guidance_scale": 1.0, "scheduler": "ddim"},
+    {"steps": 3, "guidance_scale": 2.0, "scheduler": "dpmsolver++"},
+]
+
+
+class Catalog:
+    """Objects that are retrained again and again while they are drawn."""
+
+    def __init__(self, store, commit):
+        self._store = store
+        self._versions = Counter()
+        self._lock = threading.Lock()
+        self._keys = [[commit(number, version) for version in range(VERSIONS)] for number in range(OBJECTS)]
+        self.retrainings = 0
+
+    def current(self, number):
+        with self._lock:
+            return self._keys[number][self._versions[number] % VERSIONS]
+
+    def retrain(self, number):
+        with self._lock:
+            self._versions[number] += 1
+            self.retrainings += 1
+            key = self._keys[number][self._versions[number] % VERSIONS]
+            self._store.point(key.object_id, key.digest)
+
+
+def some_request(catalog, dice):
+    # Long-tailed, as catalogs are: half of all requests are for a tenth of the objects.
+    number = dice.randrange(OBJECTS // 10) if dice.random() < 0.5 else dice.randrange(OBJECTS)
+    several = dice.random() < 0.1
+    objects = tuple(catalog.current((number + offset) % OBJECTS) for offset in range(1 + several))
+    return DrawRequest(" and ".join(["{}"] * len(objects)), 1, objects, **dice.choice(STYLES))
+
+
+class Client:
+    """Draws one picture after the other; now and then it hangs up, or an object is retrained."""
+
+    def __init__(self, engine, catalog, number):
+        self._engine, self._catalog, self._dice = engine, catalog, random.Random(number)
+        self.pictures = []
+        self.outcomes = Counter()
+
+    def draw(self, count):
+        for _ in range(count):
+            request = some_request(self._catalog, self._dice)
+            if self._dice.random() < 1 / RETRAINED_EVERY:
+                self._catalog.retrain(self._dice.randrange(OBJECTS))
+            drawing = self._engine.submit(request)
+            if self._dice.random() < CANCELLED_SHARE:
+                drawing.cancel()
+            try:
+                self.pictures.append((request, drawing.result(120)))
+                self.outcomes["drawn"] += 1
+            except Cancelled:
+                self.outcomes["cancelled"] += 1
+
+
+def under_fire(engine, catalog):
+    """All requests by all clients, in two halves: the clients, and the process's size after each half."""
+    clients = [Client(engine, catalog, number) for number in range(CLIENTS)]
+    sizes = []
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        for _ in range(2):
+            for half in [pool.submit(client.draw, REQUESTS // 2 // CLIENTS) for client in clients]:
+                half.result()
+            sizes.append(psutil.Process().memory_info().rss)
+    return clients, sizes
+
+
+def test_every_picture_is_the_one_drawn_alone(small, random_adapter, put_adapter, tmp_path):
+    store = ArtifactStore(str(tmp_path))
+
+    def commit(number, version):
+        seed, rank = number * VERSIONS + version, 1 + number % RANK
+        return put_adapter(store, small, f"object-{number:02}", seed, rank=rank)
+
+    catalog = Catalog(store, commit)
+    largest = random_adapter(small, 0, RANK)
+    host_bytes = 10 * sum(tensor.nbytes for tensor in largest.lora.values())
+    settings = {"rank": RANK, "host_bytes": host_bytes, "queue_limit": CLIENTS}
+    with Engine(small, store, batch_size=8, slots=SLOTS, **settings) as engine:
+        clients, (half, whole) = under_fire(engine, catalog)
+        stats = engine.stats()
+    outcomes = sum((client.outcomes for client in clients), Counter())
+    assert outcomes == stats.requests
+    assert outcomes.total() == REQUESTS
+    assert outcomes["cancelled"] > REQUESTS * CANCELLED_SHARE / 2
+    assert catalog.retrainings > REQUESTS / RETRAINED_EVERY / 2
+    assert min(stats.hits[tier] for tier in ("bank", "host", "store")) > SLOTS
+    assert stats.swap_seconds.count > 10 * SLOTS
+    assert stats.resident <= SLOTS
+    assert stats.hosted_bytes <= host_bytes
+    assert whole - half < 50 * MEBIBYTE
+    pictures = [pair for client in clients for pair in client.pictures]
+    assert_drawn_as_alone(pictures, small, store, settings)
+
+
+def assert_drawn_as_alone(pictures, base, store, settings):
+    expected = {}
+    with Engine(base, store, batch_size=1, slots=2, **settings) as alone:
+        for request, picture in pictures:
+            if request not in expected:
+                expected[request] = alone.submit(request).result(120).latents
+            assert picture.objects == request.objects
+            assert float((picture.latents - expected[request]).abs().max()) < 1e-3, request
+    # Were two of them alike, equality would prove nothing.
+    alike = {}
+    for request, latents in expected.items():
+        alike.setdefault(replace(request, objects=()), []).append(latents.flatten())
+    for latents in alike.values():
+        assert torch.pdist(torch.stack(latents), p=float("inf")).min() > 1e-2
