@@ -4,10 +4,14 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from objdrive.errors import ObjdriveError
 from objdrive.store import ArtifactStore
+
+COMMANDS_GROUP = "objdrive.commands"
+"""Entry points of this group add commands: they are called with the parser's subparsers."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="draw pictures of an object"))
     store = commands.add_parser("store", help="look after a store of artifacts")
     _add_store(store.add_subparsers(required=True, metavar="COMMAND"))
+    # Rooms that build on the library bring commands of their own.
+    for room in entry_points(group=COMMANDS_GROUP):
+        room.load()(commands)
     return parser
 
 

@@ -207,6 +207,10 @@ class ArtifactStore:
         """Return the address of the artifact's folder."""
         return f"{self.url}/{_folder(object_id, digest)}"
 
+    def run_ids(self) -> list[str]:
+        """Return the ids of the runs that wrote to the store, sorted: in the order in which they began."""
+        return [name for name in self._files.folders(_RUNS) if re.fullmatch(OBJECT_ID_PATTERN, name)]
+
     def run_path(self, run_id: str, name: str) -> str:
         """Return the address of a run's file."""
         return f"{self.url}/{_run_file(run_id, name)}"

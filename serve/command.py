@@ -1,0 +1,78 @@
+"""The commands `objdrive serve` and `objdrive api-key`."""
+
+import argparse
+import ipaddress
+from pathlib import Path
+from typing import Any
+
+from objdrive.errors import ObjdriveError
+
+
+def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands to those of `objdrive`."""
+    _add_serve(commands.add_parser("serve", help="answer the HTTP API on this machine"))
+    _add_api_key(commands.add_parser("api-key", help="make an API key"))
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", required=True, help="the store's address")
+    parser.add_argument("--base", default="", help="(default: the one that the store's objects note)")
+    parser.add_argument("--clip", help="folder or hub id of the CLIP with the image tower, for bases without one")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--api-keys", type=Path, metavar="FILE", help="who may ask: see 'objdrive api-key'")
+    who.add_argument("--no-auth", action="store_true", help="answer whoever asks from this machine")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, such as batch_size=4"
+    )
+    parser.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    if arguments.no_auth and not is_loopback(arguments.host):
+        raise ObjdriveError(
+            f"--no-auth --host {arguments.host}: without keys only this machine may ask; give --api-keys FILE"
+        )
+    # Heavy imports, which no other command needs.
+    from transformers.utils.logging import disable_progress_bar
+
+    from serve.local import run_server
+    from serve.settings import Settings
+
+    disable_progress_bar()
+    values: dict[str, Any] = {name: getattr(arguments, name) for name in ("store", "base", "clip", "api_keys", "no_auth")}
+    settings = Settings.of(**values, **dict(_pair(text) for text in arguments.set))
+    run_server(settings, arguments.host, arguments.port)
+    return 0
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ObjdriveError(f"--set {text}: give NAME=VALUE")
+    return name, value
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _add_api_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="whose it is")
+    parser.add_argument("--prefix", default="", help="it sees only objects whose ids begin with this")
+    parser.set_defaults(run=_api_key)
+
+
+def _api_key(arguments: argparse.Namespace) -> int:
+    from serve.auth import new_key
+
+    secret, entry = new_key(arguments.name, prefix=arguments.prefix)
+    prefix = f', prefix: "{entry.prefix}"' if entry.prefix else ""
+    print(f"# The key, shown only now: {secret}")
+    print(f'# Its entry for the file of keys, under "keys:":\n- {{name: {entry.name}, sha256: {entry.sha256}{prefix}}}')
+    return 0

@@ -1,0 +1,150 @@
+"""One drawing as a stream of events, from an engine in this process or in another."""
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL.PngImagePlugin import PngInfo
+
+from objdrive.base import Base
+from objdrive.engine import DrawRequest, Drawing, Engine, Partial, Picture
+from objdrive.engine import Event as EngineEvent
+from objdrive.errors import ObjdriveError
+from serve.errors import api_error
+
+BASE_ALONE = "base"
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """The base that pictures are drawn with; `resolution` is their edge in pixels."""
+
+    id: str
+    fingerprint: str
+    resolution: int
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The drawing has a place in the queue. Comes first."""
+
+
+@dataclass(frozen=True)
+class PartialPicture:
+    """What it looks like on its way (PNG); `index` counts from 0."""
+
+    index: int
+    png: bytes
+
+
+@dataclass(frozen=True)
+class FinishedPicture:
+    """The picture (PNG, with what drew it in its text chunks) and its prompt as it was drawn. Comes last."""
+
+    png: bytes
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """There will be no picture. Comes last. A value, not an exception: it crosses processes as it is."""
+
+    code: str
+    message: str
+    retry_after: int | None = None
+
+
+Event = Accepted | PartialPicture | FinishedPicture | Refused
+
+
+class Generators(Protocol):
+    """Whatever draws pictures."""
+
+    async def describe(self) -> BaseInfo:
+        """The base. Raises ApiError (503) while there is none."""
+        ...
+
+    def draw(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+        """Draw a picture. Closing the iterator cancels it."""
+        ...
+
+
+def model_id(request: DrawRequest) -> str:
+    """The artifacts that a request is drawn with: ``object_id@digest``, several joined by ``+``."""
+    return "+".join(f"{key.object_id}@{key.digest}" for key in request.objects) or BASE_ALONE
+
+
+class LocalGenerators:
+    """An engine in this process."""
+
+    def __init__(self, base: Base, engine: Engine) -> None:
+        self._engine = engine
+        self._info = BaseInfo(base.name, base.fingerprint, base.resolution)
+
+    async def describe(self) -> BaseInfo:
+        """See `Generators`."""
+        return self._info
+
+    async def draw(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+        """See `Generators`."""
+        try:
+            drawing = self._engine.submit(request)
+        except ObjdriveError as error:
+            yield _refused(error)
+            return
+        try:
+            yield Accepted()
+            async for event in _told(drawing):
+                yield await asyncio.to_thread(_encoded, event, request)
+        finally:
+            drawing.cancel()
+
+
+async def _told(drawing: Drawing) -> AsyncGenerator[EngineEvent, None]:
+    """What the engine's thread tells, in the event loop; ends after the last event."""
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[EngineEvent] = asyncio.Queue()
+    drawing.subscribe(lambda event: loop.call_soon_threadsafe(queue.put_nowait, event))
+    while True:
+        event = await queue.get()
+        yield event
+        if not isinstance(event, Partial):
+            return
+
+
+def _encoded(event: EngineEvent, request: DrawRequest) -> Event:
+    if isinstance(event, ObjdriveError):
+        return _refused(event)
+    buffer = io.BytesIO()
+    if isinstance(event, Partial):
+        event.image.save(buffer, "PNG")
+        return PartialPicture(event.index, buffer.getvalue())
+    event.image.save(buffer, "PNG", pnginfo=_facts(event, request))
+    return FinishedPicture(buffer.getvalue(), event.prompt)
+
+
+def _facts(picture: Picture, request: DrawRequest) -> PngInfo:
+    """What drew the picture, to travel with it."""
+    facts = {
+        "Software": "objdrive",
+        "objdrive:model": model_id(request),
+        "objdrive:base": f"{picture.base}@{picture.base_fingerprint}",
+        "objdrive:seed": str(picture.seed),
+        "objdrive:prompt": picture.prompt,
+        "objdrive:negative_prompt": request.negative_prompt,
+        "objdrive:steps": str(request.steps),
+        "objdrive:guidance_scale": f"{request.guidance_scale:g}",
+        "objdrive:adapter_scale": f"{request.adapter_scale:g}",
+        "objdrive:scheduler": request.scheduler,
+    }
+    info = PngInfo()
+    for name, value in facts.items():
+        info.add_itxt(name, value)
+    return info
+
+
+def _refused(error: ObjdriveError) -> Refused:
+    answer = api_error(error)
+    return Refused(answer.code, str(answer), answer.retry_after)

@@ -1,0 +1,149 @@
+"""Errors over HTTP: one JSON shape (OpenAI's), with codes that stay."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from objdrive.errors import ObjdriveError, QueueFull
+from serve.schema import ErrorDetails, ErrorResponse
+
+logger = logging.getLogger("objdrive.serve")
+
+RETRY_AFTER_SECONDS = 2
+STATUS = {
+    "invalid_request": 400,
+    "invalid_api_key": 401,
+    "forbidden_object": 403,
+    "invalid_signature": 403,
+    "link_expired": 403,
+    "not_found": 404,
+    "unknown_object": 404,
+    "method_not_allowed": 405,
+    "timeout": 408,
+    "wrong_base": 409,
+    "corrupt_artifact": 409,
+    "adapter_too_large": 409,
+    "body_too_large": 413,
+    "invalid_prompt": 422,
+    "queue_full": 429,
+    "rate_limit_exceeded": 429,
+    "cancelled": 499,
+    "drawing_failed": 500,
+    "internal_error": 500,
+    "draining": 503,
+    "store_unreachable": 503,
+    "unavailable": 503,
+}
+"""The HTTP status of each code."""
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_PARAMS = {
+    "unknown_object": "model",
+    "wrong_base": "model",
+    "corrupt_artifact": "model",
+    "adapter_too_large": "model",
+    "invalid_prompt": "prompt",
+}
+_PUBLIC_MESSAGES = {
+    "unknown_object": "the object's artifact is gone",
+    "corrupt_artifact": "the object's artifact is damaged: it must be personalized again",
+    "store_unreachable": "the store can't be reached just now",
+    "drawing_failed": "the picture could not be drawn",
+}
+"""Instead of messages from below that name addresses of the store, which are not the client's business."""
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+class ApiError(ObjdriveError):
+    """A request is answered with an error.
+
+    Attributes:
+        code: one of `STATUS`.
+        param: the field of the request that it is about.
+        retry_after: seconds until it makes sense to ask again; None: asking again does not help.
+    """
+
+    def __init__(self, code: str, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param if param is not None else _PARAMS.get(code)
+        self.retry_after = RETRY_AFTER_SECONDS if retry_after is None and self.status in (429, 503) else retry_after
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return STATUS[self.code]
+
+    @property
+    def document(self) -> ErrorResponse:
+        """The answer's body."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return ErrorResponse(error=ErrorDetails(message=str(self), type=kind, param=self.param, code=self.code))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The answer's headers. OpenAI's clients try again after a 409 unless told not to."""
+        headers = {"x-should-retry": "false"} if self.status == 409 else {}
+        if self.retry_after is not None:
+            headers["retry-after"] = str(self.retry_after)
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return headers
+
+
+def api_error(error: Exception) -> ApiError:
+    """What to answer to an exception; whatever has no code of its own is an internal error, and logged."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ObjdriveError) and error.code in STATUS:
+        if error.code in _PUBLIC_MESSAGES:
+            logger.warning("%s: %s", error.code, error)
+        retry_after = round(error.retry_after) if isinstance(error, QueueFull) else None
+        return ApiError(error.code, _PUBLIC_MESSAGES.get(error.code, str(error)), retry_after=retry_after)
+    logger.error("internal error", exc_info=error)
+    return ApiError("internal_error", "something went wrong here; the server's log says what")
+
+
+def error_response(error: ApiError) -> Response:
+    """The error as an answer."""
+    return JSONResponse(error.document.model_dump(), status_code=error.status, headers=error.headers)
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI document's part on errors of these kinds."""
+    codes = {status: [code for code, its in STATUS.items() if its == status] for status in statuses}
+    return {status: {"model": ErrorResponse, "description": " or ".join(names)} for status, names in codes.items()}
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Have every error of the app in that shape."""
+
+    async def refuse(_: Request, error: Exception) -> Response:
+        return error_response(api_error(error))
+
+    async def refuse_input(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(_invalid(error.errors()))
+
+    async def refuse_route(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        response = error_response(ApiError(_HTTP_CODES.get(error.status_code, "invalid_request"), str(error.detail)))
+        response.headers.update(error.headers or {})
+        return response
+
+    app.add_exception_handler(RequestValidationError, refuse_input)
+    app.add_exception_handler(HTTPException, refuse_route)
+    app.add_exception_handler(ObjdriveError, refuse)
+    app.add_exception_handler(Exception, refuse)
+
+
+def _invalid(errors: Sequence[Any]) -> ApiError:
+    first = errors[0]
+    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    named = ".".join(where) or None
+    message = str(first["msg"])
+    return ApiError("invalid_request", f"{named}: {message}" if named else message, param=named)

@@ -1,0 +1,99 @@
+"""What every request passes first: limits, refusal while draining, headers that keep browsers careful, counting."""
+
+import time
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.errors import ApiError, error_response
+from serve.metrics import Meter
+
+MAX_BODY_BYTES = 64 * 1024
+_ALWAYS_ANSWERED = ("/healthz", "/metrics")
+_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+
+
+class Drain:
+    """Whether the server is on its way out."""
+
+    def __init__(self) -> None:
+        self.begun = False
+
+    def begin(self) -> None:
+        """Let no new request in; those that are in go on."""
+        self.begun = True
+
+
+class Guard:
+    """ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, *, meter: Meter, drain: Drain) -> None:
+        self._app = app
+        self._meter = meter
+        self._drain = drain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        status = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), *_HEADERS]
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope)
+            if refusal is not None:
+                await error_response(refusal)(scope, receive, answer)
+            else:
+                await self._app(scope, _limited(scope, receive), answer)
+        finally:
+            # A request that never was answered: its client went away.
+            self._count(scope, status or 499, time.monotonic() - started)
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        if self._drain.begun and scope["path"] not in _ALWAYS_ANSWERED:
+            return ApiError("draining", "this server is shutting down: ask again")
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > MAX_BODY_BYTES:
+            return _too_large()
+        return None
+
+    def _count(self, scope: MutableMapping[str, Any], status: int, seconds: float) -> None:
+        # The route's pattern, not its path: no label per object.
+        route = getattr(scope.get("route"), "path", "other")
+        self._meter.count("http_requests", route=route, status=str(status))
+        self._meter.observe("http_request_seconds", seconds, route=route)
+
+
+def _limited(scope: Scope, receive: Receive) -> Receive:
+    """Receive no more than `MAX_BODY_BYTES`, whatever the headers said."""
+    received = 0
+
+    async def receive_some() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > MAX_BODY_BYTES:
+            # Of the kind that FastAPI lets through while it reads a body.
+            error = _too_large()
+            raise HTTPException(error.status, str(error))
+        return message
+
+    return receive_some
+
+
+def _too_large() -> ApiError:
+    return ApiError("body_too_large", f"the body is longer than {MAX_BODY_BYTES} bytes")

@@ -1,0 +1,90 @@
+"""A server for one machine: the API and the engine in one process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from objdrive.base import Base
+from objdrive.engine import Engine
+from objdrive.store import ArtifactStore
+from serve.api import Services, create_app
+from serve.auth import Gate
+from serve.catalog import Catalog
+from serve.drawing import LocalGenerators
+from serve.guard import Drain
+from serve.metrics import PrometheusMeter
+from serve.objects import Objects
+from serve.settings import Settings
+from serve.signing import Signer
+
+_LAST_SECONDS = 5
+
+
+def make_engine(settings: Settings) -> tuple[Base, Engine]:
+    """Load the base and start an engine on it."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    base = Base.load(settings.base_name(), clip=settings.clip)
+    engine = Engine(
+        base,
+        ArtifactStore(settings.store),
+        batch_size=settings.batch_size,
+        slots=settings.slots,
+        rank=settings.rank,
+        host_bytes=settings.host_mib * 2**20,
+        queue_limit=settings.queue_limit,
+    )
+    return base, engine
+
+
+@contextmanager
+def local_app(settings: Settings) -> Iterator[tuple[FastAPI, Drain]]:
+    """The API over an engine in this process, and the switch that lets no new request in."""
+    store = ArtifactStore(settings.store)
+    gate = Gate(settings.api_keys)
+    signer = Signer(settings.signing_secret())
+    base, engine = make_engine(settings)
+    services = Services(
+        generators=LocalGenerators(base, engine),
+        objects=Objects(store),
+        catalog=Catalog(store, refresh_seconds=settings.refresh_seconds),
+        gate=gate,
+        signer=signer,
+        meter=PrometheusMeter(engine.stats),
+        public_url=settings.public_url,
+        draw_seconds=settings.draw_seconds,
+    )
+    try:
+        yield create_app(services), services.drain
+    finally:
+        engine.close()
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
+        super().__init__(config)
+        self._drain = drain
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Refuse what comes on connections that are open still; what is being drawn is finished."""
+        self._drain.begin()
+        super().handle_exit(sig, frame)
+
+
+def run_server(settings: Settings, host: str, port: int) -> None:
+    """Serve until a signal says to stop."""
+    with local_app(settings) as (app, drain):
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=int(settings.draw_seconds) + _LAST_SECONDS,
+        )
+        print(f"objdrive serves {settings.store} at http://{host}:{port}", flush=True)
+        _Server(config, drain).run()

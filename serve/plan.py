@@ -1,0 +1,85 @@
+"""From what a client asks to what is drawn."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from objdrive.artifact import ArtifactKey, ArtifactMetadata
+from objdrive.engine import DrawRequest
+from serve.drawing import BaseInfo
+from serve.errors import ApiError
+from serve.schema import MAX_OBJECTS, GenerationRequest
+
+STEPS = 25
+GUIDANCE_SCALE = 4.0
+_RANDOM_SEED_BITS = 32
+
+
+def object_ids(model: str | None) -> list[str]:
+    """The objects that a model names: one, or several as ``a+b``; none for None.
+
+    Raises:
+        ApiError: too many of them, or one twice.
+    """
+    ids = model.split("+") if model else []
+    if len(ids) > MAX_OBJECTS:
+        raise ApiError("invalid_request", f"model: {len(ids)} objects, at most {MAX_OBJECTS}", param="model")
+    if len(set(ids)) < len(ids):
+        raise ApiError("invalid_request", "model: names an object twice", param="model")
+    return ids
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a drawing takes that asks for nothing else."""
+
+    steps: int
+    guidance_scale: float
+
+
+def defaults(artifacts: Sequence[ArtifactMetadata]) -> Defaults:
+    """Those of the first object's recipe."""
+    recipe = artifacts[0].recipe if artifacts else {}
+    return Defaults(int(recipe.get("sample_steps", STEPS)), float(recipe.get("guidance_scale", GUIDANCE_SCALE)))
+
+
+def plan(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata], base: BaseInfo) -> list[DrawRequest]:
+    """One drawing for each picture asked for.
+
+    Raises:
+        ApiError: 400, what is asked for does not go together; 409, an artifact belongs to another base.
+    """
+    _check(asked, base)
+    for artifact in artifacts:
+        if artifact.base.fingerprint != base.fingerprint:
+            raise ApiError(
+                "wrong_base",
+                f"the object {artifact.object_id!r} was made for the base {artifact.base.id!r} "
+                f"({artifact.base.fingerprint}), this server draws with {base.id!r} ({base.fingerprint})",
+            )
+    usual = defaults(artifacts)
+    seed = secrets.randbits(_RANDOM_SEED_BITS) if asked.seed is None else asked.seed
+    return [
+        DrawRequest(
+            prompt=asked.prompt,
+            seed=seed + number,
+            objects=tuple(ArtifactKey(artifact.object_id, artifact.digest) for artifact in artifacts),
+            steps=usual.steps if asked.steps is None else asked.steps,
+            guidance_scale=usual.guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
+            adapter_scale=asked.adapter_scale,
+            negative_prompt=asked.negative_prompt,
+            scheduler=asked.scheduler,
+            partial_images=(asked.partial_images or 0) if asked.stream else 0,
+        )
+        for number in range(asked.n or 1)
+    ]
+
+
+def _check(asked: GenerationRequest, base: BaseInfo) -> None:
+    size = f"{base.resolution}x{base.resolution}"
+    if asked.size not in (None, "auto", size):
+        raise ApiError("invalid_request", f"size: the base {base.id!r} draws {size}, not {asked.size}", param="size")
+    if asked.stream and (asked.n or 1) > 1:
+        raise ApiError("invalid_request", "n: a stream holds one picture", param="n")
+    if asked.stream and asked.response_format == "url":
+        raise ApiError("invalid_request", "response_format: a stream holds b64_json", param="response_format")

@@ -1,0 +1,207 @@
+"""What goes over the wire: OpenAI's images API with a few more fields, and the catalog."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+from objdrive.artifact import BaseRef
+
+MAX_OBJECTS = 4
+MAX_PICTURES = 10
+MAX_PAGE = 100
+
+_EXAMPLES = [
+    {"model": "alarm-clock-01", "prompt": "a photo of {} on grass", "seed": 7},
+    {"model": "alarm-clock-01+teapot-02", "prompt": "a photo of {} and {} on a wooden table", "n": 2},
+    {"model": "alarm-clock-01", "prompt": "in the snow", "stream": True, "partial_images": 2},
+]
+
+
+class GenerationRequest(BaseModel):
+    """What to draw. The fields that OpenAI's clients may send and that mean nothing here are accepted and not used."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": _EXAMPLES})
+
+    prompt: Annotated[str, Field(min_length=1, max_length=1000)] = Field(
+        description="`{}` stands for the object, one for each of several; a single object fills all of them. Without "
+        "any, the object takes the place of its class word, or the prompt says where it is."
+    )
+    model: Annotated[str, Field(min_length=1, max_length=600)] | None = Field(
+        None, description="An object's id, or several as `a+b`; none draws with the base alone."
+    )
+    n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] | None = Field(
+        None, description="How many pictures (1), with seeds that count up."
+    )
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None = Field(
+        None, description="`auto`, or the one size that the base draws."
+    )
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="`b64_json` (the default), or `url`: signed, and good for an hour."
+    )
+    stream: bool | None = Field(None, description="Server-sent events, with partial pictures if asked for.")
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = Field(None, description="With `stream` (0).")
+    seed: Annotated[int, Field(ge=0, le=2**53 - 1)] | None = Field(
+        None, description="Of the first picture's noise; by default a random one, which the answer names."
+    )
+    steps: Annotated[int, Field(ge=1, le=100)] | None = Field(None, description="By default the recipe's.")
+    guidance_scale: Annotated[FiniteFloat, Field(ge=1, le=30)] | None = Field(
+        None, description="By default the recipe's; 1 draws without guidance."
+    )
+    adapter_scale: Annotated[FiniteFloat, Field(ge=0, le=2)] = Field(
+        1.0, description="How much of the adapter is added to the base; 0 leaves the base's own weights."
+    )
+    negative_prompt: Annotated[str, Field(max_length=1000)] = Field("", description="What to lead away from.")
+    scheduler: Literal["ddim", "dpmsolver++"] = "ddim"
+    output_format: Literal["png"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    quality: str | None = Field(None, description="Not used.")
+    style: str | None = Field(None, description="Not used.")
+    moderation: str | None = Field(None, description="Not used.")
+    user: str | None = Field(None, description="Not used.")
+    safety_identifier: str | None = Field(None, description="Not used.")
+
+
+class Image(BaseModel):
+    """One picture: its PNG in base64, or its address."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    revised_prompt: str = Field(description="The prompt that was drawn, `{}` standing for each object.")
+    seed: int
+    model: str = Field(description="The artifacts that drew it, as `object_id@digest`; `base` for the base alone.")
+
+
+class ImagesResponse(BaseModel):
+    """The pictures, in the order of their seeds."""
+
+    created: int
+    data: list[Image]
+    output_format: Literal["png"] = "png"
+    background: Literal["opaque"] = "opaque"
+
+
+class TokensDetails(BaseModel):
+    """Always zero: pictures are not paid for in tokens."""
+
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """Always zero; OpenAI's clients expect it."""
+
+    input_tokens: int = 0
+    input_tokens_details: TokensDetails = TokensDetails()
+    output_tokens: int = 0
+    total_tokens: int = 0
+
+
+class _ImageEvent(BaseModel):
+    b64_json: str
+    created_at: int
+    size: str
+    seed: int
+    model: str
+    background: Literal["opaque"] = "opaque"
+    output_format: Literal["png"] = "png"
+    quality: Literal["auto"] = "auto"
+
+
+class PartialImageEvent(_ImageEvent):
+    """A picture on its way."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    partial_image_index: int
+
+
+class CompletedEvent(_ImageEvent):
+    """The finished picture."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    revised_prompt: str
+    usage: Usage = Usage()
+
+
+class ErrorDetails(BaseModel):
+    """What was wrong; `code` is stable, `param` the field of the request that it is about."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "message": "there is no object 'teapot-99'",
+                    "type": "invalid_request_error",
+                    "param": "model",
+                    "code": "unknown_object",
+                }
+            ]
+        }
+    )
+
+
+class ErrorResponse(BaseModel):
+    """The shape of every error."""
+
+    error: ErrorDetails
+
+
+class Model(BaseModel):
+    """An object, as OpenAI's clients list models."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "objdrive"
+
+
+class ModelList(BaseModel):
+    """A page of models; ask for the next one with `after` = `last_id`."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class ObjectInfo(BaseModel):
+    """What is known of an object. `row` holds the manifest's free columns."""
+
+    object_id: str
+    class_name: str
+    digest: str
+    scene: str
+    base: BaseRef
+    created: str
+    row: dict[str, Any]
+    steps: int = Field(description="What a drawing takes by default.")
+    guidance_scale: float
+    thumbnail: str | None = Field(description="Path of a small picture of the object in a context.")
+    reference: str | None = Field(description="Path of the photo that it was learned from.")
+
+
+class ObjectPage(BaseModel):
+    """A page of objects; ask for the next one with `after` = `next`. May be shorter than `limit` and yet go on."""
+
+    data: list[ObjectInfo]
+    next: str | None
+
+
+class ClassCount(BaseModel):
+    """How many objects are of a class."""
+
+    class_name: str
+    objects: int
+
+
+class Health(BaseModel):
+    """A server that is fine."""
+
+    status: Literal["ok"] = "ok"
+    base: BaseRef | None = None
+    resolution: int | None = Field(None, description="Edge of its pictures in pixels.")
