@@ -285,7 +285,7 @@ def _add_operations(app: FastAPI) -> None:
     @app.get("/healthz", tags=["operations"])
     async def health() -> Health:
         """Whether the server answers at all."""
-        return Health()
+        return Health(base=None, resolution=None)
 
     @app.get("/readyz", tags=["operations"], responses=error_responses(503))
     async def ready(request: Request) -> Health:
@@ -330,7 +330,9 @@ async def _visible(services: Services, key: ApiKey, ids: Sequence[str]) -> list[
     for object_id in ids:
         if not key.may_see(object_id):
             raise ApiError(
-                "forbidden_object", f"the key {key.name!r} sees only objects that begin with {key.prefix!r}", param="model"
+                "forbidden_object",
+                f"the key {key.name!r} sees only objects that begin with {key.prefix!r}",
+                param="model",
             )
     return list(await asyncio.gather(*(services.objects.find(object_id) for object_id in ids)))
 

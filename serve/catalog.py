@@ -171,9 +171,7 @@ class Catalog:
 
 def _describe(writer: sqlite3.Connection, described: Iterable[tuple[str, str, str]]) -> None:
     with writer:
-        writer.executemany(
-            "update objects set class_name = ?, words = ? where object_id = ?", described
-        )
+        writer.executemany("update objects set class_name = ?, words = ? where object_id = ?", described)
 
 
 def _described(artifact: ArtifactMetadata) -> tuple[str, str, str]:

@@ -41,7 +41,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     from serve.settings import Settings
 
     disable_progress_bar()
-    values: dict[str, Any] = {name: getattr(arguments, name) for name in ("store", "base", "clip", "api_keys", "no_auth")}
+    values: dict[str, Any] = {
+        name: getattr(arguments, name) for name in ("store", "base", "clip", "api_keys", "no_auth")
+    }
     settings = Settings.of(**values, **dict(_pair(text) for text in arguments.set))
     run_server(settings, arguments.host, arguments.port)
     return 0

@@ -106,7 +106,11 @@ async def _told(drawing: Drawing) -> AsyncGenerator[EngineEvent, None]:
     """What the engine's thread tells, in the event loop; ends after the last event."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[EngineEvent] = asyncio.Queue()
-    drawing.subscribe(lambda event: loop.call_soon_threadsafe(queue.put_nowait, event))
+
+    def tell(event: EngineEvent) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    drawing.subscribe(tell)
     while True:
         event = await queue.get()
         yield event

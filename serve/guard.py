@@ -15,7 +15,6 @@ _ALWAYS_ANSWERED = ("/healthz", "/metrics")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
 ]
 
 

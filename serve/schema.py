@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
 
 from objdrive.artifact import BaseRef
 
@@ -10,7 +10,7 @@ MAX_OBJECTS = 4
 MAX_PICTURES = 10
 MAX_PAGE = 100
 
-_EXAMPLES = [
+_EXAMPLES: list[JsonValue] = [
     {"model": "alarm-clock-01", "prompt": "a photo of {} on grass", "seed": 7},
     {"model": "alarm-clock-01+teapot-02", "prompt": "a photo of {} and {} on a wooden table", "n": 2},
     {"model": "alarm-clock-01", "prompt": "in the snow", "stream": True, "partial_images": 2},

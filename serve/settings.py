@@ -32,6 +32,7 @@ class Settings(BaseModel):
         host_mib: adapters in host memory.
         queue_limit: requests that wait, for each generator.
         threads: of PyTorch on the CPU; None: its own choice.
+        generators: on a cluster, how many replicas draw, as MIN or MIN:MAX.
         refresh_seconds: between two looks at which objects there are, for the catalog's pages.
     """
 
@@ -51,6 +52,7 @@ class Settings(BaseModel):
     host_mib: Annotated[int, Field(ge=0)] = 1024
     queue_limit: Count = 64
     threads: Count | None = None
+    generators: Annotated[str, Field(pattern=r"^[1-9][0-9]*(:[1-9][0-9]*)?$")] = "1:4"
     refresh_seconds: Annotated[float, Field(gt=0)] = 30.0
 
     @classmethod

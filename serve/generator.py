@@ -1,0 +1,156 @@
+"""The deployment that draws: an engine in every replica."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from objdrive.engine import DrawRequest, Engine
+from serve.drawing import BaseInfo, Event, FinishedPicture, LocalGenerators, PartialPicture, Refused
+from serve.errors import RETRY_AFTER_SECONDS, ApiError, logger
+from serve.health import HealthCheck
+from serve.local import make_engine
+from serve.metrics import MEASURED, PREFIX, SECONDS, samples
+from serve.settings import Settings
+
+_ADVERTISED_ADAPTERS = 32
+_EXPORT_SECONDS = 5.0
+_ATTEMPTS = 3
+_GONE = (RayActorError, TaskCancelledError, ReplicaUnavailableError)
+
+
+class Generator:
+    """One replica: a base, and an engine on it."""
+
+    def __init__(self, settings: Settings) -> None:
+        base, self._engine = make_engine(settings)
+        self._generators = LocalGenerators(base, self._engine)
+        self._health = HealthCheck(self._engine)
+        self._closed = threading.Event()
+        threading.Thread(target=_export, args=(self._engine, self._closed), name="metrics", daemon=True).start()
+
+    async def describe(self) -> BaseInfo:
+        """See `serve.drawing.Generators`."""
+        return await self._generators.describe()
+
+    async def draw(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+        """See `serve.drawing.Generators`."""
+        for key in request.objects:
+            await self.adapter(str(key))
+        async for event in self._generators.draw(request):
+            yield event
+
+    @serve.multiplexed(  # type: ignore[untyped-decorator]
+        max_num_models_per_replica=_ADVERTISED_ADAPTERS)
+    async def adapter(self, model_id: str) -> str:
+        """Tell Serve which adapters are in use here, by ``object_id@digest``.
+
+        The engine keeps the adapters: Serve's cache evicts without asking who still draws with one, and loads one at
+        a time.
+        """
+        return model_id
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica whose engine draws nothing."""
+        await self._health.check()
+
+    async def __del__(self) -> None:
+        """Serve calls this when the replica has finished its requests."""
+        self._closed.set()
+        await asyncio.to_thread(self._engine.close)
+
+
+def _export(engine: Engine, closed: threading.Event) -> None:
+    """Hand the engine's measurements to Ray's metrics every few seconds."""
+    gauges: dict[str, Gauge] = {}
+    while not closed.wait(_EXPORT_SECONDS):
+        for name, description, labels, value in samples(engine.stats()):
+            if name not in gauges:
+                gauges[name] = Gauge(PREFIX + name, description, tuple(labels))
+            gauges[name].set(value, labels)
+
+
+class RayMeter:
+    """Hands the API's measurements to Ray's metrics, which Prometheus reads from every node."""
+
+    def __init__(self) -> None:
+        self._counters = {
+            name: Counter(PREFIX + name, metric.description, metric.labels)
+            for name, metric in MEASURED.items()
+            if metric.kind == "counter"
+        }
+        self._histograms = {
+            name: Histogram(PREFIX + name, metric.description, list(SECONDS), metric.labels)
+            for name, metric in MEASURED.items()
+            if metric.kind == "histogram"
+        }
+
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        """See `serve.metrics.Meter`."""
+        self._counters[name].inc(amount, labels)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """See `serve.metrics.Meter`."""
+        self._histograms[name].observe(value, labels)
+
+
+class RayGenerators:
+    """The replicas of a `Generator` deployment, as the API sees them.
+
+    A drawing whose replica goes away is begun again on another: it comes out the same, and partial pictures that were
+    delivered are not delivered twice.
+    """
+
+    def __init__(self, handle: "DeploymentHandle[Any]") -> None:
+        self._handle = handle
+        self._info: BaseInfo | None = None
+
+    async def describe(self) -> BaseInfo:
+        """See `serve.drawing.Generators`."""
+        if self._info is None:
+            try:
+                self._info = await self._handle.describe.remote()
+            except (*_GONE, BackPressureError, DeploymentUnavailableError) as error:
+                raise ApiError("unavailable", "no generator is there just now") from error
+        assert self._info is not None
+        return self._info
+
+    async def draw(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+        """See `serve.drawing.Generators`."""
+        delivered: set[int | type[Event]] = set()
+        for attempt in range(1, _ATTEMPTS + 1):
+            async for event in self._attempt(request):
+                if isinstance(event, Refused) and event.code in ("draining", "unavailable") and attempt < _ATTEMPTS:
+                    break
+                mark = event.index if isinstance(event, PartialPicture) else type(event)
+                if mark not in delivered:
+                    delivered.add(mark)
+                    yield event
+                if isinstance(event, Refused | FinishedPicture):
+                    return
+
+    async def _attempt(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+        home = str(request.objects[0]) if request.objects else ""
+        options = self._handle.options(stream=True, multiplexed_model_id=home)
+        response: Any = options.draw.remote(request)
+        try:
+            async for event in response:
+                yield event
+        except _GONE as error:
+            logger.warning("a generator went away: %s", error)
+            yield Refused("unavailable", "the generator went away", RETRY_AFTER_SECONDS)
+        except DeploymentUnavailableError:
+            yield Refused("unavailable", "no generator is there just now", RETRY_AFTER_SECONDS)
+        except BackPressureError:
+            yield Refused("queue_full", "too many requests wait already: try again", RETRY_AFTER_SECONDS)
+        finally:
+            # Whoever stops listening wants no picture any more.
+            with suppress(RuntimeError):
+                response.cancel()

@@ -1,0 +1,38 @@
+"""Whether an engine still draws."""
+
+import asyncio
+
+from objdrive.engine import DrawRequest, Engine
+from objdrive.errors import Draining, ObjdriveError
+
+
+class HealthCheck:
+    """Looks whether steps were taken since the last look; an engine at rest draws a picture of one step.
+
+    Args:
+        seconds: that the picture may take.
+    """
+
+    def __init__(self, engine: Engine, *, seconds: float = 30.0) -> None:
+        self._engine = engine
+        self._seconds = seconds
+        self._steps = 0
+
+    async def check(self) -> None:
+        """Raises ObjdriveError if the engine does not draw."""
+        if self._has_moved():
+            return
+        try:
+            drawing = self._engine.submit(DrawRequest(prompt="", seed=0, steps=1, guidance_scale=1.0))
+            await asyncio.to_thread(drawing.result, self._seconds)
+        except Draining:
+            return
+        except (TimeoutError, ObjdriveError) as error:
+            if not self._has_moved():
+                raise ObjdriveError(f"the engine draws nothing: {error}") from error
+        self._has_moved()
+
+    def _has_moved(self) -> bool:
+        steps = self._engine.stats().step_seconds.count
+        moved, self._steps = steps > self._steps, steps
+        return moved
