@@ -5,7 +5,6 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from objdrive.store import ArtifactStore
@@ -68,10 +67,10 @@ def build(args: dict[str, Any]) -> Application:
             "target_ongoing_requests": settings.batch_size,
         },
         ray_actor_options={"num_cpus": 1},
-        request_router_config=RequestRouterConfig(
-            request_router_class="serve.router:WarmRouter",
-            request_router_kwargs={"spill_at": 2 * settings.batch_size},
-        ),
+        request_router_config={
+            "request_router_class": "serve.router:WarmRouter",
+            "request_router_kwargs": {"spill_at": 2 * settings.batch_size},
+        },
         health_check_period_s=10,
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=grace,

@@ -9,7 +9,7 @@ from typing import Protocol
 from PIL.PngImagePlugin import PngInfo
 
 from objdrive.base import Base
-from objdrive.engine import DrawRequest, Drawing, Engine, Partial, Picture
+from objdrive.engine import Drawing, DrawRequest, Engine, Partial, Picture
 from objdrive.engine import Event as EngineEvent
 from objdrive.errors import ObjdriveError
 from serve.errors import api_error

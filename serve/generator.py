@@ -48,7 +48,8 @@ class Generator:
             yield event
 
     @serve.multiplexed(  # type: ignore[untyped-decorator]
-        max_num_models_per_replica=_ADVERTISED_ADAPTERS)
+        max_num_models_per_replica=_ADVERTISED_ADAPTERS
+    )
     async def adapter(self, model_id: str) -> str:
         """Tell Serve which adapters are in use here, by ``object_id@digest``.
 
