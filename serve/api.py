@@ -22,6 +22,7 @@ from objdrive.artifact import ArtifactKey, ArtifactMetadata, BaseRef
 from objdrive.engine import DrawRequest
 from serve.auth import ApiKey, Gate
 from serve.catalog import Catalog
+from serve.command import is_loopback
 from serve.drawing import Accepted, BaseInfo, Event, FinishedPicture, Generators, PartialPicture, Refused, model_id
 from serve.errors import ApiError, add_error_handlers, api_error, error_responses
 from serve.guard import Drain, Guard
@@ -134,7 +135,10 @@ _BEARER = HTTPBearer(auto_error=False, description="An API key. A server without
 async def _authenticated(
     request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 ) -> ApiKey:
-    return await asyncio.to_thread(_services(request).gate.key, request.headers.get("authorization"))
+    gate = _services(request).gate
+    if gate.open and not (request.client and is_loopback(request.client.host)):
+        raise ApiError("invalid_api_key", "this server has no API keys, and so answers its own machine only")
+    return await asyncio.to_thread(gate.key, request.headers.get("authorization"))
 
 
 async def _admitted(request: Request, key: Annotated[ApiKey, Depends(_authenticated)]) -> ApiKey:

@@ -104,6 +104,11 @@ class Gate:
         self._keys = [] if path is None else read_keys(path)
         self._looked = clock()
 
+    @property
+    def open(self) -> bool:
+        """Whether no key is asked for."""
+        return self._path is None
+
     def key(self, authorization: str | None) -> ApiKey:
         """The key of a request with this ``Authorization`` header.
 

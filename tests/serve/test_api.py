@@ -1,0 +1,469 @@
+import base64
+import io
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import serving
+from PIL import Image
+from random_store import RANK, STEPS, commit, digest_of, random_adapter
+
+from objdrive.artifact import METADATA_FILE
+from objdrive.bank import AdapterBank
+from objdrive.engine import ArtifactKey, DrawRequest, Engine
+from objdrive.store import ArtifactStore
+
+
+def png(answer, index=0):
+    assert answer.status_code == 200, answer.text
+    return base64.b64decode(answer.json()["data"][index]["b64_json"])
+
+
+def pixels(data):
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def error(answer, status):
+    assert answer.status_code == status, answer.text
+    document = answer.json()
+    assert set(document) == {"error"}
+    assert set(document["error"]) == {"message", "type", "param", "code"}
+    return document["error"]["code"]
+
+
+def alone(base, store, request):
+    """The picture that an engine draws that draws nothing else."""
+    with Engine(base, store, batch_size=1, slots=4, rank=RANK, host_bytes=2**26, queue_limit=1) as engine:
+        return engine.submit(request).result(60).image
+
+
+class TestDrawing:
+    def test_the_picture_is_the_one_that_the_engine_draws_for_the_request(self, small_base, filled, tmp_path):
+        asked = {"model": "acme-mug-1", "prompt": "a photo of {} on grass", "seed": 5}
+        key = ArtifactKey("acme-mug-1", digest_of("acme-mug-1"))
+        expected = alone(
+            small_base, filled, DrawRequest(asked["prompt"], 5, (key,), steps=STEPS, guidance_scale=3.0)
+        )
+        with serving(small_base, filled, tmp_path) as server, server.client() as client:
+            drawn = server.draw(client, **asked)
+        assert pixels(png(drawn)).tobytes() == expected.tobytes()
+
+    def test_the_answer_names_what_drew_it(self, open_server, small_base):
+        with open_server.client() as client:
+            drawn = open_server.draw(client, model="acme-mug-1+acme-lamp-1", prompt="{} and {}", seed=3, n=2)
+        digests = [digest_of("acme-mug-1"), digest_of("acme-lamp-1")]
+        model = f"acme-mug-1@{digests[0]}+acme-lamp-1@{digests[1]}"
+        assert drawn.headers["x-objdrive-model"] == model
+        assert drawn.headers["x-objdrive-digest"] == ",".join(digests)
+        assert drawn.headers["x-objdrive-seed"] == "3,4"
+        assert drawn.headers["x-objdrive-base"] == f"{small_base.name}@{small_base.fingerprint}"
+        for index, seed in enumerate((3, 4)):
+            text = Image.open(io.BytesIO(png(drawn, index))).text
+            assert text["objdrive:model"] == model
+            assert text["objdrive:seed"] == str(seed)
+            assert text["objdrive:base"] == f"{small_base.name}@{small_base.fingerprint}"
+            assert text["objdrive:prompt"] == "{} and {}"
+            assert text["objdrive:steps"] == str(STEPS)
+        assert [image["seed"] for image in drawn.json()["data"]] == [3, 4]
+
+    # Of diffusers' DPM-Solver with NumPy 2.
+    @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+    def test_the_same_request_gives_the_same_picture_and_others_give_others(self, open_server):
+        variants = [
+            {"model": "acme-mug-1"},
+            {"model": "acme-mug-1", "seed": 2},
+            {"model": "acme-mug-2"},
+            {"model": "acme-mug-1", "steps": 3},
+            {"model": "acme-mug-1", "guidance_scale": 1.0},
+            {"model": "acme-mug-1", "adapter_scale": 0.5},
+            {"model": "acme-mug-1", "negative_prompt": "snow"},
+            {"model": "acme-mug-1", "scheduler": "dpmsolver++", "steps": 3},
+            {"prompt": "a photo of mug"},
+        ]
+        with open_server.client() as client:
+            pictures = [png(open_server.draw(client, **{"seed": 1} | asked)) for asked in [*variants, variants[0]]]
+        looks = [pixels(picture).tobytes() for picture in pictures]
+        assert looks[-1] == looks[0]
+        assert len(set(looks)) == len(variants)
+
+    def test_without_a_seed_every_request_gets_one_of_its_own(self, open_server):
+        with open_server.client() as client:
+            seeds = {open_server.draw(client, model="acme-mug-1").headers["x-objdrive-seed"] for _ in range(3)}
+        assert len(seeds) == 3
+
+    def test_many_clients_at_once_each_get_their_own_object(self, open_server):
+        names = ["acme-mug-1", "acme-mug-2", "acme-lamp-1", "other-chair-1"]
+
+        def draw(name):
+            with open_server.client() as client:
+                return pixels(png(open_server.draw(client, model=name, seed=1))).convert("L")
+
+        single = {name: draw(name) for name in names}
+        with ThreadPoolExecutor(8) as threads:
+            drawn = list(threads.map(draw, names * 4))
+        for name, picture in zip(names * 4, drawn, strict=True):
+            difference = max(abs(a - b) for a, b in zip(picture.tobytes(), single[name].tobytes(), strict=True))
+            assert difference <= 2
+
+    def test_streams_partial_pictures_and_then_the_picture(self, open_server):
+        asked = {"model": "acme-mug-1", "prompt": "{}", "seed": 1, "stream": True, "partial_images": 2, "steps": 4}
+        with (
+            open_server.client() as client,
+            client.stream("POST", "/v1/images/generations", json=asked) as answer,
+        ):
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            assert answer.headers["x-objdrive-digest"] == digest_of("acme-mug-1")
+            events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
+        kinds = [event["type"].removeprefix("image_generation.") for event in events]
+        assert kinds == ["partial_image", "partial_image", "completed"]
+        assert [event["partial_image_index"] for event in events[:2]] == [0, 1]
+        assert {event["size"] for event in events} == {"128x128"}
+        with open_server.client() as client:
+            whole = png(open_server.draw(client, model="acme-mug-1", prompt="{}", seed=1, steps=4))
+        assert base64.b64decode(events[-1]["b64_json"]) == whole
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("asked", "status", "code", "param"),
+        [
+            ({"prompt": ""}, 400, "invalid_request", "prompt"),
+            ({"prompt": "x" * 1001}, 400, "invalid_request", "prompt"),
+            ({"n": 0}, 400, "invalid_request", "n"),
+            ({"n": 11}, 400, "invalid_request", "n"),
+            ({"steps": 0}, 400, "invalid_request", "steps"),
+            ({"seed": -1}, 400, "invalid_request", "seed"),
+            ({"guidence_scale": 3}, 400, "invalid_request", "guidence_scale"),
+            ({"size": "1024x1024"}, 400, "invalid_request", "size"),
+            ({"stream": True, "n": 2}, 400, "invalid_request", "n"),
+            ({"model": "a+b+c+d+e"}, 400, "invalid_request", "model"),
+            ({"model": "acme-mug-1+acme-mug-1"}, 400, "invalid_request", "model"),
+            ({"model": "acme-mug-9"}, 404, "unknown_object", "model"),
+            ({"model": "../objects"}, 404, "unknown_object", "model"),
+            ({"model": "acme-mug-1+"}, 404, "unknown_object", "model"),
+            ({"model": "acme-mug-1", "prompt": "{} {} \0"}, 422, "invalid_prompt", "prompt"),
+            ({"model": "acme-mug-1+acme-mug-2", "prompt": "only {}"}, 422, "invalid_prompt", "prompt"),
+            ({"model": "acme-mug-1", "prompt": "{} " + "word " * 150}, 422, "invalid_prompt", "prompt"),
+        ],
+    )
+    def test_bad_input(self, open_server, asked, status, code, param):
+        with open_server.client() as client:
+            answer = open_server.draw(client, **asked)
+        assert error(answer, status) == code
+        assert answer.json()["error"]["param"] == param
+
+    @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b'{"prompt": NaN}'])
+    def test_a_body_that_is_no_request(self, open_server, body):
+        with open_server.client() as client:
+            answer = client.post(
+                "/v1/images/generations", content=body, headers={"content-type": "application/json"}
+            )
+        assert error(answer, 400) == "invalid_request"
+
+    def test_a_body_that_is_too_long(self, open_server):
+        body = json.dumps({"prompt": "x" * 70_000}).encode()
+        with open_server.client() as client:
+            headers = {"content-type": "application/json"}
+            told = client.post("/v1/images/generations", content=body, headers=headers)
+            untold = client.post("/v1/images/generations", content=iter([body[:100], body[100:]]), headers=headers)
+        assert error(told, 413) == "body_too_large"
+        assert error(untold, 413) == "body_too_large"
+
+    def test_no_such_route_or_method(self, open_server):
+        with open_server.client() as client:
+            assert error(client.get("/v2/images"), 404) == "not_found"
+            refused = client.get("/v1/images/generations")
+            assert error(refused, 405) == "method_not_allowed"
+            assert refused.headers["allow"] == "POST"
+
+    def test_an_artifact_of_another_base(self, small_base, tmp_path):
+        store = ArtifactStore(str(tmp_path / "store"))
+        commit(store, small_base, "mug-1", fingerprint="f" * 32)
+        with serving(small_base, store, tmp_path) as server, server.client() as client:
+            answer = server.draw(client, model="mug-1")
+        assert error(answer, 409) == "wrong_base"
+        assert answer.headers["x-should-retry"] == "false"
+
+    def test_a_damaged_artifact_is_named_without_addresses(self, small_base, tmp_path):
+        store = ArtifactStore(str(tmp_path / "store"))
+        digest = commit(store, small_base, "mug-1")
+        weights = next((tmp_path / "store/objects/mug-1" / digest).glob("*lora*"))
+        data = bytearray(weights.read_bytes())
+        data[len(data) // 2] ^= 1
+        weights.write_bytes(data)
+        commit(store, small_base, "mug-2")
+        with serving(small_base, store, tmp_path) as server, server.client() as client:
+            answer = server.draw(client, model="mug-1")
+            assert error(answer, 409) == "corrupt_artifact"
+            assert str(tmp_path) not in answer.text
+            assert server.draw(client, model="mug-2").status_code == 200
+
+    def test_a_full_queue(self, small_base, filled, tmp_path):
+        with (
+            serving(small_base, filled, tmp_path, queue_limit=2, batch_size=1) as server,
+            ThreadPoolExecutor(12) as threads,
+        ):
+
+            def draw(seed):
+                with server.client() as client:
+                    return server.draw(client, model="acme-mug-1", seed=seed, steps=20)
+
+            answers = list(threads.map(draw, range(12)))
+        statuses = [answer.status_code for answer in answers]
+        assert set(statuses) == {200, 429}
+        for answer in answers:
+            if answer.status_code == 429:
+                assert error(answer, 429) == "queue_full"
+                assert int(answer.headers["retry-after"]) >= 1
+
+    def test_a_picture_that_takes_too_long(self, small_base, filled, tmp_path):
+        with serving(small_base, filled, tmp_path, draw_seconds=0.2) as server, server.client() as client:
+            answer = server.draw(client, model="acme-mug-1", steps=100)
+        assert error(answer, 408) == "timeout"
+
+    def test_while_draining(self, small_base, filled, tmp_path):
+        with serving(small_base, filled, tmp_path) as server, server.client() as client:
+            server.services.drain.begin()
+            answer = server.draw(client, model="acme-mug-1")
+            assert error(answer, 503) == "draining"
+            assert "retry-after" in answer.headers
+            assert error(client.get("/readyz"), 503) == "draining"
+            assert client.get("/healthz").status_code == 200
+
+
+class TestChanges:
+    def test_a_retrained_object_is_drawn_anew_and_a_removed_one_is_gone(self, small_base, tmp_path):
+        store = ArtifactStore(str(tmp_path / "store"))
+        old = commit(store, small_base, "mug-1")
+        with serving(small_base, store, tmp_path) as server, server.client() as client:
+            before = server.draw(client, model="mug-1", seed=1)
+            assert before.headers["x-objdrive-digest"] == old
+            new = commit(store, small_base, "mug-1", version=1)
+            started = time.monotonic()
+            while (after := server.draw(client, model="mug-1", seed=1)).headers["x-objdrive-digest"] != new:
+                assert time.monotonic() - started < 5
+            assert pixels(png(after)).tobytes() != pixels(png(before)).tobytes()
+            shutil.rmtree(tmp_path / "store/objects/mug-1")
+            started = time.monotonic()
+            while (answer := server.draw(client, model="mug-1")).status_code == 200:
+                assert time.monotonic() - started < 5
+            assert error(answer, 404) == "unknown_object"
+
+    def test_an_artifact_that_goes_between_look_and_load(self, small_base, tmp_path):
+        store = ArtifactStore(str(tmp_path / "store"))
+        digest = commit(store, small_base, "mug-1")
+        with serving(small_base, store, tmp_path) as server, server.client() as client:
+            assert client.get("/objects/mug-1").status_code == 200
+            os.remove(tmp_path / "store/objects/mug-1" / digest / METADATA_FILE)
+            assert error(server.draw(client, model="mug-1"), 404) == "unknown_object"
+
+
+class TestClientsThatGoAway:
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_their_drawing_is_cancelled(self, small_base, filled, tmp_path, stream):
+        with serving(small_base, filled, tmp_path, batch_size=1) as server:
+            url = urlsplit(server.url)
+            body = json.dumps({"model": "acme-mug-1", "prompt": "{}", "steps": 100, "stream": stream}).encode()
+            head = (
+                f"POST /v1/images/generations HTTP/1.1\r\nhost: {url.netloc}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\n\r\n"
+            )
+            with socket.create_connection((url.hostname, url.port)) as connection:
+                connection.sendall(head.encode() + body)
+                while not server.services.generators._engine.stats().running:
+                    time.sleep(0.01)
+            deadline = time.monotonic() + 10
+            with server.client() as client:
+                while 'objdrive_engine_requests_total{outcome="cancelled"} 1.0' not in client.get("/metrics").text:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.02)
+
+
+class TestKeys:
+    @pytest.fixture(scope="class")
+    def server(self, small_base, filled, tmp_path_factory):
+        keys = [("all", {}), ("acme", {"prefix": "acme-"}), ("slow", {"requests_per_minute": 6, "burst": 3})]
+        with serving(small_base, filled, tmp_path_factory.mktemp("keys"), keys=keys) as server:
+            yield server
+
+    @pytest.mark.parametrize("path", ["/v1/models", "/objects", "/classes", "/objects/acme-mug-1", "/v1/models/x"])
+    def test_nothing_without_a_key(self, server, path):
+        with server.client() as client:
+            refused = client.get(path)
+            assert error(refused, 401) == "invalid_api_key"
+            assert refused.headers["www-authenticate"] == "Bearer"
+            wrong = client.get(path, headers={"authorization": "Bearer od-guess"})
+            assert error(wrong, 401) == "invalid_api_key"
+            assert error(server.draw(client, model="acme-mug-1"), 401) == "invalid_api_key"
+            assert client.get("/healthz").status_code == 200
+
+    def test_a_tenant_sees_only_its_own(self, server):
+        with server.client("acme") as client:
+            models = client.get("/v1/models").json()["data"]
+            assert [model["id"] for model in models] == ["acme-lamp-1", "acme-mug-1", "acme-mug-2"]
+            assert {one["class_name"] for one in client.get("/classes").json()} == {"mug", "lamp"}
+            found = client.get("/objects", params={"q": "chair"}).json()["data"]
+            assert found == []
+            for path in ("/objects/{}", "/v1/models/{}", "/objects/{}/thumbnail", "/objects/{}/reference"):
+                there = client.get(path.format("other-chair-1"))
+                nowhere = client.get(path.format("other-chair-9"))
+                assert error(there, 403) == error(nowhere, 403) == "forbidden_object"
+                assert there.json() == nowhere.json()
+            assert error(server.draw(client, model="other-chair-1"), 403) == "forbidden_object"
+            mixed = server.draw(client, model="acme-mug-1+other-chair-1", prompt="{} and {}")
+            assert error(mixed, 403) == "forbidden_object"
+            assert server.draw(client, model="acme-mug-1").status_code == 200
+
+    def test_the_rate_is_counted_by_picture(self, server):
+        with server.client("slow") as client:
+            assert server.draw(client, model="acme-mug-1", n=2).status_code == 200
+            refused = server.draw(client, model="acme-mug-1", n=2)
+            assert error(refused, 429) == "rate_limit_exceeded"
+            assert int(refused.headers["retry-after"]) in (10, 11)
+            server.clock.now += 10
+            assert server.draw(client, model="acme-mug-1", n=2).status_code == 200
+        with server.client("all") as client:
+            assert server.draw(client, model="acme-mug-1").status_code == 200
+
+
+class TestLinks:
+    def test_a_link_shows_the_picture_until_it_expires(self, small_base, filled, tmp_path):
+        with serving(small_base, filled, tmp_path, keys=[("shop", {})]) as server:
+            with server.client("shop") as client:
+                drawn = server.draw(client, model="acme-mug-1", seed=4, response_format="url")
+                kept = png(server.draw(client, model="acme-mug-1", seed=4))
+            url = drawn.json()["data"][0]["url"]
+            assert "b64_json" not in drawn.json()["data"][0]
+            with server.client() as client:
+                shown = client.get(url)
+                assert shown.headers["content-type"] == "image/png"
+                assert shown.headers["x-objdrive-seed"] == "4"
+                assert shown.content == kept
+                server.clock.now += 3599
+                assert client.get(url).status_code == 200
+                server.clock.now += 2
+                assert error(client.get(url), 403) == "link_expired"
+
+    def test_another_replica_draws_the_same_picture(self, small_base, filled, tmp_path):
+        with serving(small_base, filled, tmp_path) as one, one.client() as client:
+            url = one.draw(client, model="acme-mug-1", seed=4, response_format="url").json()["data"][0]["url"]
+            shown = client.get(url).content
+        with serving(small_base, filled, tmp_path) as other, other.client() as client:
+            assert client.get(urlsplit(url).path).content == shown
+
+    def test_a_link_that_was_changed_opens_nothing(self, open_server):
+        with open_server.client() as client:
+            drawn = open_server.draw(client, model="acme-mug-1", response_format="url")
+            url = drawn.json()["data"][0]["url"]
+            for bad in (url[:-2] + "AA", url.replace("results/", "results/A"), url.rpartition(".")[0], url[:-1] + "ü"):
+                assert error(client.get(bad), 403) == "invalid_signature"
+
+    def test_a_link_ends_with_the_key_that_asked_for_it(self, small_base, filled, tmp_path):
+        with serving(small_base, filled, tmp_path, keys=[("shop", {}), ("other", {})]) as server:
+            with server.client("shop") as client:
+                url = server.draw(client, model="acme-mug-1", response_format="url").json()["data"][0]["url"]
+            path = tmp_path / "keys.yaml"
+            path.write_text(path.read_text().replace("name: shop", "name: shop-was"))
+            server.clock.now += 6
+            with server.client() as client:
+                assert error(client.get(url), 403) == "invalid_signature"
+
+
+class TestCatalog:
+    def test_pages_follow_one_another(self, open_server):
+        with open_server.client() as client:
+            first = client.get("/v1/models", params={"limit": 3}).json()
+            assert [model["id"] for model in first["data"]] == ["acme-lamp-1", "acme-mug-1", "acme-mug-2"]
+            assert first["has_more"] is True
+            second = client.get("/v1/models", params={"limit": 3, "after": first["last_id"]}).json()
+            assert [model["id"] for model in second["data"]] == ["other-chair-1"]
+            assert second["has_more"] is False
+            page = client.get("/objects", params={"limit": 2}).json()
+            following = client.get("/objects", params={"limit": 2, "after": page["next"]}).json()
+            assert [one["object_id"] for one in page["data"] + following["data"]] == [
+                "acme-lamp-1",
+                "acme-mug-1",
+                "acme-mug-2",
+                "other-chair-1",
+            ]
+            for limit in (0, 101, "x"):
+                assert error(client.get("/objects", params={"limit": limit}), 400) == "invalid_request"
+
+    @pytest.mark.parametrize(
+        ("wanted", "found"),
+        [
+            ({"q": "MUG-"}, ["acme-mug-1", "acme-mug-2"]),
+            ({"q": "fine la"}, ["acme-lamp-1"]),
+            ({"q": "%_"}, ["acme-lamp-1", "acme-mug-1", "acme-mug-2", "other-chair-1"]),
+            ({"q": "_mug"}, []),
+            ({"class_name": "chair"}, ["other-chair-1"]),
+            ({"class_name": "mug", "q": "2"}, ["acme-mug-2"]),
+        ],
+    )
+    def test_a_search(self, open_server, wanted, found):
+        with open_server.client() as client:
+            answer = client.get("/objects", params=wanted)
+        assert [one["object_id"] for one in answer.json()["data"]] == found
+
+    def test_an_object_and_its_pictures(self, open_server, small_base):
+        with open_server.client() as client:
+            one = client.get("/objects/acme-mug-1").json()
+            assert one["digest"] == digest_of("acme-mug-1")
+            assert one["class_name"] == "mug"
+            assert one["steps"] == STEPS
+            assert one["base"]["fingerprint"] == small_base.fingerprint
+            assert "secret" not in json.dumps(one)
+            reference, thumbnail = client.get(one["reference"]), client.get(one["thumbnail"])
+            assert reference.headers["content-type"] == thumbnail.headers["content-type"] == "image/webp"
+            assert reference.content != thumbnail.content
+            assert pixels(reference.content).size == (8, 8)
+            assert error(client.get("/objects/nope"), 404) == "unknown_object"
+            assert error(client.get("/objects/nope/thumbnail"), 404) == "unknown_object"
+
+    def test_an_object_without_pictures(self, small_base, tmp_path):
+        store = ArtifactStore(str(tmp_path / "store"))
+        commit(store, small_base, "mug-1", previews=())
+        with serving(small_base, store, tmp_path) as server, server.client() as client:
+            one = client.get("/objects/mug-1").json()
+            assert one["thumbnail"] is one["reference"] is None
+            assert error(client.get("/objects/mug-1/thumbnail"), 404) == "not_found"
+
+
+class TestOperations:
+    def test_ready_tells_the_base(self, open_server, small_base):
+        with open_server.client() as client:
+            ready = client.get("/readyz").json()
+        assert ready["base"]["fingerprint"] == small_base.fingerprint
+        assert ready["resolution"] == 128
+
+    def test_metrics_count_without_naming_objects(self, open_server):
+        with open_server.client() as client:
+            assert open_server.draw(client, model="acme-mug-1").status_code == 200
+            text = client.get("/metrics").text
+        assert "acme" not in text
+        for name in (
+            'objdrive_pictures_total{outcome="ok"}',
+            'objdrive_http_requests_total{route="/v1/images/generations",status="200"}',
+            "objdrive_step_seconds_bucket",
+            "objdrive_batch_size_sum",
+            "objdrive_queue_seconds_count",
+            "objdrive_swap_seconds_count",
+            'objdrive_adapter_hits_total{tier="store"}',
+            "objdrive_adapters_resident",
+        ):
+            assert name in text
+
+    def test_without_keys_only_this_machine_is_answered(self, open_server):
+        from starlette.testclient import TestClient
+
+        from serve.api import create_app
+
+        away = TestClient(create_app(open_server.services), client=("192.0.2.7", 4711))
+        assert error(away.get("/objects/acme-mug-1"), 401) == "invalid_api_key"
+        assert away.get("/healthz").status_code == 200
