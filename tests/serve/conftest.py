@@ -30,7 +30,7 @@ OBJECTS = {"acme-mug-1": "mug", "acme-mug-2": "mug", "acme-lamp-1": "lamp", "oth
 
 @pytest.fixture(scope="session")
 def small_base(sd15):
-    """A base of 128 x 128 pixels with random weights, for one engine alone."""
+    """A base of 128 x 128 pixels with random weights, for one engine at a time; `serving` has its own."""
     snapshot, clip = sd15
     return Base.load(str(snapshot), clip=str(clip), device="cpu", dtype=torch.float32)
 
@@ -82,11 +82,13 @@ def serving(base, store, tmp_path, *, keys=(), queue_limit=16, batch_size=4, dra
             entries.append({**entry.model_dump(), **limits})
         path = Path(tmp_path) / "keys.yaml"
         path.write_text(yaml.safe_dump({"keys": entries}))
+    # An engine takes a base for itself.
+    own = Base.load(base.name, clip=str(base.files.clip), device="cpu", dtype=torch.float32)
     engine = Engine(
-        base, store, batch_size=batch_size, slots=6, rank=RANK, host_bytes=2**26, queue_limit=queue_limit
+        own, store, batch_size=batch_size, slots=6, rank=RANK, host_bytes=2**26, queue_limit=queue_limit
     )
     services = Services(
-        generators=LocalGenerators(base, engine),
+        generators=LocalGenerators(own, engine),
         objects=Objects(store),
         catalog=Catalog(store, refresh_seconds=0.2),
         gate=Gate(path, clock=clock),

@@ -285,13 +285,15 @@ class TestClientsThatGoAway:
                     time.sleep(0.02)
 
 
-class TestKeys:
-    @pytest.fixture(scope="class")
-    def server(self, small_base, filled, tmp_path_factory):
-        keys = [("all", {}), ("acme", {"prefix": "acme-"}), ("slow", {"requests_per_minute": 6, "burst": 3})]
-        with serving(small_base, filled, tmp_path_factory.mktemp("keys"), keys=keys) as server:
-            yield server
+@pytest.fixture(scope="module")
+def server(small_base, filled, tmp_path_factory):
+    """A server with three keys."""
+    keys = [("all", {}), ("acme", {"prefix": "acme-"}), ("slow", {"requests_per_minute": 6, "burst": 3})]
+    with serving(small_base, filled, tmp_path_factory.mktemp("keys"), keys=keys) as server:
+        yield server
 
+
+class TestKeys:
     @pytest.mark.parametrize("path", ["/v1/models", "/objects", "/classes", "/objects/acme-mug-1", "/v1/models/x"])
     def test_nothing_without_a_key(self, server, path):
         with server.client() as client:

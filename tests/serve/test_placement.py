@@ -1,0 +1,47 @@
+from collections import Counter
+
+from serve.placement import ranked
+
+
+def idle(count):
+    return {f"replica-{number}": 0 for number in range(count)}
+
+
+def rank(key, queues, choices=2, spill_at=4):
+    return ranked(key, queues, choices=choices, spill_at=spill_at)
+
+
+def test_a_key_stays_at_its_first_home_while_it_is_calm():
+    queues = idle(5)
+    groups = rank("mug@1", queues)
+    [first], [second], homes, everyone = groups
+    assert homes == [first, second]
+    assert set(everyone) == set(queues)
+    assert rank("mug@1", queues | {first: 3}) == groups
+
+
+def test_a_busy_home_spills_to_the_next_and_then_to_the_least_busy():
+    queues = idle(5)
+    first, second = rank("mug@1", queues)[2]
+    assert rank("mug@1", queues | {first: 4})[0] == [second]
+    assert rank("mug@1", queues | {first: 4, second: 9})[0] == [first, second]
+
+
+def test_keys_spread_evenly():
+    homes = Counter(rank(f"object-{number}@d", idle(4))[0][0] for number in range(4000))
+    assert set(homes) == set(idle(4))
+    assert max(homes.values()) < 1.15 * min(homes.values())
+
+
+def test_a_replica_that_comes_takes_only_its_share():
+    keys = [f"object-{number}@d" for number in range(2000)]
+    before = {key: rank(key, idle(4))[0][0] for key in keys}
+    after = {key: rank(key, idle(5))[0][0] for key in keys}
+    moved = [key for key in keys if after[key] != before[key]]
+    assert {after[key] for key in moved} == {"replica-4"}
+    assert 300 < len(moved) < 500
+
+
+def test_few_replicas():
+    assert rank("mug@1", idle(1)) == [["replica-0"], ["replica-0"], ["replica-0"]]
+    assert rank("mug@1", {}) == [[], []]

@@ -1,0 +1,50 @@
+import pytest
+
+from objdrive.errors import ObjdriveError
+from objdrive.store import ArtifactStore
+from serve.settings import Settings
+
+
+def test_takes_text_as_the_command_line_gives_it():
+    settings = Settings.of(store="s3://bucket/adapters", no_auth="true", batch_size="4", generators="2:6")
+    assert (settings.no_auth, settings.batch_size, settings.generators) == (True, 4, "2:6")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"no_auth": True}, "store"),
+        ({"store": "s", "no_auth": True, "batchsize": 3}, "batchsize"),
+        ({"store": "s", "no_auth": True, "batch_size": 0}, "batch_size"),
+        ({"store": "s", "no_auth": True, "generators": "0"}, "generators"),
+        ({"store": "s"}, "api_keys"),
+        ({"store": "s", "no_auth": True, "api_keys": "keys.yaml"}, "api_keys"),
+    ],
+)
+def test_refuses_what_is_not_right(values, message):
+    with pytest.raises(ObjdriveError, match=message):
+        Settings.of(**values)
+
+
+def test_an_empty_store_needs_a_base(tmp_path, small_base, filled):
+    assert Settings.of(store=filled.url, no_auth=True).base_name() == "small"
+    empty = str(tmp_path / "empty")
+    assert Settings.of(store=empty, no_auth=True, base="tiny64").base_name() == "tiny64"
+    with pytest.raises(ObjdriveError, match="no objects yet"):
+        Settings.of(store=empty, no_auth=True).base_name()
+    assert ArtifactStore(empty).url in str(tmp_path / "empty")
+
+
+def test_the_signing_key_is_a_secret(tmp_path):
+    one, other = (Settings.of(store="s", no_auth=True).signing_secret() for _ in range(2))
+    assert one != other
+    path = tmp_path / "key"
+    path.write_text("x" * 40 + "\n")
+    kept = Settings.of(store="s", no_auth=True, signing_key_file=path)
+    assert kept.signing_secret() == b"x" * 40
+    path.write_text("short")
+    with pytest.raises(ObjdriveError, match="5 bytes"):
+        kept.signing_secret()
+    path.unlink()
+    with pytest.raises(ObjdriveError, match="signing key"):
+        kept.signing_secret()
