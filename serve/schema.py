@@ -20,7 +20,7 @@ _EXAMPLES: list[JsonValue] = [
 class GenerationRequest(BaseModel):
     """What to draw. The fields that OpenAI's clients may send and that mean nothing here are accepted and not used."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": _EXAMPLES})
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": _EXAMPLES})
 
     prompt: Annotated[str, Field(min_length=1, max_length=1000)] = Field(
         description="`{}` stands for the object, one for each of several; a single object fills all of them. Without "

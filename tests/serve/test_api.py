@@ -207,14 +207,14 @@ class TestRefusals:
     def test_a_full_queue(self, small_base, filled, tmp_path):
         with (
             serving(small_base, filled, tmp_path, queue_limit=2, batch_size=1) as server,
-            ThreadPoolExecutor(12) as threads,
+            ThreadPoolExecutor(8) as threads,
         ):
 
             def draw(seed):
                 with server.client() as client:
-                    return server.draw(client, model="acme-mug-1", seed=seed, steps=20)
+                    return server.draw(client, model="acme-mug-1", seed=seed, steps=8)
 
-            answers = list(threads.map(draw, range(12)))
+            answers = list(threads.map(draw, range(8)))
         statuses = [answer.status_code for answer in answers]
         assert set(statuses) == {200, 429}
         for answer in answers:

@@ -72,7 +72,9 @@ def test_raises_its_own_errors(client, server):
     with pytest.raises(openai.BadRequestError, match="1024x1024"):
         client.images.generate(model="acme-mug-1", prompt="{}", size="1024x1024")
     with pytest.raises(openai.UnprocessableEntityError):
-        client.images.generate(model="acme-mug-1", prompt="{} " + "word " * 150, stream=True)
+        client.images.generate(model="acme-mug-1", prompt="{} " + "word " * 150)
+    with pytest.raises(openai.APIError, match="tokens"):
+        list(client.images.generate(model="acme-mug-1", prompt="{} " + "word " * 150, stream=True))
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="od-wrong").models.list()
     with pytest.raises(openai.RateLimitError) as limited:
