@@ -22,7 +22,8 @@ from serve.settings import Settings
 
 _ADVERTISED_ADAPTERS = 32
 _EXPORT_SECONDS = 5.0
-_ATTEMPTS = 3
+_ATTEMPTS = 5
+_PAUSE_SECONDS = 0.5
 _GONE = (RayActorError, TaskCancelledError, ReplicaUnavailableError)
 
 
@@ -126,9 +127,11 @@ class RayGenerators:
     async def draw(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
         """See `serve.drawing.Generators`."""
         delivered: set[int | type[Event]] = set()
-        for attempt in range(1, _ATTEMPTS + 1):
+        attempts = 0
+        while True:
+            attempts += 1
             async for event in self._attempt(request):
-                if isinstance(event, Refused) and event.code in ("draining", "unavailable") and attempt < _ATTEMPTS:
+                if isinstance(event, Refused) and self._again(event, attempts, begun=bool(delivered)):
                     break
                 mark = event.index if isinstance(event, PartialPicture) else type(event)
                 if mark not in delivered:
@@ -136,6 +139,13 @@ class RayGenerators:
                     yield event
                 if isinstance(event, Refused | FinishedPicture):
                     return
+            await asyncio.sleep(_PAUSE_SECONDS)
+
+    def _again(self, refused: Refused, attempts: int, *, begun: bool) -> bool:
+        # Who lost a place in a queue gets another, however long that takes: the API ends what takes too long.
+        return (begun and refused.code == "queue_full") or (
+            refused.code in ("draining", "unavailable") and attempts < _ATTEMPTS
+        )
 
     async def _attempt(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
         home = str(request.objects[0]) if request.objects else ""

@@ -28,21 +28,43 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "flaky"), str(Path(__file__).parent), str(ROOT)]),
 }
 
 
+class Storage:
+    """An S3-compatible server that can go away and come back with all that it held."""
+
+    def __init__(self) -> None:
+        self._server = ThreadedMotoServer(port=0)
+        self._server.start()
+        self.host, self.port = self._server.get_host_and_port()
+
+    def stop(self) -> None:
+        self._server.stop()
+
+    def start(self) -> None:
+        self._server = ThreadedMotoServer(self.host, self.port)
+        self._server.start()
+
+
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def storage() -> Iterator[Storage]:
+    """The storage that `cluster` sees as S3."""
+    storage = Storage()
+    yield storage
+    storage.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory, storage: Storage) -> Iterator[str]:
     """A Ray cluster that this test run started, and an S3-compatible server that it sees; the cluster's address."""
     before = dict(os.environ)
-    storage = ThreadedMotoServer(port=0)
-    storage.start()
-    host, port = storage.get_host_and_port()
     os.environ.update(
         ENVIRONMENT,
         HOME=str(tmp_path_factory.mktemp("home")),
-        AWS_ENDPOINT_URL=f"http://{host}:{port}",
+        AWS_ENDPOINT_URL=f"http://{storage.host}:{storage.port}",
         AWS_ACCESS_KEY_ID="test",
         AWS_SECRET_ACCESS_KEY="test",
         AWS_DEFAULT_REGION="us-east-1",
@@ -52,7 +74,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )
     yield context.address_info["gcs_address"]
     ray.shutdown()
-    storage.stop()
     os.environ.clear()
     os.environ.update(before)
 

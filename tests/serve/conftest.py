@@ -84,9 +84,7 @@ def serving(base, store, tmp_path, *, keys=(), queue_limit=16, batch_size=4, dra
         path.write_text(yaml.safe_dump({"keys": entries}))
     # An engine takes a base for itself.
     own = Base.load(base.name, clip=str(base.files.clip), device="cpu", dtype=torch.float32)
-    engine = Engine(
-        own, store, batch_size=batch_size, slots=6, rank=RANK, host_bytes=2**26, queue_limit=queue_limit
-    )
+    engine = Engine(own, store, batch_size=batch_size, slots=6, rank=RANK, host_bytes=2**26, queue_limit=queue_limit)
     services = Services(
         generators=LocalGenerators(own, engine),
         objects=Objects(store),

@@ -1,10 +1,8 @@
 import base64
 import io
 import json
-import os
 import shutil
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -12,10 +10,9 @@ from urllib.parse import urlsplit
 import pytest
 from conftest import serving
 from PIL import Image
-from random_store import RANK, STEPS, commit, digest_of, random_adapter
+from random_store import RANK, STEPS, commit, digest_of
 
 from objdrive.artifact import METADATA_FILE
-from objdrive.bank import AdapterBank
 from objdrive.engine import ArtifactKey, DrawRequest, Engine
 from objdrive.store import ArtifactStore
 
@@ -47,9 +44,7 @@ class TestDrawing:
     def test_the_picture_is_the_one_that_the_engine_draws_for_the_request(self, small_base, filled, tmp_path):
         asked = {"model": "acme-mug-1", "prompt": "a photo of {} on grass", "seed": 5}
         key = ArtifactKey("acme-mug-1", digest_of("acme-mug-1"))
-        expected = alone(
-            small_base, filled, DrawRequest(asked["prompt"], 5, (key,), steps=STEPS, guidance_scale=3.0)
-        )
+        expected = alone(small_base, filled, DrawRequest(asked["prompt"], 5, (key,), steps=STEPS, guidance_scale=3.0))
         with serving(small_base, filled, tmp_path) as server, server.client() as client:
             drawn = server.draw(client, **asked)
         assert pixels(png(drawn)).tobytes() == expected.tobytes()
@@ -161,9 +156,7 @@ class TestRefusals:
     @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b'{"prompt": NaN}'])
     def test_a_body_that_is_no_request(self, open_server, body):
         with open_server.client() as client:
-            answer = client.post(
-                "/v1/images/generations", content=body, headers={"content-type": "application/json"}
-            )
+            answer = client.post("/v1/images/generations", content=body, headers={"content-type": "application/json"})
         assert error(answer, 400) == "invalid_request"
 
     def test_a_body_that_is_too_long(self, open_server):
@@ -247,12 +240,12 @@ class TestChanges:
             new = commit(store, small_base, "mug-1", version=1)
             started = time.monotonic()
             while (after := server.draw(client, model="mug-1", seed=1)).headers["x-objdrive-digest"] != new:
-                assert time.monotonic() - started < 5
+                assert time.monotonic() - started < 60
             assert pixels(png(after)).tobytes() != pixels(png(before)).tobytes()
             shutil.rmtree(tmp_path / "store/objects/mug-1")
             started = time.monotonic()
             while (answer := server.draw(client, model="mug-1")).status_code == 200:
-                assert time.monotonic() - started < 5
+                assert time.monotonic() - started < 60
             assert error(answer, 404) == "unknown_object"
 
     def test_an_artifact_that_goes_between_look_and_load(self, small_base, tmp_path):
@@ -260,7 +253,7 @@ class TestChanges:
         digest = commit(store, small_base, "mug-1")
         with serving(small_base, store, tmp_path) as server, server.client() as client:
             assert client.get("/objects/mug-1").status_code == 200
-            os.remove(tmp_path / "store/objects/mug-1" / digest / METADATA_FILE)
+            (tmp_path / "store/objects/mug-1" / digest / METADATA_FILE).unlink()
             assert error(server.draw(client, model="mug-1"), 404) == "unknown_object"
 
 

@@ -32,7 +32,9 @@ def started():
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "objdrive.cli", "serve", "--port", str(port), *map(str, options)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         processes.append(process)
         url = f"http://127.0.0.1:{port}"
         while True:

@@ -1,0 +1,33 @@
+"""What Serve's HTTP proxies do to every request before they read it.
+
+Ray is told of it in the environment of its processes:
+``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:middlewares``.
+"""
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+_NOT_FOR_CLIENTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id")
+
+
+class StripHeaders:
+    """ASGI middleware that takes out headers with which a client could change Serve's time limits and routing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on without them."""
+        if scope["type"] == "http":
+            kept = [(name, value) for name, value in scope["headers"] if _dashed(name) not in _NOT_FOR_CLIENTS]
+            scope = {**scope, "headers": kept}
+        await self._app(scope, receive, send)
+
+
+def _dashed(name: bytes) -> bytes:
+    return name.lower().replace(b"_", b"-")
+
+
+def middlewares() -> list[Middleware]:
+    """For Serve's proxies."""
+    return [Middleware(StripHeaders)]

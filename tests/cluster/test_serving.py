@@ -1,0 +1,183 @@
+"""The Serve application with two generators, over a store in a bucket."""
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import httpx2
+import numpy as np
+import pytest
+import torch
+from conftest import Storage, ray_processes
+from PIL import Image
+from random_store import commit, digest_of
+
+from objdrive.base import Base
+from objdrive.store import ArtifactStore
+
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
+
+BUCKET = "serving"
+OBJECTS = [f"mug-{number}" for number in range(6)]
+PATIENCE = 120
+
+
+@dataclass
+class Application:
+    url: str
+    store: ArtifactStore
+    base: Base
+
+    def ask(self, **asked: Any) -> httpx2.Response:
+        headers = asked.pop("headers", {})
+        asked = {"prompt": "a photo of {}", "model": "mug-0", "seed": 1} | asked
+        return httpx2.post(f"{self.url}/v1/images/generations", json=asked, headers=headers, timeout=PATIENCE)
+
+    def stream(self, **asked: Any) -> AbstractContextManager[httpx2.Response]:
+        asked = {"prompt": "a photo of {}", "model": "mug-0", "seed": 1, "stream": True} | asked
+        return httpx2.stream("POST", f"{self.url}/v1/images/generations", json=asked, timeout=PATIENCE)
+
+    def until(self, wanted: Any, **asked: Any) -> httpx2.Response:
+        """Ask until the answer is as wanted."""
+        deadline = time.monotonic() + PATIENCE
+        while not wanted(answer := self.ask(**asked)):
+            assert time.monotonic() < deadline, answer.text[:500]
+        return answer
+
+
+@pytest.fixture(scope="module")
+def application(cluster: str, sd15: tuple[Path, Path]) -> Iterator[Application]:
+    from ray import serve
+
+    from serve.app import build
+
+    snapshot, clip = (str(path) for path in sd15)
+    base = Base.load(snapshot, clip=clip, device="cpu", dtype=torch.float32)
+    fsspec.filesystem("s3").mkdir(BUCKET)
+    store = ArtifactStore(f"s3://{BUCKET}/store")
+    for object_id in OBJECTS:
+        commit(store, base, object_id)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    settings = {"store": store.url, "base": snapshot, "clip": clip, "no_auth": "true", "generators": "2"}
+    limits = {"batch_size": "2", "queue_limit": "4", "slots": "4", "threads": "1", "refresh_seconds": "1"}
+    serve.run(build(settings | limits), name="objdrive")
+    application = Application(f"http://127.0.0.1:{port}", store, base)
+    application.until(lambda answer: answer.status_code == 200)
+    yield application
+    serve.shutdown()
+
+
+def code(answer: httpx2.Response) -> str:
+    return answer.json()["error"]["code"]
+
+
+def png(answer: httpx2.Response) -> bytes:
+    assert answer.status_code == 200, answer.text[:500]
+    return base64.b64decode(answer.json()["data"][0]["b64_json"])
+
+
+def events(stream: httpx2.Response) -> list[dict[str, Any]]:
+    return [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")]
+
+
+def picture(b64: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64)))).astype(int)
+
+
+def test_draws_streams_and_links(application: Application) -> None:
+    drawn = application.ask(headers={"x-request-timeout-seconds": "0.001"})
+    assert drawn.headers["x-objdrive-digest"] == digest_of("mug-0")
+    streamed = application.ask(stream=True, partial_images=1)
+    assert streamed.text.count("event: image_generation.partial_image") == 1
+    assert base64.b64encode(png(drawn)).decode() in streamed.text
+    link = application.ask(response_format="url").json()["data"][0]["url"]
+    assert httpx2.get(link, timeout=PATIENCE).content == png(drawn)
+    pair = application.ask(model="mug-1+mug-2", prompt="{} and {}")
+    assert pair.headers["x-objdrive-digest"] == f"{digest_of('mug-1')},{digest_of('mug-2')}"
+    assert code(application.ask(model="mug-9")) == "unknown_object"
+    assert application.ask(prompt="").status_code == 400
+    models = httpx2.get(f"{application.url}/v1/models", timeout=PATIENCE).json()["data"]
+    assert [model["id"] for model in models] == OBJECTS
+
+
+def test_a_retrained_object_is_swapped_and_a_removed_one_is_gone(application: Application) -> None:
+    old = application.ask(model="mug-5")
+    new = commit(application.store, application.base, "mug-5", version=1)
+    swapped = application.until(lambda answer: answer.headers["x-objdrive-digest"] == new, model="mug-5")
+    assert png(swapped) != png(old)
+    fsspec.filesystem("s3").rm(f"{BUCKET}/store/objects/mug-5", recursive=True)
+    gone = application.until(lambda answer: answer.status_code != 200, model="mug-5")
+    assert gone.status_code == 404
+
+
+def test_a_dead_generator_costs_no_picture(application: Application) -> None:
+    # More than one generator is sent before the router spills to the other: both draw.
+    asked = [{"model": f"mug-{number % 4}", "seed": number, "steps": 60} for number in range(8)]
+    generators = ray_processes("Generator")
+    assert len(generators) == 2
+    with ExitStack() as stack:
+        streams = [stack.enter_context(application.stream(partial_images=3, **one)) for one in asked]
+        assert [stream.status_code for stream in streams] == [200] * len(asked)
+        os.kill(generators[0].pid, signal.SIGKILL)
+        with ThreadPoolExecutor(len(asked)) as threads:
+            told = list(threads.map(events, streams))
+    for one, its in zip(asked, told, strict=True):
+        assert [event.get("partial_image_index") for event in its] == [0, 1, 2, None]
+        alone = picture(base64.b64encode(png(application.ask(**one))).decode())
+        assert np.abs(picture(its[-1]["b64_json"]) - alone).max() <= 4
+    assert {process.pid for process in ray_processes("Generator")} != {process.pid for process in generators}
+
+
+def test_objects_in_use_are_drawn_while_the_store_is_away(application: Application, storage: Storage) -> None:
+    before = png(application.ask(model="mug-1"))
+    storage.stop()
+    try:
+        assert len(png(application.ask(model="mug-1"))) == pytest.approx(len(before), rel=0.05)
+        cold = application.ask(model="mug-7")
+        assert (cold.status_code, code(cold)) == (503, "store_unreachable")
+        assert "retry-after" in cold.headers
+    finally:
+        storage.start()
+    commit(application.store, application.base, "mug-7")
+    back = application.until(lambda answer: answer.status_code == 200, model="mug-7")
+    assert back.headers["x-objdrive-digest"] == digest_of("mug-7")
+
+
+def test_too_many_requests_are_refused_and_the_others_drawn(application: Application) -> None:
+    room = 2 * (2 + 4) + 4
+    with ThreadPoolExecutor(10 * room) as threads:
+        answers = list(threads.map(lambda seed: application.ask(seed=seed, steps=10), range(10 * room)))
+    statuses = Counter(answer.status_code for answer in answers)
+    assert set(statuses) == {200, 429}, statuses
+    assert statuses[200] >= 4
+    for answer in answers:
+        if answer.status_code == 429:
+            assert code(answer) == "queue_full"
+            assert int(answer.headers["retry-after"]) >= 1
+    assert application.ask().status_code == 200
+
+
+def test_what_is_being_drawn_is_finished_before_the_end(application: Application) -> None:
+    from ray import serve
+
+    with application.stream(steps=60, partial_images=1) as stream, ThreadPoolExecutor(1) as threads:
+        assert stream.status_code == 200
+        end = threads.submit(serve.delete, "objdrive")
+        assert events(stream)[-1]["type"] == "image_generation.completed"
+        end.result()
+    assert application.ask().status_code in (404, 503)
