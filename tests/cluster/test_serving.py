@@ -137,6 +137,7 @@ def test_a_dead_generator_costs_no_picture(application: Application) -> None:
         with ThreadPoolExecutor(len(asked)) as threads:
             told = list(threads.map(events, streams))
     for one, its in zip(asked, told, strict=True):
+        assert "error" not in its[-1]
         assert [event.get("partial_image_index") for event in its] == [0, 1, 2, None]
         alone = picture(base64.b64encode(png(application.ask(**one))).decode())
         assert np.abs(picture(its[-1]["b64_json"]) - alone).max() <= 4
