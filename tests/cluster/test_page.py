@@ -19,9 +19,8 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
+from random_store import commit
 
-from objdrive.adapter import Adapter, adapter_files
-from objdrive.artifact import ArtifactMetadata, BaseRef, Preview, SceneMember, SourceRecord, Sources
 from objdrive.base import Base
 from objdrive.store import ArtifactStore
 from serve.auth import new_key
@@ -33,7 +32,6 @@ pytestmark = pytest.mark.cluster
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL_CLASS = "<img src=x onerror='window.hacked=1'>"
 EVIL_TITLE = "</span><script>window.hacked=1</script>"
-RANK = 2
 STEPS = "4"
 PARTIALS = 3
 PATIENCE = 20_000  # milliseconds
@@ -49,52 +47,12 @@ def base(sd15: tuple[Path, Path]) -> Base:
 def store(base: Base, tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
     """28 mugs, 28 roses, and an object whose row of the manifest attacks the page."""
     store = ArtifactStore(str(tmp_path_factory.mktemp("shop")))
-    ids = [f"{kind}-{number:02}" for kind in ("mug", "rose") for number in range(28)]
-    for number, object_id in enumerate(ids):
-        class_name = object_id.partition("-")[0]
-        commit(store, base, object_id, class_name, number, {"title": f"{class_name.title()} no. {number}"})
-    commit(store, base, "zz-evil", EVIL_CLASS, len(ids), {"title": EVIL_TITLE, "tags": [EVIL_TITLE]})
+    for kind in ("mug", "rose"):
+        for number in range(28):
+            row = {"title": f"{kind.title()} no. {number}"}
+            commit(store, base, f"{kind}-{number:02}", class_name=kind, row=row)
+    commit(store, base, "zz-evil", class_name=EVIL_CLASS, row={"title": EVIL_TITLE, "tags": [EVIL_TITLE]})
     return store
-
-
-def commit(store: ArtifactStore, base: Base, object_id: str, class_name: str, seed: int, row: dict) -> None:
-    """Store a random adapter that changes what the base draws."""
-    generator = torch.Generator().manual_seed(seed)
-    attention = {name: module for name, module in base.unet.named_modules() if name.endswith("attn2.to_v")}
-    lora = {}
-    for name, module in attention.items():
-        outside, inside = module.weight.shape
-        lora[f"{name}.lora_A.weight"] = torch.randn(RANK, inside, generator=generator)
-        lora[f"{name}.lora_B.weight"] = torch.randn(outside, RANK, generator=generator)
-    width = base.text_encoder.get_input_embeddings().weight.shape[1]
-    token = f"<{object_id}>"
-    files = adapter_files(Adapter(lora, torch.randn(width, generator=generator)), token=token)
-    files["previews/0.webp"] = webp(tuple(torch.randint(256, (3,), generator=generator).tolist()))
-    metadata = ArtifactMetadata(
-        object_id=object_id,
-        class_name=class_name,
-        token=token,
-        phrase=token,
-        digest=f"{seed:032x}",
-        members=[SceneMember(object_id=object_id, class_name=class_name, token=token)],
-        base=BaseRef(id=base.name, fingerprint=base.fingerprint),
-        recipe={"rank": RANK, "sample_steps": 25, "guidance_scale": 4.0},
-        recipe_digest="0" * 32,
-        method_version=1,
-        metrics={},
-        sources=Sources(image=SourceRecord(uri="photo.png", size=1, mark="")),
-        previews=[Preview(file="previews/0.webp", caption="input")],
-        row=row,
-        versions={},
-        created="2026-01-01T00:00:00+00:00",
-    )
-    assert store.commit(files, metadata)
-
-
-def webp(colour: tuple[int, int, int]) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), colour).save(buffer, "WEBP")
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -219,8 +177,8 @@ class TestCatalog:
 
         page.get_by_label("Class").select_option("rose")
         expect(objects(page)).to_have_count(28)
-        page.get_by_label("Search objects").fill("rose no. 30")
-        expect(objects(page)).to_have_text(["rose-02rose"])
+        page.get_by_label("Search objects").fill("rose no. 2")
+        expect(objects(page)).to_have_count(9)
         page.get_by_label("Search objects").fill("teapot")
         expect(page.get_by_text("Nothing matches.")).to_be_visible()
 
