@@ -191,9 +191,11 @@ class FineTune:
         outcomes = []
         for index, (record, photo) in enumerate(zip(loaded.unit.rows, loaded.photos, strict=True)):
             object_id = record.row.object_id
-            pictures = [(p.caption, p.picture) for p in previews if p.object_id == object_id]
-            if pictures:
-                pictures = [*_input_pictures(photo), *pictures]
+            drawn = [(p.caption, p.picture) for p in previews if p.object_id == object_id]
+            # A catalog shows every object, those without drawn previews too.
+            pictures = [("input", _thumbnail(photo.image))]
+            if drawn:
+                pictures += [("mask", _mask_picture(photo)), *drawn]
             names = [f"previews/{number}.webp" for number in range(len(pictures))]
             files = adapter_files(result.adapters[index], token=_token(object_id))
             files |= {name: _webp(picture) for name, (_, picture) in zip(names, pictures, strict=True)}
@@ -263,12 +265,14 @@ def _unknown_class(record: Checked, base: Base) -> str:
     )
 
 
-def _input_pictures(photo: Photo) -> list[tuple[str, Image.Image]]:
-    mask = (photo.mask * 255).astype(np.uint8)
-    pictures = [("input", Image.fromarray(photo.image)), ("mask", Image.fromarray(mask))]
-    for _, picture in pictures:
-        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return pictures
+def _mask_picture(photo: Photo) -> Image.Image:
+    return _thumbnail((photo.mask * 255).astype(np.uint8))
+
+
+def _thumbnail(pixels: np.ndarray) -> Image.Image:
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return picture
 
 
 def _webp(picture: Image.Image) -> bytes:

@@ -103,7 +103,7 @@ def test_a_lease_is_committed_object_by_object(workshop):
         assert metadata.recipe == workshop.settings.recipe.model_dump(mode="json")
         assert metadata.metrics == outcome.metrics
         assert outcome.metrics["steps"] == 2
-        assert metadata.previews == []
+        assert [preview.caption for preview in metadata.previews] == ["input"]
     assert not torch.equal(workshop.adapter(first).embedding, workshop.adapter(second).embedding)
     assert alive > 2 * len(outcomes)
 
@@ -153,7 +153,7 @@ def test_previews_are_part_of_the_artifact(workshop):
     assert {picture.format for picture in pictures} == {"WEBP"}
     assert {picture.size for picture in pictures[2:]} == {(64, 64)}
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
-    assert workshop.store.current(other).previews == []
+    assert [preview.caption for preview in workshop.store.current(other).previews] == ["input"]
 
 
 # Scenes
