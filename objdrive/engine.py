@@ -447,7 +447,8 @@ class Engine:
                 continue
             if blocked and not self._may_overtake(ticket, blocked):
                 continue
-            if not self._seat(ticket):
+            # One whose adapters went meanwhile is loading again, and nobody has to wait for that.
+            if not self._seat(ticket) and self._residency.ready(ticket.claim):
                 blocked = blocked or ticket
 
     def _may_overtake(self, ticket: _Ticket, blocked: _Ticket) -> bool:

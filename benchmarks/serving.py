@@ -1,0 +1,238 @@
+"""The engine against stock diffusers and against itself with one object a batch: one process, same threads, in turns.
+
+Usage: ``python benchmarks/serving.py``. Stock diffusers is one pipeline that draws one request at a time:
+``load_lora_weights``, ``load_textual_inversion``, draw, unload. Requests are a long-tailed mix (Zipf) of 200 objects.
+Prints the medians over rounds in which the servers take turns.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar as disable_diffusers_progress_bar
+from transformers.utils.logging import disable_progress_bar
+
+from objdrive.adapter import Adapter, adapter_files
+from objdrive.artifact import ArtifactKey, ArtifactMetadata, BaseRef, SceneMember, SourceRecord, Sources
+from objdrive.bank import AdapterBank
+from objdrive.base import EMBEDDED, Base
+from objdrive.engine import DrawRequest, Engine
+from objdrive.store import ArtifactStore
+
+STEPS = 25
+GUIDANCE_SCALE = 4.0
+RANK = 8
+PROMPT = "a photo of {} on grass"
+
+
+def fill_store(store: ArtifactStore, base: Base, count: int) -> list[ArtifactKey]:
+    """Commit adapters of random weights, in shape and size like fine-tuned ones."""
+    with AdapterBank(base.unet, slots=1, rank=RANK) as bank:
+        shapes = {key: value.shape for key, value in bank.export(0).items()}
+    keys = []
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        lora = {key: 0.02 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+        embedding = base.class_embedding("mug") + 0.02 * torch.randn(base.unet.config["cross_attention_dim"])
+        object_id = f"object-{number:03}"
+        token = f"<{object_id}>"
+        metadata = ArtifactMetadata(
+            object_id=object_id,
+            class_name="mug",
+            token=token,
+            phrase=token,
+            digest=f"{number:032x}",
+            members=[SceneMember(object_id=object_id, class_name="mug", token=token)],
+            base=BaseRef(id=base.name, fingerprint=base.fingerprint),
+            recipe={},
+            recipe_digest="",
+            method_version=1,
+            metrics={},
+            sources=Sources(image=SourceRecord(uri="", size=0, mark="")),
+            versions={},
+            created="",
+        )
+        store.commit(adapter_files(Adapter(lora, embedding), token=token), metadata)
+        keys.append(ArtifactKey(object_id, metadata.digest))
+    return keys
+
+
+def long_tail(keys: Sequence[ArtifactKey], count: int, seed: int) -> list[ArtifactKey]:
+    """Keys as a catalog's visitors ask for them: the k-th object with weight 1 / k."""
+    return random.Random(seed).choices(keys, [1 / rank for rank in range(1, len(keys) + 1)], k=count)
+
+
+class Stock:
+    """Stock diffusers: whoever comes waits for the pipeline, and loads the adapter."""
+
+    def __init__(self, store: ArtifactStore) -> None:
+        self._store = store
+        self._turn = threading.Lock()
+        self._pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED / "tiny64", torch_dtype=torch.float32)
+        self._pipeline.set_progress_bar_config(disable=True)
+
+    def load(self, key: ArtifactKey) -> None:
+        folder = self._store.folder(key.object_id, key.digest)
+        self._pipeline.load_lora_weights(folder)
+        self._pipeline.load_textual_inversion(folder, use_safetensors=True)
+
+    def unload(self) -> None:
+        self._pipeline.unload_lora_weights()
+        self._pipeline.unload_textual_inversion()
+
+    def draw(self, key: ArtifactKey, seed: int) -> None:
+        with self._turn:
+            self.load(key)
+            self._pipeline(
+                PROMPT.replace("{}", f"<{key.object_id}>"),
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                generator=torch.Generator().manual_seed(seed),
+            )
+            self.unload()
+
+
+def engine_on(store: ArtifactStore, *, slots: int) -> Engine:
+    """An engine on a base of its own; one slot lets only requests for one object share a batch."""
+    base = Base.load("tiny64")
+    return Engine(base, store, batch_size=16, slots=slots, rank=RANK, host_bytes=2**30, queue_limit=1024)
+
+
+def drawing_by(engine: Engine) -> Callable[[ArtifactKey, int], None]:
+    def draw(key: ArtifactKey, seed: int) -> None:
+        request = DrawRequest(PROMPT, seed, (key,), steps=STEPS, guidance_scale=GUIDANCE_SCALE)
+        engine.submit(request).result()
+
+    return draw
+
+
+@dataclass(frozen=True)
+class Load:
+    """What clients saw that sent one request after the other."""
+
+    per_second: float
+    seconds: list[float]
+
+    def percentile(self, share: float) -> float:
+        return sorted(self.seconds)[min(len(self.seconds) - 1, int(share * len(self.seconds)))]
+
+
+def under_load(draw: Callable[[ArtifactKey, int], None], keys: Sequence[ArtifactKey], clients: int) -> Load:
+    """Draw all of `keys` by `clients` that each wait for their picture before they ask for the next."""
+    todo, lock, seconds = iter(enumerate(keys)), threading.Lock(), []
+
+    def client() -> None:
+        while True:
+            with lock:
+                seed, key = next(todo, (0, None))
+            if key is None:
+                return
+            asked = time.perf_counter()
+            draw(key, seed)
+            seconds.append(time.perf_counter() - asked)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        for running in [pool.submit(client) for _ in range(clients)]:
+            running.result()
+    return Load(len(keys) / (time.perf_counter() - started), seconds)
+
+
+def swaps(stock: Stock, bank: AdapterBank, adapter: Adapter, key: ArtifactKey) -> tuple[float, float]:
+    """Seconds to load and unload by stock diffusers, and to copy from host memory into a slot."""
+    started = time.perf_counter()
+    stock.load(key)
+    stock.unload()
+    loaded = time.perf_counter()
+    bank.load(0, adapter.lora)
+    return loaded - started, time.perf_counter() - loaded
+
+
+def spread(ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def compare_swaps(stock: Stock, keys: Sequence[ArtifactKey], rounds: int) -> None:
+    base = Base.load("tiny64")
+    with AdapterBank(base.unet, slots=2, rank=RANK) as bank:
+        adapter = Adapter(bank.export(1), torch.zeros(1))
+        measured = [swaps(stock, bank, adapter, key) for key in itertools.islice(itertools.cycle(keys), 5 * rounds + 1)]
+    theirs, ours = (1000 * statistics.median(column) for column in zip(*measured[1:], strict=True))
+    print(f"swap: stock {theirs:.1f} ms, ours {ours:.2f} ms: 1/{theirs / ours:.0f}")
+
+
+def compare_servers(
+    stock: Stock, mixed: Engine, alone: Engine, keys: Sequence[ArtifactKey], rounds: int, count: int
+) -> None:
+    against_stock, latency, against_alone = [], [], []
+    for number in range(rounds):
+        mix = long_tail(keys, count, seed=number)
+        few = mix[: max(4, count // 8)]
+        one_by_one = under_load(stock.draw, few, 1)
+        one_client = under_load(drawing_by(mixed), few, 1)
+        eight_clients = under_load(drawing_by(mixed), mix, 8)
+        eight_apart = under_load(drawing_by(alone), mix, 8)
+        against_stock.append(eight_clients.per_second / one_by_one.per_second)
+        latency.append(one_client.percentile(0.5) / one_by_one.percentile(0.5))
+        against_alone.append(eight_clients.per_second / eight_apart.per_second)
+        print(
+            f"round {number}: per second: stock {one_by_one.per_second:.2f}, engine at 1 client "
+            f"{one_client.per_second:.2f}, at 8 {eight_clients.per_second:.2f}, at 8 one object a batch "
+            f"{eight_apart.per_second:.2f}",
+            flush=True,
+        )
+    print(f"requests per second at 8 clients against stock: {spread(against_stock)}")
+    print(f"median latency at 1 client against stock: {spread(latency)}")
+    print(f"mixed batches against one object a batch, at 8 clients: {spread(against_alone)}")
+
+
+def sweep(mixed: Engine, keys: Sequence[ArtifactKey], out: Path | None) -> None:
+    rows = []
+    print("clients   per second   p50 s   p95 s   p99 s")
+    for clients in (1, 2, 4, 8, 16, 32):
+        seen = under_load(drawing_by(mixed), long_tail(keys, max(12, 6 * clients), seed=clients), clients)
+        row = [seen.per_second, *(seen.percentile(share) for share in (0.5, 0.95, 0.99))]
+        print(f"{clients:7}   {row[0]:10.2f}   {row[1]:5.2f}   {row[2]:5.2f}   {row[3]:5.2f}", flush=True)
+        rows.append(dict(zip(("clients", "per_second", "p50", "p95", "p99"), [clients, *row], strict=True)))
+    if out:
+        out.write_text(json.dumps(rows, indent=2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--objects", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=64, help="in a round's mix")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sweep", action="store_true", help="1 to 32 clients as well")
+    parser.add_argument("--out", type=Path, help="write the sweep's numbers there, as JSON")
+    arguments = parser.parse_args()
+    disable_progress_bar()
+    disable_diffusers_progress_bar()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        store = ArtifactStore(folder)
+        keys = fill_store(store, Base.load("tiny64"), arguments.objects)
+        stock = Stock(store)
+        with engine_on(store, slots=16) as mixed, engine_on(store, slots=1) as alone:
+            for draw in (stock.draw, drawing_by(mixed), drawing_by(alone)):
+                draw(keys[-1], 0)
+            compare_swaps(stock, keys, arguments.rounds)
+            compare_servers(stock, mixed, alone, keys, arguments.rounds, arguments.requests)
+            if arguments.sweep:
+                sweep(mixed, keys, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
