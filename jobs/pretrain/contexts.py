@@ -178,7 +178,10 @@ def _leaves(rng: Rng, n: int) -> np.ndarray:
     pen = ImageDraw.Draw(picture)
     for cx, cy, size in zip(n * rng.random(90), n * rng.random(90), n * rng.uniform(0.05, 0.09, 90), strict=True):
         turn = rng.uniform(0, np.pi)
-        along, across = size * np.array([np.cos(turn), np.sin(turn)]), size / 2 * np.array([-np.sin(turn), np.cos(turn)])
+        along, across = (
+            size * np.array([np.cos(turn), np.sin(turn)]),
+            size / 2 * np.array([-np.sin(turn), np.cos(turn)]),
+        )
         tint = _colour(205, 110, 30) + _colour(40, 55, 15) * rng.uniform(-1, 1)
         corners = [(cx + d[0], cy + d[1]) for d in (along, across, -along, -across)]
         pen.polygon(corners, fill=tuple(int(v) for v in tint.clip(0, 255)))

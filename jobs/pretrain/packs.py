@@ -151,7 +151,8 @@ class Icons:
     def __init__(self, pack: Pack, archive: Path, codes: dict[str, str]) -> None:
         """Open a package's archive; `codes` gives the code point of an icon's name (for packs named by those)."""
         self.pack = pack
-        self._tar = tarfile.open(archive)
+        # It stays open: icons are read from it as they are asked for.
+        self._tar = tarfile.open(archive)  # noqa: SIM115
         names = self._tar.getnames()
         self._sets = json.load(self._open("package/icons.json")) if "package/icons.json" in names else None
         self._codes = {} if self._sets else _spelled(codes, names)

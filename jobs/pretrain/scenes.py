@@ -108,7 +108,7 @@ class Composer:
             sprite = _tint(sprite, COLOURS[tint])
         reach = 0.2 * (1 - edge)
         centre = (0.5 + reach * rng.uniform(-1, 1), 0.5 + reach * rng.uniform(-1, 1))
-        return _article(word), [_Thing(word, sprite, edge, centre, rng.uniform(-6, 6))], tinted
+        return with_article(word), [_Thing(word, sprite, edge, centre, rng.uniform(-6, 6))], tinted
 
     def _pair(self, rng: Rng, label: int) -> tuple[str, list[_Thing]]:
         other = int(rng.choice([each for each in self._labels if each != label] or self._labels))
@@ -120,11 +120,17 @@ class Composer:
             centre = (along, across) if stacked else (across, along)
             edge = rng.uniform(0.4, 0.48)
             things.append(_Thing("", self._sprite(rng, each), edge, centre, rng.uniform(-6, 6)))
-        a, b = _article(first), _article(second)
+        a, b = with_article(first), with_article(second)
         if stacked:
             ways = (f"{a} above {b}", f"{b} below {a}")
             return ways[int(rng.integers(2))], things
-        ways = (f"{a} and {b}", f"{a} and {b}", f"{a} to the left of {b}", f"{b} to the right of {a}", f"{a} next to {b}")
+        ways = (
+            f"{a} and {b}",
+            f"{a} and {b}",
+            f"{a} to the left of {b}",
+            f"{b} to the right of {a}",
+            f"{a} next to {b}",
+        )
         return ways[int(rng.integers(len(ways)))], things
 
     def _sprite(self, rng: Rng, label: int) -> Image.Image:
@@ -189,7 +195,8 @@ def _caption(rng: Rng, mix: Mix, word: str, what: str, where: str, style: int, *
     return " ".join(part for part in parts if part)
 
 
-def _article(words: str) -> str:
+def with_article(words: str) -> str:
+    """The words as a caption names one of them."""
     if words.split()[-1] in _PLURAL:
         return words
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

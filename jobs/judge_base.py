@@ -1,0 +1,124 @@
+"""Judge bases on the same scenes and prompts: how sharp, how right, how varied."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+# So that ``python jobs/judge_base.py`` finds the packages beside it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from jobs.pretrain.data import Folders
+from jobs.pretrain.judge import (
+    Effort,
+    Held,
+    Judge,
+    diversity,
+    draw,
+    draw_alike,
+    matched,
+    reconstruction,
+    sheet,
+)
+from jobs.pretrain.sprites import Sprites, make_sprites
+from objdrive.base import Base
+from objdrive.errors import ObjdriveError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Judge the bases; the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        torch.set_num_threads(options.threads)
+        sprites = _sprites(Folders(Path(options.data)))
+        bases = [Base.load(name, device="cpu") for name in options.bases]
+        figures = judge(bases, sprites, Effort(drawn=options.drawn), Path(options.out))
+    except ObjdriveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(figures))
+    return 0
+
+
+def judge(bases: list[Base], sprites: Sprites, effort: Effort, out: Path) -> dict[str, dict[str, float]]:
+    """Figures by base, with ``scenes`` for what composed scenes get; a grid of each base's pictures goes to `out`.
+
+    Raises:
+        ObjdriveError: the bases differ in resolution.
+    """
+    resolutions = {base.resolution for base in bases}
+    if len(resolutions) != 1:
+        raise ObjdriveError(
+            f"bases of {sorted(resolutions)} pixels cannot be judged on the same scenes: judge each alone"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    resolution = resolutions.pop()
+    held = Held.compose(sprites, resolution, effort.judged)
+    judged = Judge(sprites, resolution, effort)
+    figures = {"scenes": _of_scenes(judged, held)}
+    for number, base in enumerate(bases):
+        drawn = draw(base, sprites.classes, effort.drawn)
+        right, placed = judged.accuracy(judged.features(drawn.pictures), drawn.labels, drawn.contexts)
+        alike = draw_alike(base, sprites.classes)
+        features = judged.features(alike.flatten(0, 1)).view(*alike.shape[:2], -1)
+        figures[base.name] = {
+            "psnr": reconstruction(base, held.pixels),
+            "class": right,
+            "context": placed,
+            "diversity": diversity(features),
+            "retrieval": matched(base, held),
+        }
+        sheet(drawn).save(out / f"grid-{number}.png")
+    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def table(figures: dict[str, dict[str, float]]) -> str:
+    """The figures as a Markdown table, a column for each base."""
+    names = list(figures)
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for key, (title, form) in _SHOWN.items():
+        cells = [form.format(figures[name][key]) if key in figures[name] else "" for name in names]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+_SHOWN = {
+    "psnr": ("autoencoder, PSNR on scenes of held-out drawings", "{:.2f} dB"),
+    "class": ("class recognised in drawn pictures", "{:.1%}"),
+    "context": ("context recognised in drawn pictures", "{:.1%}"),
+    "diversity": ("distance between pictures of one prompt", "{:.3f}"),
+    "retrieval": ("CLIP: own caption nearest among 128", "{:.1%}"),
+}
+
+
+def _of_scenes(judged: Judge, held: Held) -> dict[str, float]:
+    """What the classifier makes of real scenes of drawings that it has not seen: the most that it can be trusted."""
+    rows = [row for row, plain in enumerate(held.plain) if plain]
+    features = judged.features(held.pixels[rows])
+    labels, contexts = [held.labels[row] for row in rows], [held.contexts[row] for row in rows]
+    right, placed = judged.accuracy(features, labels, contexts)
+    return {"class": right, "context": placed}
+
+
+def _sprites(folders: Folders) -> Sprites:
+    if not folders.sprites.is_file():
+        folders.out.mkdir(parents=True, exist_ok=True)
+        make_sprites(folders.packages).save(folders.sprites)
+    return Sprites.load(folders.sprites)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="judge_base.py", description=__doc__)
+    parser.add_argument("bases", nargs="+", help="embedded bases, folders or hub ids, of one resolution")
+    parser.add_argument("--data", required=True, help="folder with the icons; they are fetched if it has none")
+    parser.add_argument("--out", default="judged", help="folder for figures.json and the grids (judged)")
+    parser.add_argument("--drawn", type=int, default=Effort.drawn, help="pictures of each class (4)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

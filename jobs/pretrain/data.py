@@ -1,0 +1,169 @@
+"""The data stage: sprites, then scenes composed by Ray Data into Parquet; and how training reads them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import ray
+import torch
+from torch import Tensor
+
+from jobs.pretrain.config import Config
+from jobs.pretrain.scenes import Composer, Mix
+from jobs.pretrain.sprites import Sprites, draw_sprites, make_sprites
+
+_BLOCK = 2048
+_JUDGED_SEED = 1
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a run keeps what it makes."""
+
+    out: Path
+
+    @property
+    def packages(self) -> Path:
+        """Archives of the icon packs."""
+        return self.out / "packages"
+
+    @property
+    def sprites(self) -> Path:
+        """All icons."""
+        return self.out / "sprites.parquet"
+
+    @property
+    def scenes(self) -> Path:
+        """Scenes to train on."""
+        return self.out / "scenes"
+
+    @property
+    def judged(self) -> Path:
+        """Scenes of held-out drawings."""
+        return self.out / "judged"
+
+    @property
+    def latents(self) -> Path:
+        """Scenes as the autoencoder and the tokenizer see them."""
+        return self.out / "latents"
+
+    @property
+    def snapshot(self) -> Path:
+        """The base, in diffusers' layout."""
+        return self.out / "snapshot"
+
+    def stage(self, name: str) -> Path:
+        """A stage's checkpoints, curve and sample grids."""
+        return self.out / name
+
+
+class Compose:
+    """Ray Data's worker that turns scene numbers into scenes; the same number is the same scene anywhere."""
+
+    def __init__(self, sprites: Path, use: str, resolution: int, seed: int, mix: Mix | None = None) -> None:
+        """Read the sprites of one use."""
+        self._composer = Composer(Sprites.load(sprites).only(use), resolution, mix)
+        self._seed = seed
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        """Columns of a batch of scene numbers (``id``)."""
+        scenes = [self._composer.compose(np.random.default_rng((self._seed, int(number)))) for number in batch["id"]]
+        return pa.table(
+            {
+                "pixels": [scene.pixels.tobytes() for scene in scenes],
+                "caption": [scene.caption for scene in scenes],
+                "label": [scene.label for scene in scenes],
+                "context": [scene.context for scene in scenes],
+                "plain": [scene.plain for scene in scenes],
+            }
+        )
+
+
+def make_data(config: Config, folders: Folders) -> None:
+    """Make whatever of the sprites and the scenes is not there yet."""
+    if not folders.sprites.is_file():
+        folders.out.mkdir(parents=True, exist_ok=True)
+        sprites = draw_sprites(config.seed) if config.drawn_sprites else make_sprites(folders.packages)
+        sprites.save(folders.sprites)
+    for folder, use, count, seed in (
+        (folders.judged, "held", config.judged, config.seed + _JUDGED_SEED),
+        (folders.scenes, "train", config.scenes, config.seed),
+    ):
+        if not folder.exists():
+            # Under another name until it is whole: a folder that is there is taken as complete.
+            partial = folder.with_suffix(".partial")
+            numbers = ray.data.range(count, override_num_blocks=max(1, count // _BLOCK))
+            made = numbers.map_batches(
+                Compose,
+                fn_constructor_args=(folders.sprites, use, config.resolution, seed),
+                batch_size=256,
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=_composers()),
+            )
+            made.write_parquet(str(partial), mode=ray.data.SaveMode.OVERWRITE)
+            partial.rename(folder)
+
+
+def _composers() -> int:
+    return max(1, int(ray.cluster_resources()["CPU"]) - 1)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Scenes in memory.
+
+    Attributes:
+        pixels: (N, 3, n, n) uint8.
+        captions: N texts.
+        labels: (N,), classes of their first objects.
+        contexts: (N,), indices into `contexts.CONTEXTS`.
+        plain: (N,), one object in its own colours, as a photo.
+    """
+
+    pixels: Tensor
+    captions: list[str]
+    labels: Tensor
+    contexts: Tensor
+    plain: Tensor
+
+    def images(self, rows: Tensor) -> Tensor:
+        """(B, 3, n, n) float32 in [0, 1]."""
+        return self.pixels[rows].float() / 255
+
+
+def read_rows(folder: Path, resolution: int, *, rank: int = 0, world: int = 1) -> Rows:
+    """Read one worker's share of a folder of scenes."""
+    table = read_share(folder, rank, world)
+    pixels = as_array(table["pixels"], np.uint8).reshape(-1, resolution, resolution, 3)
+    return Rows(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2),
+        table["caption"].to_pylist(),
+        torch.from_numpy(table["label"].to_numpy().copy()),
+        torch.from_numpy(table["context"].to_numpy().copy()),
+        torch.from_numpy(table["plain"].to_numpy().copy()),
+    )
+
+
+def read_share(folder: Path, rank: int, world: int) -> pa.Table:
+    """Every `world`-th file of a folder, or rows of its files where there are fewer of those than workers."""
+    files = sorted(str(path) for path in folder.glob("*.parquet"))
+    if len(files) >= world:
+        return pads.dataset(files[rank::world]).to_table()
+    table = pads.dataset(files).to_table()
+    return table.take(pa.array(range(rank, len(table), world)))
+
+
+def as_array(column: pa.ChunkedArray, dtype: Any) -> np.ndarray:
+    """(N, m): binary values of equal length as one writable array."""
+    width = len(column[0].as_py()) // np.dtype(dtype).itemsize
+    array = np.empty((len(column), width), dtype)
+    start = 0
+    for chunk in column.chunks:
+        # Their bytes lie one after another: no value needs to become a Python object.
+        offsets = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        values = np.frombuffer(chunk.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
+        array[start : start + len(chunk)] = values.view(dtype).reshape(len(chunk), width)
+        start += len(chunk)
+    return array

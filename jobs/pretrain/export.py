@@ -1,0 +1,39 @@
+"""What makes the parts a base: scheduler, index and class list."""
+
+import json
+import shutil
+
+import diffusers
+from diffusers import DDIMScheduler
+
+from jobs.pretrain.config import Config
+from jobs.pretrain.data import Folders
+from jobs.pretrain.sprites import Sprites
+from jobs.pretrain.unet import SCHEDULE
+from objdrive.base import find_base
+
+_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": diffusers.__version__,
+    "feature_extractor": [None, None],
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def finish_snapshot(config: Config, folders: Folders) -> None:
+    """Write what goes with the parts; once all of those are there, the snapshot is a base."""
+    snapshot = folders.snapshot
+    DDIMScheduler(**SCHEDULE).save_pretrained(snapshot / "scheduler")
+    (snapshot / "model_index.json").write_text(json.dumps(_INDEX, indent=2) + "\n")
+    sprites = Sprites.load(folders.sprites)
+    held = sorted({sprites.classes[label] for label in sprites.only("held").labels})
+    (snapshot / "classes.json").write_text(json.dumps({"classes": sprites.classes, "held": held}))
+    if config.start:
+        shutil.copy(find_base(config.start).snapshot / "recipe.yaml", snapshot / "recipe.yaml")

@@ -1,0 +1,210 @@
+"""Figures of a base, by a judge that knows nothing of it: a classifier on ImageNet features of composed scenes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from torch import Tensor, nn
+
+from jobs.pretrain.clip import retrieval
+from jobs.pretrain.contexts import CONTEXTS
+from jobs.pretrain.pictures import grid
+from jobs.pretrain.scenes import Composer, Mix, Scene, with_article
+from jobs.pretrain.sprites import Sprites
+from jobs.pretrain.vae import psnr
+from objdrive.base import Base
+from objdrive.imagenet import ImageNetEncoder
+from objdrive.sampler import Request, draw_pictures
+
+STEPS = 25
+GUIDANCE = 4.0
+_PLAIN = Mix(pair=0, style=0, tint=0, word_alone=0, no_context=0)
+_BLUR = 0.9
+_RETRIEVED_AMONG = 128
+_CHUNK = 64
+_GRID = (20, 10)
+_ALIKE = 6
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is composed and drawn.
+
+    Attributes:
+        taught: scenes of each class that the classifier learns from.
+        judged: scenes of held-out drawings, for the autoencoder and CLIP.
+        drawn: pictures of each class, each in another context.
+    """
+
+    taught: int = 90
+    judged: int = 1024
+    drawn: int = 4
+
+
+class Judge:
+    """Tells class and context of a picture, by two linear layers on ImageNet features.
+
+    It learns from scenes of the training drawings, half of them slightly blurred, since what a base draws is softer
+    than what a composer pastes; no base has a part in it.
+    """
+
+    def __init__(self, sprites: Sprites, resolution: int, effort: Effort, *, seed: int = 0) -> None:
+        """Compose the scenes and learn from them."""
+        self._encoder = ImageNetEncoder()
+        self.classes = sprites.classes
+        rng = np.random.default_rng((seed, 0))
+        composer = Composer(sprites.only("train"), resolution, _PLAIN)
+        scenes = _balanced(composer, rng, range(len(sprites.classes)), effort.taught)
+        features = self.features(torch.stack([_softened(scene, rng) for scene in scenes]))
+        self._mean, self._deviation = features.mean(dim=0), features.std(dim=0) + 1e-3
+        known = self._scaled(features)
+        self._class = _fit(known, torch.tensor([scene.label for scene in scenes]), len(sprites.classes))
+        self._context = _fit(known, torch.tensor([scene.context for scene in scenes]), len(CONTEXTS))
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """(N, 1280) ImageNet features of pictures (N, 3, n, n) in [0, 1]."""
+        return torch.cat([self._encoder(some) for some in pictures.split(_CHUNK)])
+
+    def accuracy(self, features: Tensor, labels: Sequence[int], contexts: Sequence[int]) -> tuple[float, float]:
+        """Part of some pictures, by their features, whose class and whose context are recognised."""
+        known = self._scaled(features)
+        right = self._class(known).argmax(dim=1) == torch.tensor(labels)
+        placed = self._context(known).argmax(dim=1) == torch.tensor(contexts)
+        return float(right.float().mean()), float(placed.float().mean())
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        return (features - self._mean) / self._deviation
+
+
+def _balanced(composer: Composer, rng: np.random.Generator, labels: Sequence[int], each: int) -> list[Scene]:
+    """`each` scenes of every class, over all contexts in turn."""
+    wanted = [(label, (label + turn) % len(CONTEXTS)) for turn in range(each) for label in labels]
+    return [composer.compose(rng, label=label, context=context) for label, context in wanted]
+
+
+def _softened(scene: Scene, rng: np.random.Generator) -> Tensor:
+    picture = Image.fromarray(scene.pixels)
+    if rng.random() < 0.5:
+        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, _BLUR) * picture.width / 64))
+    return as_tensor(picture)
+
+
+def as_tensor(picture: Image.Image | np.ndarray) -> Tensor:
+    """(3, n, n) in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+def _fit(features: Tensor, labels: Tensor, count: int) -> nn.Linear:
+    """Multinomial logistic regression with a little weight decay."""
+    layer = nn.Linear(features.shape[1], count)
+    nn.init.zeros_(layer.weight)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(features), labels) + 2e-3 * layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return layer.requires_grad_(False)
+
+
+def diversity(features: Tensor) -> float:
+    """Mean cosine distance between features (G, K, d) of K pictures of each of G prompts."""
+    unit = F.normalize(features, dim=2)
+    alike = unit @ unit.transpose(1, 2)
+    count = features.shape[1]
+    others = alike.sum(dim=(1, 2)) - count
+    return float(1 - (others / (count * (count - 1))).mean())
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of every class in some contexts, by prompts or as composed scenes."""
+
+    pictures: Tensor
+    labels: list[int]
+    contexts: list[int]
+
+
+def draw(base: Base, classes: Sequence[str], each: int) -> Drawn:
+    """Pictures that a base draws: each class in `each` contexts, by turns."""
+    names = list(CONTEXTS)
+    # Steps of a few contexts, so that the contexts come up equally often over all classes.
+    wanted = [(label, (5 * label + 7 * turn) % len(names)) for turn in range(each) for label in range(len(classes))]
+    requests = [
+        Request(f"a photo of {with_article(classes[label])} {names[context]}", seed)
+        for seed, (label, context) in enumerate(wanted)
+    ]
+    labels, contexts = zip(*wanted, strict=True)
+    return Drawn(_draw(base, requests), list(labels), list(contexts))
+
+
+def draw_alike(base: Base, classes: Sequence[str]) -> Tensor:
+    """(G, K, 3, n, n): several pictures of each of a dozen prompts, which differ in their noise alone."""
+    words = classes[:: max(1, len(classes) // 12)][:12]
+    names = list(CONTEXTS)
+    requests = [
+        Request(f"a photo of {with_article(word)} {names[(3 * turn) % len(names)]}", 1000 + seed)
+        for turn, word in enumerate(words)
+        for seed in range(_ALIKE)
+    ]
+    pictures = _draw(base, requests)
+    return pictures.view(len(words), _ALIKE, *pictures.shape[1:])
+
+
+def _draw(base: Base, requests: list[Request]) -> Tensor:
+    return torch.stack([as_tensor(picture) for picture in _in_batches(base, requests)])
+
+
+def _in_batches(base: Base, requests: list[Request]) -> list[Image.Image]:
+    batches = (requests[first : first + _CHUNK] for first in range(0, len(requests), _CHUNK))
+    return [each for some in batches for each in draw_pictures(base, some, steps=STEPS, guidance_scale=GUIDANCE)]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Scenes of held-out drawings, the same for every base."""
+
+    pixels: Tensor
+    captions: list[str]
+    labels: list[int]
+    contexts: list[int]
+    plain: list[bool]
+
+    @classmethod
+    def compose(cls, sprites: Sprites, resolution: int, count: int, *, seed: int = 1) -> "Held":
+        """Mixed as the training scenes are."""
+        composer = Composer(sprites.only("held"), resolution)
+        scenes = [composer.compose(np.random.default_rng((seed, number))) for number in range(count)]
+        return cls(
+            torch.stack([as_tensor(scene.pixels) for scene in scenes]),
+            [scene.caption for scene in scenes],
+            [scene.label for scene in scenes],
+            [scene.context for scene in scenes],
+            [scene.plain for scene in scenes],
+        )
+
+
+def reconstruction(base: Base, pixels: Tensor) -> float:
+    """PSNR in dB of pictures through the base's autoencoder and back, the mean over pictures."""
+    made = [base.decode_latents(base.encode_latents(some)) for some in pixels.split(_CHUNK)]
+    return float(psnr(torch.cat(made), pixels).mean())
+
+
+def matched(base: Base, held: Held) -> float:
+    """Part of the held-out scenes whose own caption is the nearest among 128 in the base's CLIP space."""
+    texts = [base.encode_text([base.tokenize(caption)])[1] for caption in held.captions]
+    images = [base.encode_images(some) for some in held.pixels.split(_CHUNK)]
+    unit = F.normalize(torch.cat(images), dim=1), F.normalize(torch.cat(texts), dim=1)
+    return retrieval(*unit, _RETRIEVED_AMONG)
+
+
+def sheet(drawn: Drawn, zoom: int = 2) -> Image.Image:
+    """The first 200 pictures, 10 rows of 20."""
+    columns, rows = _GRID
+    return grid(drawn.pictures[: columns * rows], columns, zoom=zoom)

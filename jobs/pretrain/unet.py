@@ -1,0 +1,248 @@
+"""The denoiser's training, on latents that Ray Data encodes once."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from jobs.pretrain.clip import tokenize
+from jobs.pretrain.config import Config
+from jobs.pretrain.data import Folders, as_array, read_share
+from jobs.pretrain.loop import load_matching
+from jobs.pretrain.pictures import grid
+from jobs.pretrain.sprites import Sprites
+from objdrive.base import find_base
+
+SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+"""Stable Diffusion's."""
+_SNR_BOUND = 5.0
+_DROPPED = 0.1
+_SHOWN_STEPS = 25
+_SHOWN_GUIDANCE = 4.0
+_SHOWN_COLUMNS = 8
+_SHOWN_CONTEXTS = ("on grass", "on a white background", "on a wooden table", "in the snow", "under water")
+_JUDGED = 512
+
+
+class Encode:
+    """Ray Data's worker that turns scenes into latents and token ids."""
+
+    def __init__(self, snapshot: Path) -> None:
+        """Load the autoencoder and the tokenizer."""
+        torch.set_num_threads(1)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        vae = AutoencoderKL.from_pretrained(snapshot / "vae", torch_dtype=torch.float32)
+        self._vae = vae.to(self._device, memory_format=torch.channels_last).eval()
+        self._tokenizer = CLIPTokenizer.from_pretrained(snapshot / "tokenizer")
+
+    @torch.inference_mode()
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Columns ``latent`` (half precision) and ``ids`` of a batch of scenes."""
+        edge = int(self._vae.config["sample_size"])
+        pixels = torch.from_numpy(as_array(batch["pixels"], np.uint8)).view(-1, edge, edge, 3).permute(0, 3, 1, 2)
+        pixels = (pixels.to(self._device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        latents = self._vae.encode(pixels).latent_dist.mode() * self._vae.config["scaling_factor"]
+        ids = tokenize(self._tokenizer, batch["caption"].to_pylist()).short()
+        return pa.table(
+            {
+                "latent": [latent.tobytes() for latent in latents.half().cpu().contiguous().numpy()],
+                "ids": [row.tobytes() for row in ids.numpy()],
+            }
+        )
+
+
+def make_latents(config: Config, folders: Folders) -> None:
+    """Encode the scenes, unless this autoencoder has done so already."""
+    for scenes in (folders.scenes, folders.judged):
+        folder = latents_folder(folders, scenes)
+        if not folder.exists():
+            partial = folder.with_suffix(".partial")
+            encoded = ray.data.read_parquet(str(scenes), columns=["pixels", "caption"]).map_batches(
+                Encode,
+                fn_constructor_args=(folders.snapshot,),
+                batch_size=64,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=1, max_size=max(1, int(ray.cluster_resources()["CPU"]) - 1)
+                ),
+            )
+            encoded.write_parquet(str(partial), mode=ray.data.SaveMode.OVERWRITE)
+            partial.rename(folder)
+
+
+def latents_folder(folders: Folders, scenes: Path) -> Path:
+    """Where the latents of some scenes lie: one place for each autoencoder."""
+    weights = (folders.snapshot / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    return folders.latents / f"{scenes.name}-{hashlib.sha256(weights).hexdigest()[:12]}"
+
+
+def build_unet(config: Config) -> UNet2DConditionModel:
+    """The untrained denoiser."""
+    model = dict(config.unet.model)
+    return UNet2DConditionModel(
+        sample_size=config.resolution >> (len(config.vae.model["block_out_channels"]) - 1),
+        in_channels=config.vae.model["latent_channels"],
+        out_channels=config.vae.model["latent_channels"],
+        cross_attention_dim=config.clip.model["text"]["hidden_size"],
+        **model,
+    )
+
+
+def start_from(unet: UNet2DConditionModel, weights: dict[str, Tensor]) -> None:
+    """Take over another denoiser's weights, so that at first this one does what the other did."""
+    load_matching(unet, weights)
+    added = unet.add_embedding
+    if added is not None and not any(name.startswith("add_embedding") for name in weights):
+        nn.init.zeros_(added.norm2.weight)
+        nn.init.zeros_(added.norm2.bias)
+
+
+def snr_weights(alphas: Tensor, bound: float = _SNR_BOUND) -> Tensor:
+    """(T,): weight of the noise-prediction loss at each timestep.
+
+    Min-SNR-gamma, Hang et al., arXiv 2303.09556, equation 5 for noise prediction: ``min(SNR, bound) / SNR``.
+    """
+    snr = alphas / (1 - alphas)
+    return snr.clamp(max=bound) / snr
+
+
+class UnetObjective(nn.Module):
+    """Noise prediction over uniform timesteps, with min-SNR weights."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+        alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod
+        self.register_buffer("alphas", alphas)
+        self.register_buffer("weights", snr_weights(alphas))
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Loss of ``latents`` (B, C, h, h), text ``states`` (B, L, d), ``noise`` and ``timesteps`` (B,)."""
+        kept = self.alphas[batch["timesteps"]].view(-1, 1, 1, 1)
+        noised = kept.sqrt() * batch["latents"] + (1 - kept).sqrt() * batch["noise"]
+        noised = noised.contiguous(memory_format=torch.channels_last)
+        predicted = self.unet(noised, batch["timesteps"], batch["states"]).sample
+        error = (predicted.float() - batch["noise"]).square().mean(dim=(1, 2, 3))
+        return {"loss": (error * self.weights[batch["timesteps"]]).mean()}
+
+
+@dataclass(frozen=True)
+class UnetMaker:
+    """Makes the stage on a worker; picklable."""
+
+    config: Config
+    folders: Folders
+
+    def __call__(self, device: torch.device, rank: int, world: int) -> "UnetStage":
+        """Load the worker's share of the latents."""
+        return UnetStage(self.config, self.folders, device, rank, world)
+
+
+class UnetStage:
+    """The denoiser in training."""
+
+    def __init__(self, config: Config, folders: Folders, device: torch.device, rank: int, world: int) -> None:
+        torch.manual_seed(config.seed)
+        self._device = device
+        self._text = CLIPTextModel.from_pretrained(folders.snapshot / "text_encoder", dtype=torch.float32)
+        self._text.to(device).eval().requires_grad_(False)
+        self._tokenizer = CLIPTokenizer.from_pretrained(folders.snapshot / "tokenizer")
+        vae = AutoencoderKL.from_pretrained(folders.snapshot / "vae", torch_dtype=torch.float32)
+        self._vae = vae.to(device).eval().requires_grad_(False)
+        self._generator = torch.Generator().manual_seed(config.seed + 1 + rank)
+        self.part = build_unet(config)
+        if config.start:
+            started = UNet2DConditionModel.from_pretrained(find_base(config.start).snapshot / "unet")
+            start_from(self.part, started.state_dict())
+        self.part.to(device, memory_format=torch.channels_last)
+        self.objective = UnetObjective(self.part).to(device)
+        self._latents, self._ids = self._read(folders, folders.scenes, rank, world)
+        self._judged = self._fixed(*self._read(folders, folders.judged, 0, 1))
+        self._words = Sprites.load(folders.sprites).classes
+        self._null = tokenize(self._tokenizer, [""])
+
+    def batch(self, size: int) -> dict[str, Tensor]:
+        """Random scenes, noise and timesteps; some captions dropped, for guidance."""
+        rows = torch.randint(len(self._ids), (size,), generator=self._generator)
+        dropped = torch.rand(size, generator=self._generator) < _DROPPED
+        ids = torch.where(dropped[:, None], self._null, self._ids[rows].long())
+        return self._with_noise(self._latents[rows].float(), ids, self._generator)
+
+    @torch.inference_mode()
+    def judge(self, part: nn.Module) -> tuple[dict[str, float], Image.Image]:
+        """Loss on held-out scenes with fixed noise; and samples of some classes in some contexts."""
+        objective = UnetObjective(part).to(self._device)
+        losses = [objective(batch)["loss"] for batch in self._judged]
+        every = max(1, len(self._words) // 40)
+        words = self._words[::every][:40]
+        prompts = [
+            f"a photo of {'an' if word[0] in 'aeiou' else 'a'} {word} {_SHOWN_CONTEXTS[i % len(_SHOWN_CONTEXTS)]}"
+            for i, word in enumerate(words)
+        ]
+        return {"held_loss": float(torch.stack(losses).mean())}, grid(
+            self.sample(part, prompts), _SHOWN_COLUMNS, zoom=2
+        )
+
+    @torch.inference_mode()
+    def sample(self, part: nn.Module, prompts: list[str]) -> Tensor:
+        """(N, 3, n, n) pictures in [0, 1] of prompts."""
+        scheduler = DDIMScheduler(**SCHEDULE)
+        scheduler.set_timesteps(_SHOWN_STEPS)
+        edge, channels = part.config["sample_size"], part.config["in_channels"]
+        states = self._encode(tokenize(self._tokenizer, prompts + [""] * len(prompts)))
+        latents = torch.randn(len(prompts), channels, edge, edge, generator=torch.Generator().manual_seed(0))
+        latents = latents.to(self._device)
+        for timestep in scheduler.timesteps:
+            given, free = part(torch.cat([latents] * 2), timestep, states).sample.chunk(2)
+            latents = scheduler.step(free + _SHOWN_GUIDANCE * (given - free), timestep, latents).prev_sample
+        pictures = self._vae.decode(latents / self._vae.config["scaling_factor"]).sample
+        return (pictures / 2 + 0.5).clamp(0, 1)
+
+    def _read(self, folders: Folders, scenes: Path, rank: int, world: int) -> tuple[Tensor, Tensor]:
+        table = read_share(latents_folder(folders, scenes), rank, world)
+        edge, channels = self.part.config["sample_size"], self.part.config["in_channels"]
+        latents = torch.from_numpy(as_array(table["latent"], np.float16)).view(-1, channels, edge, edge)
+        return latents, torch.from_numpy(as_array(table["ids"], np.int16))
+
+    def _fixed(self, latents: Tensor, ids: Tensor) -> list[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        pairs = zip(latents[:_JUDGED].float().split(64), ids[:_JUDGED].long().split(64), strict=True)
+        return [self._with_noise(some, their, generator) for some, their in pairs]
+
+    def _with_noise(self, latents: Tensor, ids: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        timesteps = torch.randint(len(self.objective.alphas), (len(latents),), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        return {
+            "latents": latents.to(self._device),
+            "states": self._encode(ids),
+            "noise": noise.to(self._device),
+            "timesteps": timesteps.to(self._device),
+        }
+
+    @torch.no_grad()
+    def _encode(self, ids: Tensor) -> Tensor:
+        states: Tensor = self._text(input_ids=ids.to(self._device)).last_hidden_state
+        return states
+
+
+def export_unet(config: Config, folders: Folders, weights: dict[str, Tensor]) -> None:
+    """Write the denoiser into the snapshot, in half precision."""
+    unet = build_unet(config)
+    unet.load_state_dict(weights)
+    unet.half().save_pretrained(folders.snapshot / "unet")

@@ -1,0 +1,179 @@
+"""The autoencoder's training: sharp pictures from small latents."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor, nn
+
+from jobs.pretrain.config import Config
+from jobs.pretrain.data import Folders, read_rows
+from jobs.pretrain.loop import load_matching
+from jobs.pretrain.pictures import grid
+from objdrive.base import find_base
+
+_KL = 1e-5
+_SHOWN = 16
+_CHUNK = 64
+
+
+def build_vae(config: Config) -> AutoencoderKL:
+    """The untrained autoencoder."""
+    model: dict[str, Any] = dict(config.vae.model)
+    levels = len(model["block_out_channels"])
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        sample_size=config.resolution,
+        **model,
+    )
+
+
+def widen_latents(narrow: dict[str, Tensor], fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of an autoencoder of few latent channels for one of more, which at first does what the other did.
+
+    The first channels are the other's. The encoder's part of the new ones is fresh, the decoder's is nothing.
+    """
+    weights = dict(narrow)
+    for name in ("encoder.conv_out", "quant_conv"):
+        # Rows: the means of all channels, then their logarithmic variances. Columns of the second: the same.
+        for kind in ("weight", "bias"):
+            ours, theirs = fresh[f"{name}.{kind}"].clone(), narrow[f"{name}.{kind}"]
+            few, many = len(theirs) // 2, len(ours) // 2
+            rows = [*range(few), *range(many, many + few)]
+            if name == "quant_conv" and kind == "weight":
+                ours[rows] = 0
+                ours[torch.tensor(rows)[:, None], torch.tensor(rows)[None, :]] = theirs
+            else:
+                ours[rows] = theirs
+            weights[f"{name}.{kind}"] = ours
+    few = len(narrow["post_quant_conv.bias"])
+    for name in ("post_quant_conv.weight", "post_quant_conv.bias"):
+        weights[name] = fresh[name].clone()
+    weights["post_quant_conv.weight"][:few] = 0
+    weights["post_quant_conv.weight"][:few, :few] = narrow["post_quant_conv.weight"]
+    weights["post_quant_conv.bias"][:few] = narrow["post_quant_conv.bias"]
+    weights["decoder.conv_in.weight"] = torch.zeros_like(fresh["decoder.conv_in.weight"])
+    weights["decoder.conv_in.weight"][:, :few] = narrow["decoder.conv_in.weight"]
+    return weights
+
+
+def keep_latents(vae: AutoencoderKL, channels: int) -> None:
+    """Train only the decoder, and what the encoder adds to its first channels.
+
+    Latents in those channels stay what they are, so that a denoiser trained on them can go on from where it is.
+    """
+    vae.encoder.requires_grad_(False)
+    for layer in (vae.encoder.conv_out, vae.quant_conv):
+        layer.requires_grad_(True)
+        for values in (layer.weight, layer.bias):
+            free = torch.ones(2, len(values) // 2)
+            free[:, :channels] = 0
+            values.register_hook(_masked(free.view(-1, *[1] * (values.dim() - 1))))
+
+
+def _masked(free: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient * free.to(gradient.device)
+
+
+def edges(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences between neighbours, across and down."""
+    return pixels.diff(dim=3), pixels.diff(dim=2)
+
+
+def psnr(made: Tensor, real: Tensor) -> Tensor:
+    """(N,): peak signal-to-noise ratio in dB of pictures (N, 3, n, n) in [0, 1]."""
+    error = (made - real).square().mean(dim=(1, 2, 3))
+    return -10 * error.clamp(min=1e-10).log10()
+
+
+class VaeObjective(nn.Module):
+    """Squared error (what PSNR measures), a little absolute error and error of edges (against blur), and a light KL."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses of a batch of ``pixels`` (B, 3, n, n) in [0, 1]."""
+        real = batch["pixels"] * 2 - 1
+        posterior = self.vae.encode(real).latent_dist
+        made = self.vae.decode(posterior.sample()).sample
+        square = (made - real).square().mean()
+        absolute = (made - real).abs().mean()
+        edge = sum((a - b).abs().mean() for a, b in zip(edges(made), edges(real), strict=True))
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = 4 * square + 0.3 * absolute + 0.3 * edge + _KL * kl
+        return {"loss": loss, "square": square, "edge": edge, "kl": kl}
+
+
+@dataclass(frozen=True)
+class VaeMaker:
+    """Makes the stage on a worker; picklable."""
+
+    config: Config
+    folders: Folders
+
+    def __call__(self, device: torch.device, rank: int, world: int) -> "VaeStage":
+        """Load the worker's share of the scenes."""
+        return VaeStage(self.config, self.folders, device, rank, world)
+
+
+class VaeStage:
+    """The autoencoder in training."""
+
+    def __init__(self, config: Config, folders: Folders, device: torch.device, rank: int, world: int) -> None:
+        torch.manual_seed(config.seed)
+        self._device = device
+        self._rows = read_rows(folders.scenes, config.resolution, rank=rank, world=world)
+        self._judged = read_rows(folders.judged, config.resolution)
+        self._generator = torch.Generator().manual_seed(config.seed + 1 + rank)
+        vae = build_vae(config)
+        if config.start:
+            started = AutoencoderKL.from_pretrained(find_base(config.start).snapshot / "vae")
+            load_matching(vae, widen_latents(started.state_dict(), vae.state_dict()))
+            keep_latents(vae, int(started.config["latent_channels"]))
+        self.part = vae.to(device, memory_format=torch.channels_last)
+        self.objective = VaeObjective(self.part)
+
+    def batch(self, size: int) -> dict[str, Tensor]:
+        """Random scenes."""
+        rows = torch.randint(len(self._rows.labels), (size,), generator=self._generator)
+        pixels = self._rows.images(rows).to(self._device)
+        return {"pixels": pixels.contiguous(memory_format=torch.channels_last)}
+
+    @torch.inference_mode()
+    def judge(self, part: nn.Module) -> tuple[dict[str, float], Image.Image]:
+        """PSNR on held-out scenes; and some of them, above what the autoencoder makes of them."""
+        real = self._judged.images(torch.arange(min(256, len(self._judged.labels)))).to(self._device)
+        made = reconstruct(part, real)
+        spread = part.encode(real[:_CHUNK] * 2 - 1).latent_dist.mode().std()
+        pair = torch.stack([real[:_SHOWN], made[:_SHOWN]], dim=1).transpose(0, 1).flatten(0, 1)
+        return {"psnr": float(psnr(made, real).mean()), "spread": float(spread)}, grid(pair, _SHOWN, zoom=2)
+
+
+@torch.inference_mode()
+def reconstruct(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """(N, 3, n, n) in [0, 1]: pictures through the autoencoder and back."""
+    made = [vae.decode(vae.encode(part * 2 - 1).latent_dist.mode()).sample for part in pixels.split(_CHUNK)]
+    return (torch.cat(made) / 2 + 0.5).clamp(0, 1)
+
+
+def export_vae(config: Config, folders: Folders, weights: dict[str, Tensor]) -> AutoencoderKL:
+    """Write the autoencoder into the snapshot, with the factor that gives its latents unit deviation."""
+    vae = build_vae(config)
+    vae.load_state_dict(weights)
+    vae.eval()
+    rows = read_rows(folders.judged, config.resolution)
+    with torch.inference_mode():
+        latents = vae.encode(rows.images(torch.arange(min(256, len(rows.labels)))) * 2 - 1).latent_dist.mode()
+    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
+    folder: Path = folders.snapshot / "vae"
+    vae.half().save_pretrained(folder)
+    return vae.float()

@@ -1,0 +1,95 @@
+"""Make a base from public icon packs: data, autoencoder, CLIP, UNet."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+from safetensors.torch import load_file
+
+# So that ``python jobs/pretrain_base.py`` finds the packages beside it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from jobs.cluster import connect
+from jobs.pretrain.clip import ClipMaker, export_clip, make_tokenizer
+from jobs.pretrain.config import Config, Part, read_config
+from jobs.pretrain.data import Folders, make_data
+from jobs.pretrain.export import finish_snapshot
+from jobs.pretrain.loop import Run, train
+from jobs.pretrain.unet import UnetMaker, export_unet, make_latents
+from jobs.pretrain.vae import VaeMaker, export_vae
+from objdrive.errors import ObjdriveError
+
+STAGES = ("data", "vae", "clip", "unet")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job; the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        config = read_config(options.config)
+        folders = Folders(Path(options.out).resolve())
+        connect()
+        for stage in STAGES if options.stage == "all" else (options.stage,):
+            _run_stage(stage, config, folders, options)
+    except ObjdriveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        ray.shutdown()
+    return 0
+
+
+def _run_stage(stage: str, config: Config, folders: Folders, options: argparse.Namespace) -> None:
+    print(f"stage {stage}", flush=True)
+    if stage == "data":
+        make_data(config, folders)
+        make_tokenizer(config, folders)
+        return
+    if stage == "unet":
+        make_latents(config, folders)
+    part: Part = getattr(config, stage)
+    whole = options.stage == "all"
+    make, export = _MAKERS[stage]
+    workers = options.workers or max(1, int(ray.cluster_resources().get("GPU", 0)))
+    gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= workers else 0.0
+    run = Run(
+        name=stage,
+        folder=folders.stage(stage),
+        make=make(config, folders),
+        training=part.training,
+        workers=workers,
+        gpus=gpus,
+        threads=options.threads or max(1, int(ray.cluster_resources()["CPU"]) // workers),
+        minutes=options.minutes * (part.training.share if whole else 1.0),
+        save_every=60 * options.save_every,
+    )
+    checkpoint = train(run, resume=options.resume)
+    export(config, folders, load_file(checkpoint / "ema.safetensors"))
+    finish_snapshot(config, folders)
+    print(f"{stage}: {checkpoint}", flush=True)
+
+
+_MAKERS: dict[str, tuple[Callable, Callable]] = {
+    "vae": (VaeMaker, export_vae),
+    "clip": (ClipMaker, export_clip),
+    "unet": (UnetMaker, export_unet),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pretrain_base.py", description=__doc__)
+    parser.add_argument("--out", required=True, help="folder for data, checkpoints, curves and the base itself")
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="what to do (all)")
+    parser.add_argument("--config", default="tiny64", help="sizes: a shipped configuration or a YAML file (tiny64)")
+    parser.add_argument("--workers", type=int, help="data-parallel workers (one per GPU, or one)")
+    parser.add_argument("--threads", type=int, help="CPU threads of each worker (the cluster's cores, shared out)")
+    parser.add_argument("--minutes", type=float, default=240, help="of training; shared out among stages by all (240)")
+    parser.add_argument("--save-every", type=float, default=5, metavar="MINUTES", help="between checkpoints (5)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""The parts of the pretraining that need neither Ray nor a network: scenes, schedules, losses, warm starts."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from jobs.pretrain.clip import contrast, retrieval, tokenize, train_tokenizer
+from jobs.pretrain.config import Training, read_config
+from jobs.pretrain.contexts import COLOURS, CONTEXTS
+from jobs.pretrain.data import Compose, as_array
+from jobs.pretrain.judge import Effort, Judge, diversity
+from jobs.pretrain.loop import average_decay, learning_rate, load_matching
+from jobs.pretrain.packs import EDGE, Icons, Pack
+from jobs.pretrain.scenes import Composer, Mix
+from jobs.pretrain.sprites import Sprites, draw_sprites, near_held
+from jobs.pretrain.unet import build_unet, snr_weights, start_from
+from jobs.pretrain.vae import build_vae, keep_latents, psnr, widen_latents
+from objdrive.base import EMBEDDED
+from objdrive.errors import ObjdriveError
+
+
+@pytest.fixture(scope="module")
+def sprites():
+    return draw_sprites(0)
+
+
+@pytest.mark.parametrize("context", range(len(CONTEXTS)))
+def test_every_context_can_be_composed_and_is_named_in_the_caption(sprites, context):
+    mix = Mix(pair=0, style=0, word_alone=0, no_context=0)
+    scene = Composer(sprites, 48, mix).compose(np.random.default_rng(context), context=context)
+    assert scene.pixels.shape == (48, 48, 3)
+    assert scene.pixels.std() > 0
+    assert scene.caption.endswith(list(CONTEXTS)[context])
+    assert sprites.classes[scene.label] in scene.caption
+
+
+def test_a_scene_number_is_the_same_scene_in_any_batch(sprites, tmp_path):
+    sprites.save(tmp_path / "sprites.parquet")
+    compose = Compose(tmp_path / "sprites.parquet", "train", 32, seed=5)
+    together, alone = compose({"id": np.array([3, 4, 5])}), compose({"id": np.array([4])})
+    assert together.slice(1, 1).to_pylist() == alone.to_pylist()
+    assert together["pixels"][0] != together["pixels"][1]
+
+
+def test_a_tinted_object_shows_its_colour_word(sprites):
+    composer = Composer(sprites, 64, Mix(pair=0, style=0, tint=1, small=0, large=1, word_alone=0))
+    white = list(CONTEXTS).index("on a white background")
+    for seed in range(30):
+        scene = composer.compose(np.random.default_rng(seed), context=white)
+        word = next(word for word in COLOURS if f" {word} {sprites.classes[scene.label]}" in scene.caption)
+        middle = scene.pixels[28:36, 28:36].reshape(-1, 3).mean(axis=0)
+        distances = {each: np.abs(middle - rgb).sum() for each, rgb in COLOURS.items()}
+        assert distances[word] == min(distances.values()), scene.caption
+
+
+def test_relations_in_captions_are_those_in_the_picture(sprites):
+    red, blue = [np.full((EDGE, EDGE, 4), 255, np.uint8) for _ in range(2)]
+    red[..., 1:3] = 0
+    blue[..., :2] = 0
+    pair = Sprites(np.stack([red, blue]), ("apple", "book"), np.array([0, 1]), ("a", "b"), ("train", "train"))
+    composer = Composer(pair, 64, Mix(pair=1, style=0, word_alone=0))
+    gray = list(CONTEXTS).index("on a gray background")
+    said = set()
+    for seed in range(60):
+        scene = composer.compose(np.random.default_rng(seed), context=gray)
+        reds, blues = (np.argwhere(scene.pixels[..., c].astype(int) - scene.pixels[..., 2 - c] > 120) for c in (0, 2))
+        (red_y, red_x), (blue_y, blue_x) = reds.mean(axis=0), blues.mean(axis=0)
+        true = {
+            "an apple to the left of a book": red_x < blue_x,
+            "a book to the left of an apple": blue_x < red_x,
+            "an apple to the right of a book": red_x > blue_x,
+            "a book to the right of an apple": blue_x > red_x,
+            "an apple above a book": red_y < blue_y,
+            "a book above an apple": blue_y < red_y,
+            "an apple below a book": red_y > blue_y,
+            "a book below an apple": blue_y > red_y,
+        }
+        for words in (words for words in true if words in scene.caption):
+            said.add(words)
+            assert true[words], scene.caption
+    assert len(said) == 8
+
+
+def test_sprites_come_back_from_their_file(sprites, tmp_path):
+    sprites.save(tmp_path / "sprites.parquet")
+    again = Sprites.load(tmp_path / "sprites.parquet")
+    assert (again.pictures == sprites.pictures).all()
+    assert (again.classes, again.sources, again.use) == (sprites.classes, sprites.sources, sprites.use)
+    assert set(again.only("held").use) == {"held"}
+
+
+def test_what_is_nearly_a_held_drawing_of_its_class_is_found():
+    features = torch.tensor([[1.0, 0.0], [0.99, 0.02], [0.0, 1.0], [1.0, 0.01]])
+    labels, held = np.array([0, 0, 0, 1]), np.array([True, False, False, False])
+    assert near_held(features, labels, held).tolist() == [False, True, False, False]
+
+
+def test_icons_are_found_by_any_spelling_of_their_name_and_drawn_upright(tmp_path):
+    pack = Pack("set", "set", "@icons/set@1.0.0", "MIT", "Nobody", "https://example.org")
+    body = '<path fill="#f00" d="M0 0h20v10H0z"/>'
+    icons = {"width": 20, "height": 20, "icons": {"hot-cup-2": {"body": body}}}
+    with tarfile.open(tmp_path / "set.tgz", "w:gz") as archive:
+        content = json.dumps(icons).encode()
+        entry = tarfile.TarInfo("package/icons.json")
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+    found = Icons(pack, tmp_path / "set.tgz", {})
+    assert list(found.find(["hot-cup"])) == list(found.find(["set/hotcup"])) == ["hot-cup-2"]
+    assert list(found.find(["other/hot-cup"])) == []
+    picture = found.draw("hot-cup-2")
+    rows, columns = np.nonzero(picture[..., 3] > 128)
+    assert np.ptp(columns) + 1 == pytest.approx(EDGE - 4, abs=2)
+    assert np.ptp(rows) + 1 == pytest.approx((EDGE - 4) / 2, abs=2)
+    assert picture[EDGE // 2, EDGE // 2].tolist() == [255, 0, 0, 255]
+
+
+def test_learning_rate_warms_up_stays_and_cools_down():
+    training = Training(batch=1, lr=2.0, warmup=10, cooldown=0.25, share=1)
+    assert learning_rate(training, 4, 0.0) == 1.0
+    assert learning_rate(training, 500, 0.7) == 2.0
+    assert learning_rate(training, 500, 0.875) == pytest.approx(1.0)
+    assert 0 < learning_rate(training, 500, 1.0) < 0.1
+
+
+def test_the_running_mean_forgets_its_start_first_and_then_hardly():
+    training = Training(batch=1, lr=1.0, ema=0.999, share=1)
+    assert average_decay(training, 0) == pytest.approx(0.1)
+    assert average_decay(training, 10**6) == 0.999
+
+
+def test_weights_of_timesteps_are_min_snr():
+    alphas = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+    weights = snr_weights(alphas, 5.0)
+    for timestep in (0, 10, 200, 999):
+        snr = float(alphas[timestep]) / (1 - float(alphas[timestep]))
+        assert float(weights[timestep]) == pytest.approx(min(snr, 5.0) / snr, rel=1e-4)
+
+
+def test_contrast_is_the_mean_of_both_cross_entropies():
+    images, texts = (F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(s)), dim=1) for s in (0, 1))
+    logits = (10 * images @ texts.T).double().numpy()
+    rows = np.log(np.exp(logits).sum(axis=1)) - np.diag(logits)
+    columns = np.log(np.exp(logits).sum(axis=0)) - np.diag(logits)
+    assert float(contrast(images, texts, torch.tensor(10.0))) == pytest.approx(
+        (rows.mean() + columns.mean()) / 2, rel=1e-5
+    )
+
+
+def test_retrieval_counts_own_captions_among_so_many():
+    unit = torch.eye(4)
+    assert retrieval(unit, unit[[0, 1, 3, 2]], 4) == 0.5
+    assert retrieval(unit, unit[[0, 1, 3, 2]], 2) == 0.5
+
+
+def test_psnr_is_that_of_the_squared_error():
+    real = torch.zeros(2, 3, 4, 4)
+    made = torch.stack([real[0] + 0.1, real[1] + 0.01])
+    assert psnr(made, real).tolist() == pytest.approx([20.0, 40.0], rel=1e-4)
+
+
+def test_diversity_is_the_mean_distance_within_a_prompt():
+    features = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [2.0, 0.0]]])
+    assert diversity(features) == pytest.approx(0.5)
+
+
+def test_a_tokenizer_learned_from_captions_spells_any_text():
+    config = read_config("smoke")
+    tokenizer = train_tokenizer(["a photo of a kite on grass"] * 50 + ["a kite in the snow"] * 50, config)
+    assert isinstance(tokenizer, CLIPTokenizer)
+    assert tokenizer.tokenize("kite") == ["kite</w>"]
+    ids = tokenize(tokenizer, ["a kite", "zebra λ"])
+    assert ids.shape == (2, config.length)
+    assert ids[0, 0] == tokenizer.bos_token_id
+    assert ids[0, -1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[1], skip_special_tokens=True).strip() == "zebra λ"
+
+
+@pytest.fixture(scope="module")
+def old():
+    return EMBEDDED / "tiny64"
+
+
+def test_an_autoencoder_given_more_channels_first_does_what_it_did_and_keeps_its_latents(old):
+    config = read_config("tiny64")
+    few = AutoencoderKL.from_pretrained(old / "vae", torch_dtype=torch.float32)
+    channels = few.config["latent_channels"]
+    more = config.model_copy(
+        update={"vae": config.vae.model_copy(update={"model": {**config.vae.model, "latent_channels": channels + 4}})}
+    )
+    many = build_vae(more)
+    load_matching(many, widen_latents(few.state_dict(), many.state_dict()))
+    keep_latents(many, channels)
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    made = many.decode(many.encode(pixels).latent_dist.mode()).sample
+    assert torch.allclose(made, few.decode(few.encode(pixels).latent_dist.mode()).sample, atol=1e-4)
+    optimizer = torch.optim.AdamW([p for p in many.parameters() if p.requires_grad], lr=0.01, weight_decay=0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (many.decode(many.encode(pixels).latent_dist.mode()).sample - pixels).square().mean().backward()
+        optimizer.step()
+    latents, before = (vae.encode(pixels).latent_dist.mode() for vae in (many, few))
+    assert torch.allclose(latents[:, :channels], before, atol=1e-4)
+    assert not torch.allclose(many.decode(latents).sample, made, atol=1e-2)
+
+
+def test_a_denoiser_of_more_channels_first_does_what_the_other_did(old):
+    config = read_config("tiny64")
+    few = UNet2DConditionModel.from_pretrained(old / "unet", torch_dtype=torch.float32).eval()
+    channels = few.config["in_channels"]
+    more = config.model_copy(
+        update={"vae": config.vae.model_copy(update={"model": {**config.vae.model, "latent_channels": channels + 4}})}
+    )
+    many = build_unet(more).eval()
+    start_from(many, few.state_dict())
+    latents, states = torch.randn(2, channels + 4, 16, 16), torch.randn(2, 32, 128)
+    with torch.no_grad():
+        ours = many(latents, torch.tensor([3, 700]), states).sample
+        theirs = few(latents[:, :channels], torch.tensor([3, 700]), states).sample
+    assert torch.allclose(ours[:, :channels], theirs, atol=1e-5)
+    assert not ours[:, channels:].any()
+
+
+def test_binary_columns_are_read_across_chunks_and_slices():
+    rows = [np.arange(4, dtype=np.float16) + i for i in range(6)]
+    column = pa.chunked_array([pa.array([row.tobytes() for row in part]) for part in (rows[:2], rows[2:])]).slice(1, 4)
+    assert (as_array(column, np.float16) == np.stack(rows[1:5])).all()
+
+
+def test_a_judge_recognises_what_it_learned(sprites):
+    judge = Judge(sprites, 32, Effort(taught=31))
+    composer = Composer(sprites.only("train"), 32, Mix(pair=0, style=0, tint=0, small=0))
+    scenes = [composer.compose(np.random.default_rng(seed)) for seed in range(40)]
+    pixels = torch.stack([torch.from_numpy(np.array(Image.fromarray(s.pixels))).permute(2, 0, 1) for s in scenes]) / 255
+    right, placed = judge.accuracy(judge.features(pixels), [s.label for s in scenes], [s.context for s in scenes])
+    assert right > 0.8
+    assert placed > 0.6
+
+
+def test_a_configuration_with_an_unknown_field_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("resolution: 64\nscene: 3\n")
+    with pytest.raises(ObjdriveError, match="scene"):
+        read_config(str(path))
+    with pytest.raises(ObjdriveError, match="smoke, tiny64"):
+        read_config("none-such")
