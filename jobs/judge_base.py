@@ -59,9 +59,9 @@ def judge(bases: list[Base], sprites: Sprites, effort: Effort, out: Path) -> dic
     judged = Judge(sprites, resolution, effort)
     figures = {"scenes": _of_scenes(judged, held)}
     for number, base in enumerate(bases):
-        drawn = draw(base, sprites.classes, effort.drawn)
+        drawn = draw(base, sprites.classes, effort)
         right, placed = judged.accuracy(judged.features(drawn.pictures), drawn.labels, drawn.contexts)
-        alike = draw_alike(base, sprites.classes)
+        alike = draw_alike(base, sprites.classes, effort)
         features = judged.features(alike.flatten(0, 1)).view(*alike.shape[:2], -1)
         figures[base.name] = {
             "psnr": reconstruction(base, held.pixels),

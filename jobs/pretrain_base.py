@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ray
@@ -16,7 +16,7 @@ from jobs.pretrain.clip import ClipMaker, export_clip, make_tokenizer
 from jobs.pretrain.config import Config, Part, read_config
 from jobs.pretrain.data import Folders, make_data
 from jobs.pretrain.export import finish_snapshot
-from jobs.pretrain.loop import Run, train
+from jobs.pretrain.loop import Run, checkpoints, train
 from jobs.pretrain.unet import UnetMaker, export_unet, make_latents
 from jobs.pretrain.vae import VaeMaker, export_vae
 from objdrive.errors import ObjdriveError
@@ -30,8 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = read_config(options.config)
         folders = Folders(Path(options.out).resolve())
+        stages = STAGES if options.stage == "all" else (options.stage,)
+        if not options.resume:
+            _refuse_to_overwrite(folders, stages)
         connect()
-        for stage in STAGES if options.stage == "all" else (options.stage,):
+        for stage in stages:
             _run_stage(stage, config, folders, options)
     except ObjdriveError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -39,6 +42,15 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         ray.shutdown()
     return 0
+
+
+def _refuse_to_overwrite(folders: Folders, stages: Sequence[str]) -> None:
+    trained = [stage for stage in stages if checkpoints(folders.stage(stage)).exists()]
+    if trained:
+        raise ObjdriveError(
+            f"{folders.out} holds checkpoints of {', '.join(trained)}: go on from them with --resume, "
+            "or choose another --out"
+        )
 
 
 def _run_stage(stage: str, config: Config, folders: Folders, options: argparse.Namespace) -> None:
@@ -65,7 +77,7 @@ def _run_stage(stage: str, config: Config, folders: Folders, options: argparse.N
         minutes=options.minutes * (part.training.share if whole else 1.0),
         save_every=60 * options.save_every,
     )
-    checkpoint = train(run, resume=options.resume)
+    checkpoint = train(run)
     export(config, folders, load_file(checkpoint / "ema.safetensors"))
     finish_snapshot(config, folders)
     print(f"{stage}: {checkpoint}", flush=True)

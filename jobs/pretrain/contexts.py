@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
+_FINE = 3
 Rng = np.random.Generator
 Backdrop = Callable[[Rng, int], np.ndarray]
 """(n, n, 3) float32 in [0, 255], not yet clipped, drawn for an edge of n pixels."""
@@ -115,15 +116,25 @@ def _tiled_floor(rng: Rng, n: int) -> np.ndarray:
     return _tiles(rng, n, _colour(120, 130, 135), (0.25, 0.25), 0, _colour(190, 215, 215))
 
 
+def _drawn(ground: np.ndarray, draw: Callable[[ImageDraw.ImageDraw, float], None]) -> np.ndarray:
+    """Draw on a backdrop with smooth edges; `draw` gets a pen and the edge that it draws on."""
+    n = len(ground)
+    picture = Image.fromarray(ground.clip(0, 255).astype(np.uint8)).resize((_FINE * n, _FINE * n))
+    draw(ImageDraw.Draw(picture), float(_FINE * n))
+    return np.asarray(picture.resize((n, n), Image.Resampling.BOX)).astype(np.float32)
+
+
 def _underwater(rng: Rng, n: int) -> np.ndarray:
     y, x = _grid(n)
     rays = np.maximum(0, _waves(x * rng.uniform(1.5, 3) + 0.5 * y + rng.random()))
     water = _colour(20, 110, 170) * (1 - 0.55 * y) + 30 * rays * (1 - y)
-    picture = Image.fromarray(water.clip(0, 255).astype(np.uint8))
-    pen = ImageDraw.Draw(picture)
-    for cx, cy, radius in zip(n * rng.random(8), n * rng.random(8), n * rng.uniform(0.015, 0.05, 8), strict=True):
-        pen.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), outline=(190, 230, 250))
-    return np.asarray(picture).astype(np.float32)
+
+    def bubbles(pen: ImageDraw.ImageDraw, edge: float) -> None:
+        for cx, cy, radius in zip(*(edge * rng.random((2, 7))), edge * rng.uniform(0.025, 0.06, 7), strict=True):
+            box = (cx - radius, cy - radius, cx + radius, cy + radius)
+            pen.ellipse(box, outline=(150, 205, 230), width=round(0.02 * edge))
+
+    return _drawn(water, bubbles)
 
 
 def _night(rng: Rng, n: int) -> np.ndarray:
@@ -173,19 +184,16 @@ def _marble(rng: Rng, n: int) -> np.ndarray:
 
 
 def _leaves(rng: Rng, n: int) -> np.ndarray:
-    ground = np.ones((n, n, 3), np.float32) * _colour(120, 70, 35)
-    picture = Image.fromarray(ground.astype(np.uint8))
-    pen = ImageDraw.Draw(picture)
-    for cx, cy, size in zip(n * rng.random(90), n * rng.random(90), n * rng.uniform(0.05, 0.09, 90), strict=True):
-        turn = rng.uniform(0, np.pi)
-        along, across = (
-            size * np.array([np.cos(turn), np.sin(turn)]),
-            size / 2 * np.array([-np.sin(turn), np.cos(turn)]),
-        )
-        tint = _colour(205, 110, 30) + _colour(40, 55, 15) * rng.uniform(-1, 1)
-        corners = [(cx + d[0], cy + d[1]) for d in (along, across, -along, -across)]
-        pen.polygon(corners, fill=tuple(int(v) for v in tint.clip(0, 255)))
-    return np.asarray(picture).astype(np.float32)
+    def leaves(pen: ImageDraw.ImageDraw, edge: float) -> None:
+        for cx, cy, size in zip(*(edge * rng.random((2, 60))), edge * rng.uniform(0.09, 0.14, 60), strict=True):
+            turn = rng.uniform(0, np.pi)
+            along = size * np.array([np.cos(turn), np.sin(turn)])
+            across = 0.5 * size * np.array([-np.sin(turn), np.cos(turn)])
+            tint = _colour(205, 110, 30) + _colour(38, 45, 15) * rng.uniform(-1, 1)
+            corners = [(cx + d[0], cy + d[1]) for d in (along, across, -along, -across)]
+            pen.polygon(corners, fill=tuple(int(v) for v in tint.clip(0, 255)))
+
+    return _drawn(np.ones((n, n, 3), np.float32) * _colour(140, 80, 40), leaves)
 
 
 def _flowers(rng: Rng, n: int) -> np.ndarray:
@@ -196,23 +204,23 @@ def _flowers(rng: Rng, n: int) -> np.ndarray:
 
 
 def _pebbles(rng: Rng, n: int) -> np.ndarray:
-    picture = Image.new("RGB", (n, n), (70, 68, 66))
-    pen = ImageDraw.Draw(picture)
-    for _ in range(70):
-        cx, cy, rx = n * rng.random(), n * rng.random(), n * rng.uniform(0.06, 0.1)
-        ry, tone = rx * rng.uniform(0.6, 0.9), int(rng.uniform(120, 205))
-        pen.ellipse((cx - rx, cy - ry, cx + rx, cy + ry), fill=(tone, tone - 4, tone - 10), outline=(85, 82, 80))
-    return np.asarray(picture).astype(np.float32)
+    def pebbles(pen: ImageDraw.ImageDraw, edge: float) -> None:
+        for cx, cy, rx in zip(*(edge * rng.random((2, 55))), edge * rng.uniform(0.08, 0.13, 55), strict=True):
+            ry, tone = rx * rng.uniform(0.6, 0.9), int(rng.uniform(125, 200))
+            box = (cx - rx, cy - ry, cx + rx, cy + ry)
+            pen.ellipse(box, fill=(tone, tone - 4, tone - 10), outline=(95, 92, 90), width=round(0.01 * edge))
+
+    return _drawn(np.ones((n, n, 3), np.float32) * _colour(70, 68, 66), pebbles)
 
 
 def _rain(rng: Rng, n: int) -> np.ndarray:
     y, _ = _grid(n)
-    sky = _colour(95, 105, 120) + 25 * (1 - y) + 8 * _noise(rng, n, 3)
-    picture = Image.fromarray(sky.clip(0, 255).astype(np.uint8))
-    pen = ImageDraw.Draw(picture)
-    for x, y0, length in zip(n * rng.random(40), n * rng.random(40), n * rng.uniform(0.06, 0.14, 40), strict=True):
-        pen.line((x, y0, x - 0.3 * length, y0 + length), fill=(190, 205, 225), width=max(1, n // 64))
-    return np.asarray(picture).astype(np.float32)
+
+    def streaks(pen: ImageDraw.ImageDraw, edge: float) -> None:
+        for x, top, length in zip(*(edge * rng.random((2, 26))), edge * rng.uniform(0.1, 0.2, 26), strict=True):
+            pen.line((x, top, x - 0.3 * length, top + length), fill=(165, 180, 200), width=round(0.02 * edge))
+
+    return _drawn(_colour(95, 105, 120) + 25 * (1 - y) + 8 * _noise(rng, n, 3), streaks)
 
 
 def _hills(rng: Rng, n: int) -> np.ndarray:

@@ -19,7 +19,6 @@ from objdrive.base import Base
 from objdrive.imagenet import ImageNetEncoder
 from objdrive.sampler import Request, draw_pictures
 
-STEPS = 25
 GUIDANCE = 4.0
 _PLAIN = Mix(pair=0, style=0, tint=0, word_alone=0, no_context=0)
 _BLUR = 0.9
@@ -37,11 +36,13 @@ class Effort:
         taught: scenes of each class that the classifier learns from.
         judged: scenes of held-out drawings, for the autoencoder and CLIP.
         drawn: pictures of each class, each in another context.
+        steps: DDIM steps of each picture.
     """
 
     taught: int = 90
     judged: int = 1024
     drawn: int = 4
+    steps: int = 25
 
 
 class Judge:
@@ -131,20 +132,22 @@ class Drawn:
     contexts: list[int]
 
 
-def draw(base: Base, classes: Sequence[str], each: int) -> Drawn:
-    """Pictures that a base draws: each class in `each` contexts, by turns."""
+def draw(base: Base, classes: Sequence[str], effort: Effort) -> Drawn:
+    """Pictures that a base draws: each class in some contexts, by turns."""
     names = list(CONTEXTS)
     # Steps of a few contexts, so that the contexts come up equally often over all classes.
-    wanted = [(label, (5 * label + 7 * turn) % len(names)) for turn in range(each) for label in range(len(classes))]
+    wanted = [
+        (label, (5 * label + 7 * turn) % len(names)) for turn in range(effort.drawn) for label in range(len(classes))
+    ]
     requests = [
         Request(f"a photo of {with_article(classes[label])} {names[context]}", seed)
         for seed, (label, context) in enumerate(wanted)
     ]
     labels, contexts = zip(*wanted, strict=True)
-    return Drawn(_draw(base, requests), list(labels), list(contexts))
+    return Drawn(_draw(base, requests, effort.steps), list(labels), list(contexts))
 
 
-def draw_alike(base: Base, classes: Sequence[str]) -> Tensor:
+def draw_alike(base: Base, classes: Sequence[str], effort: Effort) -> Tensor:
     """(G, K, 3, n, n): several pictures of each of a dozen prompts, which differ in their noise alone."""
     words = classes[:: max(1, len(classes) // 12)][:12]
     names = list(CONTEXTS)
@@ -153,17 +156,14 @@ def draw_alike(base: Base, classes: Sequence[str]) -> Tensor:
         for turn, word in enumerate(words)
         for seed in range(_ALIKE)
     ]
-    pictures = _draw(base, requests)
+    pictures = _draw(base, requests, effort.steps)
     return pictures.view(len(words), _ALIKE, *pictures.shape[1:])
 
 
-def _draw(base: Base, requests: list[Request]) -> Tensor:
-    return torch.stack([as_tensor(picture) for picture in _in_batches(base, requests)])
-
-
-def _in_batches(base: Base, requests: list[Request]) -> list[Image.Image]:
+def _draw(base: Base, requests: list[Request], steps: int) -> Tensor:
     batches = (requests[first : first + _CHUNK] for first in range(0, len(requests), _CHUNK))
-    return [each for some in batches for each in draw_pictures(base, some, steps=STEPS, guidance_scale=GUIDANCE)]
+    pictures = [each for some in batches for each in draw_pictures(base, some, steps=steps, guidance_scale=GUIDANCE)]
+    return torch.stack([as_tensor(picture) for picture in pictures])
 
 
 @dataclass(frozen=True)

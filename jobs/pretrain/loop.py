@@ -82,15 +82,20 @@ class Progress:
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
-def train(run: Run, *, resume: bool) -> Path:
-    """Train one stage; the folder of its last checkpoint, with the averaged weights in ``ema.safetensors``.
+def checkpoints(folder: Path) -> Path:
+    """Where Ray Train keeps the checkpoints of the stage in a folder."""
+    return folder / "checkpoints"
+
+
+def train(run: Run) -> Path:
+    """Train one stage, from its last checkpoint if it has one.
+
+    Returns:
+        The folder of the last checkpoint; the averaged weights are its ``ema.safetensors``.
 
     Raises:
-        ObjdriveError: there are checkpoints already and `resume` was not asked for.
+        ObjdriveError: training ended without a checkpoint.
     """
-    checkpoints = run.folder / "checkpoints"
-    if checkpoints.exists() and not resume:
-        raise ObjdriveError(f"{checkpoints} holds checkpoints: go on from them with --resume, or choose another --out")
     run.folder.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
         _worker_loop,
@@ -102,7 +107,7 @@ def train(run: Run, *, resume: bool) -> Path:
         ),
         # A run of this name goes on from its last checkpoint.
         run_config=RunConfig(
-            name="checkpoints",
+            name=checkpoints(run.folder).name,
             storage_path=str(run.folder.resolve()),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),

@@ -146,12 +146,11 @@ def fetch(pack: Pack, cache: Path) -> Path:
 
 
 class Icons:
-    """The icons of one pack."""
+    """The icons of one pack; a context manager, since its archive stays open."""
 
     def __init__(self, pack: Pack, archive: Path, codes: dict[str, str]) -> None:
         """Open a package's archive; `codes` gives the code point of an icon's name (for packs named by those)."""
         self.pack = pack
-        # It stays open: icons are read from it as they are asked for.
         self._tar = tarfile.open(archive)  # noqa: SIM115
         names = self._tar.getnames()
         self._sets = json.load(self._open("package/icons.json")) if "package/icons.json" in names else None
@@ -160,6 +159,12 @@ class Icons:
         self._by_name: dict[str, list[str]] = {}
         for name in found:
             self._by_name.setdefault(_plain(name), []).append(name)
+
+    def __enter__(self) -> "Icons":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._tar.close()
 
     @property
     def codes(self) -> dict[str, str]:

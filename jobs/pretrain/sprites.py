@@ -83,20 +83,19 @@ def make_sprites(cache: Path) -> Sprites:
     classes: dict[str, list[str]] = listed["classes"]
     held = {(name, family) for family, names in listed["held"].items() for name in names}
     codes: dict[str, str] = {}
-    pictures, labels, sources, families, use = [], [], [], [], []
+    pictures, labels, sources, use = [], [], [], []
     for pack in PACKS:
-        icons = Icons(pack, fetch(pack, cache), codes)
-        codes = codes or icons.codes
-        for label, (name, wanted) in enumerate(classes.items()):
-            for icon in icons.find(wanted):
-                source = f"{pack.name}/{icon}"
-                if source in sources or source in listed["never"]:
-                    continue
-                pictures.append(icons.draw(icon))
-                labels.append(label)
-                sources.append(source)
-                families.append(pack.family)
-                use.append("held" if (name, pack.family) in held else "train")
+        with Icons(pack, fetch(pack, cache), codes) as icons:
+            codes = codes or icons.codes
+            for label, (name, wanted) in enumerate(classes.items()):
+                for icon in icons.find(wanted):
+                    source = f"{pack.name}/{icon}"
+                    if source in sources or source in listed["never"]:
+                        continue
+                    pictures.append(icons.draw(icon))
+                    labels.append(label)
+                    sources.append(source)
+                    use.append("held" if (name, pack.family) in held else "train")
     stacked = np.stack(pictures)
     near = near_held(_features(stacked), np.array(labels), np.array(use) == "held")
     use = ["near" if near[row] else word for row, word in enumerate(use)]

@@ -70,11 +70,15 @@ def keep_latents(vae: AutoencoderKL, channels: int) -> None:
     Latents in those channels stay what they are, so that a denoiser trained on them can go on from where it is.
     """
     vae.encoder.requires_grad_(False)
+    vae.encoder.conv_out.requires_grad_(True)
     for layer in (vae.encoder.conv_out, vae.quant_conv):
-        layer.requires_grad_(True)
         for values in (layer.weight, layer.bias):
+            # Rows: the means of all channels, then their logarithmic variances.
             free = torch.ones(2, len(values) // 2)
-            free[:, :channels] = 0
+            free[0, :channels] = 0
+            if layer is vae.encoder.conv_out:
+                # The kept means read these too.
+                free[1, :channels] = 0
             values.register_hook(_masked(free.view(-1, *[1] * (values.dim() - 1))))
 
 

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from jobs.judge_base import judge, table
 from jobs.pretrain.clip import contrast, retrieval, tokenize, train_tokenizer
 from jobs.pretrain.config import Training, read_config
 from jobs.pretrain.contexts import COLOURS, CONTEXTS
@@ -113,10 +114,10 @@ def test_icons_are_found_by_any_spelling_of_their_name_and_drawn_upright(tmp_pat
         entry = tarfile.TarInfo("package/icons.json")
         entry.size = len(content)
         archive.addfile(entry, io.BytesIO(content))
-    found = Icons(pack, tmp_path / "set.tgz", {})
-    assert list(found.find(["hot-cup"])) == list(found.find(["set/hotcup"])) == ["hot-cup-2"]
-    assert list(found.find(["other/hot-cup"])) == []
-    picture = found.draw("hot-cup-2")
+    with Icons(pack, tmp_path / "set.tgz", {}) as found:
+        assert list(found.find(["hot-cup"])) == list(found.find(["set/hotcup"])) == ["hot-cup-2"]
+        assert list(found.find(["other/hot-cup"])) == []
+        picture = found.draw("hot-cup-2")
     rows, columns = np.nonzero(picture[..., 3] > 128)
     assert np.ptp(columns) + 1 == pytest.approx(EDGE - 4, abs=2)
     assert np.ptp(rows) + 1 == pytest.approx((EDGE - 4) / 2, abs=2)
@@ -236,9 +237,9 @@ def test_binary_columns_are_read_across_chunks_and_slices():
 
 
 def test_a_judge_recognises_what_it_learned(sprites):
-    judge = Judge(sprites, 32, Effort(taught=31))
+    judge = Judge(sprites, 32, Effort(taught=20))
     composer = Composer(sprites.only("train"), 32, Mix(pair=0, style=0, tint=0, small=0))
-    scenes = [composer.compose(np.random.default_rng(seed)) for seed in range(40)]
+    scenes = [composer.compose(np.random.default_rng(seed)) for seed in range(24)]
     pixels = torch.stack([torch.from_numpy(np.array(Image.fromarray(s.pixels))).permute(2, 0, 1) for s in scenes]) / 255
     right, placed = judge.accuracy(judge.features(pixels), [s.label for s in scenes], [s.context for s in scenes])
     assert right > 0.8
@@ -252,3 +253,16 @@ def test_a_configuration_with_an_unknown_field_is_refused(tmp_path):
         read_config(str(path))
     with pytest.raises(ObjdriveError, match="smoke, tiny64"):
         read_config("none-such")
+
+
+def test_bases_are_judged_on_the_same_scenes(sprites, tiny64, tmp_path):
+    effort = Effort(taught=8, judged=16, drawn=1, steps=2)
+    figures = judge([tiny64], sprites, effort, tmp_path)
+    assert set(figures) == {"scenes", "tiny64"}
+    assert 20 < figures["tiny64"]["psnr"] < 40
+    assert all(0 <= figures["tiny64"][name] <= 1 for name in ("class", "context", "diversity", "retrieval"))
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    assert Image.open(tmp_path / "grid-0.png").width == 20 * 64 * 2
+    shown = table(figures)
+    assert f"{figures['tiny64']['psnr']:.2f} dB" in shown
+    assert len({line.count("|") for line in shown.splitlines()}) == 1
