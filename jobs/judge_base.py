@@ -10,7 +10,6 @@ import torch
 # So that ``python jobs/judge_base.py`` finds the packages beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jobs.pretrain.data import Folders
 from jobs.pretrain.judge import (
     Effort,
     Held,
@@ -22,6 +21,7 @@ from jobs.pretrain.judge import (
     reconstruction,
     sheet,
 )
+from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, make_sprites
 from objdrive.base import Base
 from objdrive.errors import ObjdriveError

@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jobs.cluster import connect
-from jobs.pretrain.clip import ClipMaker, export_clip, make_tokenizer
+from jobs.pretrain.clip import export_clip, make_tokenizer
 from jobs.pretrain.config import Config, Part, read_config
-from jobs.pretrain.data import Folders, make_data
+from jobs.pretrain.data import make_data
 from jobs.pretrain.export import finish_snapshot
 from jobs.pretrain.loop import Run, checkpoints, train
-from jobs.pretrain.unet import UnetMaker, export_unet, make_latents
-from jobs.pretrain.vae import VaeMaker, export_vae
+from jobs.pretrain.settings import Folders, StageSettings
+from jobs.pretrain.unet import export_unet, make_latents
+from jobs.pretrain.vae import export_vae
 from objdrive.errors import ObjdriveError
 
 STAGES = ("data", "vae", "clip", "unet")
@@ -63,13 +64,12 @@ def _run_stage(stage: str, config: Config, folders: Folders, options: argparse.N
         make_latents(config, folders)
     part: Part = getattr(config, stage)
     whole = options.stage == "all"
-    make, export = _MAKERS[stage]
     workers = options.workers or max(1, int(ray.cluster_resources().get("GPU", 0)))
     gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= workers else 0.0
     run = Run(
         name=stage,
         folder=folders.stage(stage),
-        make=make(config, folders),
+        make=StageSettings(stage, config, folders),
         training=part.training,
         workers=workers,
         gpus=gpus,
@@ -78,16 +78,12 @@ def _run_stage(stage: str, config: Config, folders: Folders, options: argparse.N
         save_every=60 * options.save_every,
     )
     checkpoint = train(run)
-    export(config, folders, load_file(checkpoint / "ema.safetensors"))
+    _EXPORTS[stage](config, folders, load_file(checkpoint / "ema.safetensors"))
     finish_snapshot(config, folders)
     print(f"{stage}: {checkpoint}", flush=True)
 
 
-_MAKERS: dict[str, tuple[Callable, Callable]] = {
-    "vae": (VaeMaker, export_vae),
-    "clip": (ClipMaker, export_clip),
-    "unet": (UnetMaker, export_unet),
-}
+_EXPORTS: dict[str, Callable] = {"vae": export_vae, "clip": export_clip, "unet": export_unet}
 
 
 def _parser() -> argparse.ArgumentParser:

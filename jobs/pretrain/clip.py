@@ -1,6 +1,5 @@
 """CLIP's training: text and image towers in one space, on scenes and their captions."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer, CL
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from jobs.pretrain.config import Config
-from jobs.pretrain.data import Folders, Rows, read_rows
+from jobs.pretrain.data import Rows, read_rows
 from jobs.pretrain.loop import load_matching
 from jobs.pretrain.pictures import grid
+from jobs.pretrain.settings import Folders
 from objdrive.base import find_base
 
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -135,18 +135,6 @@ class ClipObjective(nn.Module):
         loss = contrast(output.image_embeds, output.text_embeds, self.clip.logit_scale.exp())
         hits = (output.logits_per_image.argmax(dim=1) == torch.arange(len(batch["ids"]), device=loss.device)).float()
         return {"loss": loss, "retrieved": hits.mean()}
-
-
-@dataclass(frozen=True)
-class ClipMaker:
-    """Makes the stage on a worker; picklable."""
-
-    config: Config
-    folders: Folders
-
-    def __call__(self, device: torch.device, rank: int, world: int) -> "ClipStage":
-        """Load the worker's share of the scenes."""
-        return ClipStage(self.config, self.folders, device, rank, world)
 
 
 class ClipStage:

@@ -1,7 +1,6 @@
 """The denoiser's training, on latents that Ray Data encodes once."""
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from jobs.pretrain.clip import tokenize
 from jobs.pretrain.config import Config
-from jobs.pretrain.data import Folders, as_array, read_share
+from jobs.pretrain.data import as_array, read_share
 from jobs.pretrain.loop import load_matching
 from jobs.pretrain.pictures import grid
+from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites
 from objdrive.base import find_base
 
@@ -140,18 +140,6 @@ class UnetObjective(nn.Module):
         predicted = self.unet(noised, batch["timesteps"], batch["states"]).sample
         error = (predicted.float() - batch["noise"]).square().mean(dim=(1, 2, 3))
         return {"loss": (error * self.weights[batch["timesteps"]]).mean()}
-
-
-@dataclass(frozen=True)
-class UnetMaker:
-    """Makes the stage on a worker; picklable."""
-
-    config: Config
-    folders: Folders
-
-    def __call__(self, device: torch.device, rank: int, world: int) -> "UnetStage":
-        """Load the worker's share of the latents."""
-        return UnetStage(self.config, self.folders, device, rank, world)
 
 
 class UnetStage:

@@ -1,7 +1,6 @@
 """The autoencoder's training: sharp pictures from small latents."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from jobs.pretrain.config import Config
-from jobs.pretrain.data import Folders, read_rows
+from jobs.pretrain.data import read_rows
 from jobs.pretrain.loop import load_matching
 from jobs.pretrain.pictures import grid
+from jobs.pretrain.settings import Folders
 from objdrive.base import find_base
 
 _KL = 1e-5
@@ -115,18 +115,6 @@ class VaeObjective(nn.Module):
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         loss = 4 * square + 0.3 * absolute + 0.3 * edge + _KL * kl
         return {"loss": loss, "square": square, "edge": edge, "kl": kl}
-
-
-@dataclass(frozen=True)
-class VaeMaker:
-    """Makes the stage on a worker; picklable."""
-
-    config: Config
-    folders: Folders
-
-    def __call__(self, device: torch.device, rank: int, world: int) -> "VaeStage":
-        """Load the worker's share of the scenes."""
-        return VaeStage(self.config, self.folders, device, rank, world)
 
 
 class VaeStage:

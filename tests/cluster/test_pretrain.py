@@ -34,11 +34,10 @@ def steps(out: Path, stage: str) -> list[int]:
     return [json.loads(line)["step"] for line in (out / stage / "judged.jsonl").read_text().splitlines()]
 
 
-def test_all_stages_make_a_base_and_a_stage_goes_on_from_its_checkpoint(cluster, tmp_path):
+def test_all_stages_make_a_base_and_more_workers_go_on_from_a_checkpoint(cluster, tmp_path):
     out = tmp_path / "out"
-    made = pretrain(cluster, out, "--minutes", "0.15", "--workers", "2", "--threads", "1")
+    made = pretrain(cluster, out, "--minutes", "0.1", "--workers", "1", "--threads", "1")
     assert made.returncode == 0, made.stderr
-
     base = Base.load(str(out / "snapshot"), device="cpu")
     assert base.files.classes == {"apple", "book", "kite"}
     (picture,) = draw_pictures(base, [Request("a photo of a kite on grass", 0)], steps=2, guidance_scale=2.0)
@@ -52,7 +51,8 @@ def test_all_stages_make_a_base_and_a_stage_goes_on_from_its_checkpoint(cluster,
     refused = pretrain(cluster, out, "--stage", "unet", "--minutes", "0.02")
     assert refused.returncode == 1
     assert "--resume" in refused.stderr
-    resumed = pretrain(cluster, out, "--stage", "unet", "--minutes", "0.02", "--resume", "--threads", "1")
+    options = ("--stage", "unet", "--minutes", "0.02", "--resume", "--workers", "2", "--threads", "1")
+    resumed = pretrain(cluster, out, *options)
     assert resumed.returncode == 0, resumed.stderr
     assert steps(out, "unet")[-1] > before
     again = Base.load(str(out / "snapshot"), device="cpu").unet.conv_in.weight
