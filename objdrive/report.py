@@ -74,21 +74,32 @@ class Report:
 
 def render(report: Report) -> str:
     """Return the page, which loads nothing from anywhere."""
-    return "".join(_parts(report))
+    return page(report.title, report.facts, _parts(report))
+
+
+def page(title: str, facts: Sequence[tuple[str, str]], parts: Iterable[str], *, style: str = "") -> str:
+    """A whole page around `parts` (HTML, as are the rules in `style`), below its title and facts (plain text)."""
+    body = "".join(parts)
+    return "".join(
+        (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(title)}</title><style>{_STYLE}{style}</style></head><body>",
+            f"<h1>{escape(title)}</h1>",
+            '<div class="muted">',
+            "<br>".join(f"{escape(k)}: <code>{escape(v)}</code>" for k, v in facts),
+            f"</div>{body}</body></html>",
+        )
+    )
 
 
 def _parts(report: Report) -> Iterable[str]:
-    yield '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield f"<title>{escape(report.title)}</title><style>{_STYLE}</style></head><body>"
-    yield f"<h1>{escape(report.title)}</h1>"
-    yield '<div class="muted">' + "<br>".join(f"{escape(k)}: <code>{escape(v)}</code>" for k, v in report.facts)
-    yield '</div><div class="counts">'
+    yield '<div class="counts">'
     yield "".join(f"<div><b>{count:,}</b>{escape(name)}</div>" for name, count in report.counts.items())
     yield "</div>"
     yield from _failures(report)
     yield from _objects(report)
-    yield f"<script>{_SCRIPT}</script></body></html>"
+    yield f"<script>{_SCRIPT}</script>"
 
 
 def _failures(report: Report) -> Iterable[str]:
@@ -116,10 +127,11 @@ def _objects(report: Report) -> Iterable[str]:
         yield f'<code class="muted">{escape(shown.digest)}</code>'
         if shown.note:
             yield f'<div class="bad">{escape(shown.note)}</div>'
-        yield '<div class="pictures">' + "".join(map(_figure, shown.pictures)) + "</div></section>"
+        yield '<div class="pictures">' + "".join(map(figure, shown.pictures)) + "</div></section>"
 
 
-def _figure(picture: Picture) -> str:
+def figure(picture: Picture) -> str:
+    """A picture with its caption, held in the page itself."""
     data = base64.b64encode(picture.webp).decode()
     caption = escape(picture.caption)
     return (

@@ -49,8 +49,9 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class _Thing:
-    words: str
+class Thing:
+    """A sprite in its place: edge and centre (down, across) in parts of the picture's edge, turn in degrees."""
+
     sprite: Image.Image
     edge: float
     centre: tuple[float, float]
@@ -85,12 +86,12 @@ class Composer:
         if rng.random() < 0.5:
             canvas = canvas[:, ::-1]
         for thing in things:
-            canvas = self._put(canvas, thing)
-        pixels = _render(canvas, style)
+            canvas, _ = put(canvas, thing)
+        pixels = render(canvas, style)
         caption = _caption(rng, mix, self._sprites.classes[label], what, where, style, plain=not (pair or tinted))
         return Scene(pixels, caption, label, context, plain=not (pair or tinted or style))
 
-    def _single(self, rng: Rng, label: int) -> tuple[str, list[_Thing], bool]:
+    def _single(self, rng: Rng, label: int) -> tuple[str, list[Thing], bool]:
         mix = self._mix
         word = self._sprites.classes[label]
         draw = rng.random()
@@ -108,9 +109,9 @@ class Composer:
             sprite = _tint(sprite, COLOURS[tint])
         reach = 0.2 * (1 - edge)
         centre = (0.5 + reach * rng.uniform(-1, 1), 0.5 + reach * rng.uniform(-1, 1))
-        return with_article(word), [_Thing(word, sprite, edge, centre, rng.uniform(-6, 6))], tinted
+        return with_article(word), [Thing(sprite, edge, centre, rng.uniform(-6, 6))], tinted
 
-    def _pair(self, rng: Rng, label: int) -> tuple[str, list[_Thing]]:
+    def _pair(self, rng: Rng, label: int) -> tuple[str, list[Thing]]:
         other = int(rng.choice([each for each in self._labels if each != label] or self._labels))
         stacked = rng.random() < 0.3
         first, second = (self._sprites.classes[each] for each in (label, other))
@@ -119,7 +120,7 @@ class Composer:
             along, across = place + rng.uniform(-0.03, 0.03), 0.5 + rng.uniform(-0.13, 0.13)
             centre = (along, across) if stacked else (across, along)
             edge = rng.uniform(0.4, 0.48)
-            things.append(_Thing("", self._sprite(rng, each), edge, centre, rng.uniform(-6, 6)))
+            things.append(Thing(self._sprite(rng, each), edge, centre, rng.uniform(-6, 6)))
         a, b = with_article(first), with_article(second)
         if stacked:
             ways = (f"{a} above {b}", f"{b} below {a}")
@@ -137,22 +138,28 @@ class Composer:
         picture = Image.fromarray(self._sprites.pictures[int(rng.choice(self._rows[label]))])
         return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else picture
 
-    def _put(self, canvas: np.ndarray, thing: _Thing) -> np.ndarray:
-        n = self._resolution
-        size = max(4, round(thing.edge * n))
-        shown = thing.sprite.resize((size, size), Image.Resampling.LANCZOS)
-        shown = shown.rotate(thing.turn, Image.Resampling.BICUBIC, expand=True)
-        layer = Image.new("RGBA", (n, n))
-        top, left = (round(c * n - shown.width / 2) for c in thing.centre)
-        layer.paste(shown, (left, top))
-        alpha = layer.getchannel("A")
-        shadow = Image.new("L", (n, n))
-        shadow.paste(alpha, (0, max(1, n // 32)))
-        shadow = shadow.filter(ImageFilter.BoxBlur(3 * n / 64))
-        dark = np.asarray(shadow).astype(np.float32)[..., None] / 255
-        cover = np.asarray(alpha).astype(np.float32)[..., None] / 255
-        colour = np.asarray(layer.convert("RGB")).astype(np.float32)
-        return canvas * (1 - 0.35 * dark) * (1 - cover) + colour * cover
+
+def put(canvas: np.ndarray, thing: Thing) -> tuple[np.ndarray, np.ndarray]:
+    """Put a thing, with the shadow below it, onto a canvas (n, n, 3) in [0, 255].
+
+    Returns:
+        The canvas, and how much of each of its places the thing covers: (n, n, 1) in [0, 1].
+    """
+    n = len(canvas)
+    size = max(4, round(thing.edge * n))
+    shown = thing.sprite.resize((size, size), Image.Resampling.LANCZOS)
+    shown = shown.rotate(thing.turn, Image.Resampling.BICUBIC, expand=True)
+    layer = Image.new("RGBA", (n, n))
+    top, left = (round(c * n - shown.width / 2) for c in thing.centre)
+    layer.paste(shown, (left, top))
+    alpha = layer.getchannel("A")
+    shadow = Image.new("L", (n, n))
+    shadow.paste(alpha, (0, max(1, n // 32)))
+    shadow = shadow.filter(ImageFilter.BoxBlur(3 * n / 64))
+    dark = np.asarray(shadow).astype(np.float32)[..., None] / 255
+    cover = np.asarray(alpha).astype(np.float32)[..., None] / 255
+    colour = np.asarray(layer.convert("RGB")).astype(np.float32)
+    return canvas * (1 - 0.35 * dark) * (1 - cover) + colour * cover, cover
 
 
 def _tint(sprite: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -168,7 +175,8 @@ def _tint(sprite: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     return Image.fromarray(np.concatenate([shade.clip(0, 255), pixels[..., 3:]], axis=2).astype(np.uint8))
 
 
-def _render(canvas: np.ndarray, style: int) -> np.ndarray:
+def render(canvas: np.ndarray, style: int) -> np.ndarray:
+    """(n, n, 3) uint8: a canvas in one of the `STYLES`."""
     picture = Image.fromarray(canvas.clip(0, 255).round().astype(np.uint8))
     n = picture.width
     if style == 1:

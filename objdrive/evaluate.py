@@ -1,0 +1,347 @@
+"""The ruler: fidelity, generalization, identity and context of drawn pictures, by one encoder.
+
+Fidelity and generalization are what DreamBooth (arXiv 2208.12242) and arXiv 2401.15708 report: cosines of CLIP or
+DINO features between picture and reference, and between picture and text. Cosines say little about small pictures of
+drawn things, so that two recognitions come beside them: is the object the nearest of all designs, and is the prompt
+the nearest of its kind.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from torch import Tensor
+
+from objdrive.encoders import Encoder
+from objdrive.errors import ObjdriveError
+from objdrive.images import Photo, cut, object_alone, object_window, whole_window
+from objdrive.scores import Array, best_match, unit
+
+Kind = Literal["context", "size", "style", "pair"]
+
+WINDOWS = ((0.0, 0.0, 1.0), (0.1, 0.1, 0.8), *((x, y, 0.6) for x, y in ((0.2, 0.2), (0, 0.2), (0.4, 0.2), (0.2, 0), (0.2, 0.4))))
+"""Where an object may be in a drawn picture: (left, top, side) in parts of its edge; the first is all of it."""
+
+_CROP_FILL = 0.8
+_GROUNDS = (255, 140, 25)
+_CHUNK = 64
+
+
+class Shown(BaseModel):
+    """What a prompt asks to be seen, as far as an evaluation set composes it: words of the base's captions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    context: str
+    size: Literal["", "small", "large"] = ""
+    style: str = ""
+    beside: str = ""
+
+
+class EvaluationPrompt(BaseModel):
+    """A prompt to evaluate with.
+
+    Attributes:
+        id: names it in tables.
+        kind: what it tries; a picture's prompt is recognised among the prompts of its kind.
+        text: with ``{}`` where the object stands.
+        shows: how an evaluation set composes reference pictures for it; none needs any.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(pattern=r"^[a-z0-9-]+$")
+    kind: Kind
+    text: str
+    shows: Shown | None = None
+
+    @field_validator("text")
+    @classmethod
+    def _one_place(cls, text: str) -> str:
+        if text.count("{}") != 1:
+            raise ValueError(f"the prompt {text!r} must hold {{}} exactly once: it stands for the object")
+        return text
+
+    def naming(self, class_name: str) -> str:
+        """The text with the class word in the object's place."""
+        return self.text.replace("{}", class_name)
+
+
+def read_prompts(path: Path) -> tuple[EvaluationPrompt, ...]:
+    """Read a YAML list of prompts.
+
+    Raises:
+        ObjdriveError: it cannot be read, is empty, holds something else, or two prompts share an id.
+    """
+    try:
+        listed = yaml.safe_load(path.read_text())
+        prompts = tuple(EvaluationPrompt.model_validate(one) for one in listed or ())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError, TypeError) as error:
+        raise ObjdriveError(f"the prompts {str(path)!r} can't be read: {error}") from error
+    ids = [prompt.id for prompt in prompts]
+    repeated = sorted({one for one in ids if ids.count(one) > 1})
+    if not prompts or repeated:
+        fault = f"the ids {', '.join(repeated)} stand there more than once" if repeated else "it lists none"
+        raise ObjdriveError(f"the prompts {str(path)!r}: {fault}")
+    return prompts
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An object as its photo shows it.
+
+    Attributes:
+        whole: (R, R, 3) uint8, the picture.
+        crop: (R, R, 3) uint8, the object in its surroundings, nearly filling the frame.
+        alone: (V, R, R, 3) uint8, the object on plain grounds.
+    """
+
+    object_id: str
+    class_name: str
+    whole: NDArray[np.uint8]
+    crop: NDArray[np.uint8]
+    alone: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, object_id: str, class_name: str, photo: Photo, size: int) -> "Reference":
+        """The views of a photo at a base's resolution."""
+        image, mask = photo.image, photo.mask
+        return cls(
+            object_id,
+            class_name,
+            cut(image, mask, whole_window(mask), size)[0],
+            cut(image, mask, object_window(mask, _CROP_FILL), size)[0],
+            np.stack([object_alone(image, mask, size, ground) for ground in _GROUNDS]),
+        )
+
+
+@dataclass(frozen=True)
+class Design:
+    """One drawing or photographed thing that a picture may show; `object_id` is empty for what is no object."""
+
+    name: str
+    class_name: str
+    object_id: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What each design looks like where each prompt puts it, to one encoder.
+
+    Attributes:
+        designs: in the order of the first axis.
+        prompts: ids, in the order of the second.
+        centres: (designs, prompts, D), unit length.
+    """
+
+    designs: tuple[Design, ...]
+    prompts: tuple[str, ...]
+    centres: Array
+
+    @classmethod
+    def of(cls, shown: Sequence[tuple[Design, str]], features: Array) -> "Gallery":
+        """Average the features (N, D) of N pictures, each of a design as a prompt asks for it.
+
+        Raises:
+            ObjdriveError: there is no picture of some design for some prompt.
+        """
+        designs = tuple(dict.fromkeys(design for design, _ in shown))
+        prompts = tuple(dict.fromkeys(prompt for _, prompt in shown))
+        rows, columns = ({one: index for index, one in enumerate(axis)} for axis in (designs, prompts))
+        sums = np.zeros((len(designs), len(prompts), features.shape[1]))
+        counts = np.zeros((len(designs), len(prompts)), int)
+        for (design, prompt), one in zip(shown, unit(features), strict=True):
+            sums[rows[design], columns[prompt]] += one
+            counts[rows[design], columns[prompt]] += 1
+        if not counts.all():
+            row, column = np.argwhere(counts == 0)[0]
+            raise ObjdriveError(
+                f"the gallery has no picture of {designs[row].name!r} for the prompt {prompts[column]!r}: "
+                "compose it again with these prompts"
+            )
+        return cls(designs, prompts, unit(sums).astype(np.float32))
+
+    def row(self, object_id: str) -> int:
+        """Where an object's design stands."""
+        return next(row for row, design in enumerate(self.designs) if design.object_id == object_id)
+
+    def check(self, object_ids: Iterable[str], prompt_ids: Iterable[str]) -> None:
+        """Make sure that these are there.
+
+        Raises:
+            ObjdriveError: one is not.
+        """
+        there = {design.object_id for design in self.designs}.union(self.prompts)
+        lacking = sorted({*object_ids, *prompt_ids} - there)
+        if lacking:
+            raise ObjdriveError(f"the gallery lacks {', '.join(lacking)}: compose it for these objects and prompts")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a picture was drawn for."""
+
+    object_id: str
+    prompt_id: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """One picture, measured; what cannot be told is None.
+
+    Attributes:
+        whole: fidelity, cosine of the picture and the object's photo.
+        object: fidelity, cosine of the part of the picture and the view of the object that agree most.
+        text: generalization, cosine of the picture and the prompt with the class word (encoders that read text).
+        identity_class: 1 if the nearest of all designs of the object's class is the object, else 0.
+        identity_all: 1 if the nearest of all objects is the object, else 0.
+        context: 1 if the nearest of all prompts of its kind is the picture's own, else 0.
+    """
+
+    whole: float
+    object: float
+    text: float | None
+    identity_class: float | None
+    identity_all: float | None
+    context: float | None
+
+
+METRICS = tuple(field.name for field in fields(Score))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What an encoder makes of a reference; unit length."""
+
+    class_name: str
+    whole: Array
+    views: Array
+    alone: Array
+
+
+class Ruler:
+    """Measures pictures by one encoder; holds features only, so that it can be sent to where the pictures are."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        references: Iterable[Reference],
+        prompts: Sequence[EvaluationPrompt],
+        gallery: Gallery | None = None,
+    ) -> None:
+        """Look at the references once.
+
+        Args:
+            encoder: what to measure by.
+            references: the objects, with ids of their own.
+            prompts: what pictures are asked for.
+            gallery: designs to tell objects from; without one they are told from each other, by their photos.
+
+        Raises:
+            ObjdriveError: the gallery lacks an object or a prompt.
+        """
+        self._prompts = {prompt.id: prompt for prompt in prompts}
+        self._kinds = {p.id: [q.id for q in prompts if q.kind == p.kind] for p in prompts}
+        self._known = {one.object_id: _know(encoder, one) for one in references}
+        self._texts: dict[tuple[str, str], Array] = {}
+        if encoder.reads_text:
+            self._texts = _read(encoder, {one.class_name for one in self._known.values()}, prompts)
+        self._gallery = gallery
+        if gallery is not None:
+            gallery.check(self._known, self._prompts)
+
+    def measure(self, encoder: Encoder, pixels: Tensor, asked: Sequence[Asked]) -> list[Score]:
+        """Score pictures (N, 3, R, R) in [0, 1], by the encoder that the ruler was made with."""
+        windows = embed(encoder, cut_windows(pixels)).reshape(len(pixels), len(WINDOWS), -1)
+        return [self._score(features, one) for features, one in zip(windows, asked, strict=True)]
+
+    def _score(self, windows: Array, asked: Asked) -> Score:
+        known = self._known[asked.object_id]
+        text = self._texts.get((known.class_name, asked.prompt_id))
+        return Score(
+            whole=float(windows[0] @ known.whole),
+            object=float(best_match(windows, known.views)),
+            text=None if text is None else float(windows[0] @ text),
+            identity_class=_is_nearest(asked.object_id, self._rivals(windows, asked, known.class_name)),
+            identity_all=_is_nearest(asked.object_id, self._rivals(windows, asked)),
+            context=_is_nearest(asked.prompt_id, self._contexts(windows[0], asked)),
+        )
+
+    def _rivals(self, windows: Array, asked: Asked, class_name: str | None = None) -> dict[str, float]:
+        """How near the designs of a class are, or all objects, by object id or, for what is no object, by name."""
+        if self._gallery is None:
+            return {
+                one: float(best_match(windows, known.alone))
+                for one, known in self._known.items()
+                if class_name in (None, known.class_name)
+            }
+        column = self._gallery.prompts.index(asked.prompt_id)
+        nearness = self._gallery.centres[:, column] @ windows[0]
+        return {
+            design.object_id or f"design:{design.name}": float(value)
+            for design, value in zip(self._gallery.designs, nearness, strict=True)
+            if (design.object_id if class_name is None else design.class_name == class_name)
+        }
+
+    def _contexts(self, picture: Array, asked: Asked) -> dict[str, float]:
+        """How near the prompts of the asked one's kind are: as texts if the encoder reads them, else as pictures."""
+        kind = self._kinds[asked.prompt_id]
+        if self._texts:
+            word = self._known[asked.object_id].class_name
+            return {prompt: float(picture @ self._texts[word, prompt]) for prompt in kind}
+        if self._gallery is None:
+            return {}
+        row = self._gallery.row(asked.object_id)
+        return {prompt: float(picture @ self._gallery.centres[row, self._gallery.prompts.index(prompt)]) for prompt in kind}
+
+
+def _is_nearest(right: str, nearness: Mapping[str, float]) -> float | None:
+    """Whether the right one is nearest: 1 or 0, and None where there is nothing to choose from."""
+    if len(nearness) < 2:
+        return None
+    return float(max(nearness, key=lambda one: nearness[one]) == right)
+
+
+def cut_windows(pixels: Tensor) -> Tensor:
+    """(N * W, 3, R, R): the `WINDOWS` of pictures (N, 3, R, R), at their size."""
+    edge = pixels.shape[-1]
+    cuts = []
+    for left, top, side in WINDOWS:
+        x, y, size = (round(value * edge) for value in (left, top, side))
+        part = pixels[..., y : y + size, x : x + size]
+        cuts.append(part if size == edge else F.interpolate(part, size=(edge, edge), mode="bicubic").clamp(0, 1))
+    return torch.stack(cuts, dim=1).flatten(0, 1)
+
+
+def embed(encoder: Encoder, pixels: Tensor) -> Array:
+    """(N, D) features of unit length of pictures (N, 3, R, R) in [0, 1]."""
+    features = torch.cat([encoder.images(some) for some in pixels.split(_CHUNK)])
+    return unit(features.float().cpu().numpy())
+
+
+def as_pixels(pictures: NDArray[np.uint8]) -> Tensor:
+    """(N, 3, H, W) in [0, 1] of pictures (N, H, W, 3) uint8."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+
+
+def _know(encoder: Encoder, reference: Reference) -> _Known:
+    views = np.stack([reference.whole, reference.crop, *reference.alone])
+    features = embed(encoder, as_pixels(views))
+    return _Known(reference.class_name, features[0], features[1:], features[2:])
+
+
+def _read(
+    encoder: Encoder, class_names: Iterable[str], prompts: Sequence[EvaluationPrompt]
+) -> dict[tuple[str, str], Array]:
+    """Features of every prompt with every class word, by class word and prompt id."""
+    keys = [(word, prompt.id) for word in sorted(class_names) for prompt in prompts]
+    texts = [prompt.naming(word) for word in sorted(class_names) for prompt in prompts]
+    parts = [encoder.texts(texts[first : first + _CHUNK]).float().cpu().numpy() for first in range(0, len(texts), _CHUNK)]
+    return dict(zip(keys, unit(np.concatenate(parts)), strict=True))

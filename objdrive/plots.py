@@ -1,0 +1,97 @@
+"""The plot of the paper's Figure 5: fidelity against generalization, a point for each method."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from objdrive.errors import ObjdriveError
+from objdrive.scores import pareto_front
+from objdrive.summary import Figure
+
+_SIZE = (6.4, 4.8)
+_NUDGE = (5, 5)
+
+
+def plot_trade(
+    points: Mapping[str, tuple[Figure, Figure]],
+    labels: tuple[str, str],
+    *,
+    title: str,
+    controls: Sequence[str] = (),
+) -> dict[str, bytes]:
+    """Draw methods by two figures, the larger the better, with their intervals and the Pareto front.
+
+    Args:
+        points: method -> (generalization, fidelity), right and up.
+        labels: of the axes, in this order.
+        title: above it.
+        controls: methods that calibrate the ruler; drawn in grey and left out of the front.
+
+    Returns:
+        The plot as ``"svg"`` and as ``"png"``.
+
+    Raises:
+        ObjdriveError: matplotlib is not installed.
+    """
+    plt = _pyplot()
+    # Without these an SVG differs in every run.
+    with plt.rc_context({"svg.hashsalt": "objdrive", "svg.fonttype": "path"}):
+        picture, axes = plt.subplots(figsize=_SIZE, layout="constrained")
+        try:
+            contenders = [name for name in points if name not in controls]
+            _front(axes, [points[name] for name in contenders])
+            for number, name in enumerate(contenders):
+                _point(axes, name, points[name], f"C{number % 10}")
+            for name in controls:
+                _point(axes, name, points[name], "0.6")
+            axes.set_xlabel(labels[0])
+            axes.set_ylabel(labels[1])
+            axes.set_title(title)
+            axes.grid(alpha=0.3)
+            return {kind: _save(picture, kind) for kind in ("svg", "png")}
+        finally:
+            plt.close(picture)
+
+
+def _front(axes: Any, points: Sequence[tuple[Figure, Figure]]) -> None:
+    if not points:
+        return
+    places = np.array([(x.value, y.value) for x, y in points])
+    best = places[pareto_front(places)]
+    best = best[np.argsort(best[:, 0])]
+    axes.plot(best[:, 0], best[:, 1], linestyle="--", linewidth=1, color="0.4", zorder=1)
+
+
+def _point(axes: Any, name: str, point: tuple[Figure, Figure], colour: str) -> None:
+    x, y = point
+    axes.errorbar(
+        x.value,
+        y.value,
+        # A percentile interval may leave a skewed figure outside.
+        xerr=[[max(0.0, x.value - x.low)], [max(0.0, x.high - x.value)]],
+        yerr=[[max(0.0, y.value - y.low)], [max(0.0, y.high - y.value)]],
+        fmt="o",
+        color=colour,
+        elinewidth=0.8,
+        capsize=2,
+    )
+    axes.annotate(name, (x.value, y.value), textcoords="offset points", xytext=_NUDGE, fontsize=9, color=colour)
+
+
+def _save(picture: Any, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    picture.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ObjdriveError(f"plots need the extra `evaluate` ({error}): pip install 'objdrive[evaluate]'") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
