@@ -44,7 +44,9 @@ def _sprites(data: Path) -> Sprites:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evaluation_set.py", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write development and test to")
-    parser.add_argument("--data", type=Path, default=Path("icons"), help="folder with the icons; fetched if none (icons)")
+    parser.add_argument(
+        "--data", type=Path, default=Path("icons"), help="folder with the icons; fetched if none (icons)"
+    )
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="YAML list of prompts (the shipped one)")
     parser.add_argument("--resolution", type=int, default=64, help="edge of the base's pictures (64)")
     parser.add_argument("--scenes", type=int, default=4, help="pictures of each drawing for each prompt (4)")

@@ -49,7 +49,7 @@ def load_encoder(name: str, *, base: str, clip: str | None = None, device: str =
     Raises:
         ObjdriveError: no such kind of encoder, or the model cannot be had.
     """
-    kind, colon, source = name.partition(":")
+    kind, _, source = name.partition(":")
     if name == "clip":
         return _BaseClip(Base.load(base, clip=clip, device=device, dtype=torch.float32))
     if name == "imagenet":

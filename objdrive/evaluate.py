@@ -26,7 +26,11 @@ from objdrive.scores import Array, best_match, unit
 
 Kind = Literal["context", "size", "style", "pair"]
 
-WINDOWS = ((0.0, 0.0, 1.0), (0.1, 0.1, 0.8), *((x, y, 0.6) for x, y in ((0.2, 0.2), (0, 0.2), (0.4, 0.2), (0.2, 0), (0.2, 0.4))))
+WINDOWS = (
+    (0.0, 0.0, 1.0),
+    (0.1, 0.1, 0.8),
+    *((x, y, 0.6) for x, y in ((0.2, 0.2), (0, 0.2), (0.4, 0.2), (0.2, 0), (0.2, 0.4))),
+)
 """Where an object may be in a drawn picture: (left, top, side) in parts of its edge; the first is all of it."""
 
 _CROP_FILL = 0.8
@@ -299,7 +303,9 @@ class Ruler:
         if self._gallery is None:
             return {}
         row = self._gallery.row(asked.object_id)
-        return {prompt: float(picture @ self._gallery.centres[row, self._gallery.prompts.index(prompt)]) for prompt in kind}
+        return {
+            prompt: float(picture @ self._gallery.centres[row, self._gallery.prompts.index(prompt)]) for prompt in kind
+        }
 
 
 def _is_nearest(right: str, nearness: Mapping[str, float]) -> float | None:
@@ -343,5 +349,7 @@ def _read(
     """Features of every prompt with every class word, by class word and prompt id."""
     keys = [(word, prompt.id) for word in sorted(class_names) for prompt in prompts]
     texts = [prompt.naming(word) for word in sorted(class_names) for prompt in prompts]
-    parts = [encoder.texts(texts[first : first + _CHUNK]).float().cpu().numpy() for first in range(0, len(texts), _CHUNK)]
+    parts = [
+        encoder.texts(texts[first : first + _CHUNK]).float().cpu().numpy() for first in range(0, len(texts), _CHUNK)
+    ]
     return dict(zip(keys, unit(np.concatenate(parts)), strict=True))

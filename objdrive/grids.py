@@ -18,7 +18,14 @@ background: #fff; }
 
 @dataclass(frozen=True)
 class ObjectGrid:
-    """What was drawn of one object: its photo, and for each method the WebP pictures, in the order of the prompts."""
+    """What was drawn of one object.
+
+    Attributes:
+        object_id: which.
+        class_name: what it is.
+        photo: WebP, or empty.
+        rows: for each method its WebP pictures, in the order of the prompts; empty for those that it has none for.
+    """
 
     object_id: str
     class_name: str
@@ -69,13 +76,14 @@ def _parts(
         yield f"<h2>{escape(table.title)}</h2>{_cells(table)}"
     for shown in objects:
         yield f'<section class="object"><b>{escape(shown.object_id)}</b> · {escape(shown.class_name)}'
-        yield figure(Picture("input", shown.photo))
+        if shown.photo:
+            yield figure(Picture("input", shown.photo))
         yield '<div class="grid"><table><tr><th></th>'
         yield "".join(f"<th>{escape(prompt)}</th>" for prompt in prompts)
         yield "</tr>"
         for method, pictures in shown.rows.items():
             yield f"<tr><th>{escape(method)}</th>"
-            yield "".join(f"<td>{_image(method, picture)}</td>" for picture in pictures)
+            yield "".join(f"<td>{_image(method, picture) if picture else ''}</td>" for picture in pictures)
             yield "</tr>"
         yield "</table></div></section>"
 

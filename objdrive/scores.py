@@ -69,12 +69,13 @@ def scalarise(points: Array) -> Array:
     """(...,): harmonic mean of fidelity and generalization (..., 2) in [0, 1], which is high only if both are."""
     fidelity, generalization = np.moveaxis(points, -1, 0)
     total = fidelity + generalization
-    return np.divide(2 * fidelity * generalization, total, out=np.zeros_like(total, dtype=float), where=total > 0)
+    means: Array = np.divide(2 * fidelity * generalization, total, out=np.zeros(np.shape(total)), where=total > 0)
+    return means
 
 
 def pareto_front(points: Array) -> NDArray[np.bool_]:
     """(N,): which points (N, K), the larger the better, no other point equals or beats everywhere, beating it once."""
-    no_worse = (points[None, :, :] >= points[:, None, :]).all(axis=2)
-    better = (points[None, :, :] > points[:, None, :]).any(axis=2)
-    front: NDArray[np.bool_] = ~(no_worse & better).any(axis=1)
+    no_worse = (points[None, :, :] >= points[:, None, :]).all(axis=-1)
+    better = (points[None, :, :] > points[:, None, :]).any(axis=-1)
+    front: NDArray[np.bool_] = np.logical_not(np.logical_and(no_worse, better).any(axis=-1))
     return front

@@ -74,7 +74,9 @@ def choose_subjects(sprites: Sprites, class_names: Sequence[str]) -> list[Subjec
         held = [row for row in rows if sprites.use[row] == "held"]
         rivals = [row for row in rows if sprites.use[row] == "train"]
         if not held or not rivals:
-            raise ObjdriveError(f"the class {word!r} has {len(held)} held-out drawings and {len(rivals)} others: drop it")
+            raise ObjdriveError(
+                f"the class {word!r} has {len(held)} held-out drawings and {len(rivals)} others: drop it"
+            )
         family = _family(sprites, held[0])
         others = tuple(row for row in (*rivals, *held[1:]) if _family(sprites, row) != family)
         chosen.append(Subject(f"{word.replace(' ', '-')}-held", word, held[0], others))
@@ -108,8 +110,12 @@ def write_half(
         scenes: pictures of each drawing for each prompt.
 
     Raises:
-        ObjdriveError: see `choose_subjects`; or a prompt shows what cannot be composed.
+        ObjdriveError: see `choose_subjects`; too few scenes; or a prompt shows what cannot be composed.
     """
+    if scenes < 2:
+        raise ObjdriveError(
+            f"scenes={scenes} must be at least 2: one is drawn to be measured, the others to measure by"
+        )
     subjects = choose_subjects(sprites, class_names)
     for prompt in prompts:
         _check(prompt, sprites)

@@ -1,0 +1,208 @@
+"""What an evaluation leaves: the table of figures, the plots and the page."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from jobs.evaluation.pictures import CONTROLS, COPY
+from objdrive.evaluate import METRICS, EvaluationPrompt
+from objdrive.grids import ObjectGrid, Table, render_grids
+from objdrive.plots import plot_trade
+from objdrive.scores import scalarise
+from objdrive.summary import Figure, Trade, figure, per_object
+
+PICTURES_FILE = "pictures.parquet"
+SCORES_FILE = "scores.parquet"
+SUMMARY_FILE = "summary.parquet"
+REPORT_FILE = "report.html"
+
+_THUMBNAIL = 192
+_NAMES = {
+    "whole": "fidelity, whole picture",
+    "object": "fidelity, object",
+    "text": "generalization (text)",
+    "identity_class": "identity in its class",
+    "identity_all": "identity among all objects",
+    "context": "prompt recognised",
+}
+
+
+def by_method(scores: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Scores by method, in the order in which methods first come."""
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for row in scores:
+        grouped.setdefault(row["method"], []).append(row)
+    return grouped
+
+
+def choose_trades(scores: Sequence[Mapping[str, Any]]) -> list[Trade]:
+    """The trades that these scores allow.
+
+    ``similarity`` is the paper's: cosines to the object and to the text. ``recognition`` is identity in the class and
+    the prompt recognised, by an encoder without text where there is one, because that has no part in any base.
+    """
+    there = {(row["encoder"], metric) for row in scores for metric in METRICS if row[metric] is not None}
+    encoders = list(dict.fromkeys(row["encoder"] for row in scores))
+    reading = [one for one in encoders if (one, "text") in there]
+    others = [one for one in encoders if one not in reading]
+    trades = []
+    if reading:
+        trades.append(Trade("similarity", ((others or reading)[0], "object"), (reading[0], "text")))
+    for one in (*others, *reading):
+        if (one, "identity_class") in there and (one, "context") in there:
+            trades.append(Trade("recognition", (one, "identity_class"), (one, "context")))
+            break
+    return trades
+
+
+def trade_figures(rows: Sequence[Mapping[str, Any]], trade: Trade) -> dict[str, Figure] | None:
+    """One method's fidelity, generalization and their harmonic mean; None if it has no pictures with both."""
+    axes = (trade.fidelity, trade.generalization)
+    means = per_object(rows, axes)
+    if not means:
+        return None
+    found = {
+        "fidelity": figure({one: values[:1] for one, values in means.items()}),
+        "generalization": figure({one: values[1:] for one, values in means.items()}),
+        "scalarised": figure(means, scalarise),
+    }
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def summarise(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Figures with intervals: every method by every encoder and metric, over all prompts and by their kind."""
+    rows = []
+    kinds = [None, *dict.fromkeys(row["kind"] for row in scores)]
+    encoders = list(dict.fromkeys(row["encoder"] for row in scores))
+    trades = choose_trades(scores)
+    for method, own in by_method(scores).items():
+        for encoder in encoders:
+            for metric in METRICS:
+                for kind in kinds:
+                    found = figure(per_object(own, [(encoder, metric)], kind=kind))
+                    rows += [_row(method, encoder, metric, kind or "all", found)] if found else []
+        for trade in trades:
+            figures = trade_figures(own, trade) or {}
+            rows += [_row(method, "", f"{trade.name}, {name}", "all", found) for name, found in figures.items()]
+    return rows
+
+
+def _row(method: str, encoder: str, metric: str, kind: str, found: Figure) -> dict[str, Any]:
+    return {
+        "method": method,
+        "encoder": encoder,
+        "metric": metric,
+        "kind": kind,
+        "value": found.value,
+        "low": found.low,
+        "high": found.high,
+        "objects": found.objects,
+    }
+
+
+def write_pages(
+    out: Path,
+    pictures: Sequence[Path],
+    scores: Sequence[Path],
+    prompts: Sequence[EvaluationPrompt],
+    *,
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    shown: int,
+) -> None:
+    """Write summary, plots and page of some evaluations, as if they were one, to the folder `out`.
+
+    Args:
+        out: where to.
+        pictures: tables of pictures.
+        scores: tables of their scores.
+        prompts: whose pictures the grids show.
+        title: of the page.
+        facts: (name, value) of what was done.
+        shown: objects that get a grid.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    rows = pa.concat_tables([pq.read_table(path) for path in scores]).to_pylist()
+    summary = summarise(rows)
+    pq.write_table(pa.Table.from_pylist(summary), out / SUMMARY_FILE)
+    plots = []
+    for trade in choose_trades(rows):
+        drawn = _plot(rows, trade)
+        for kind, data in drawn.items():
+            (out / f"{trade.name}.{kind}").write_bytes(data)
+        plots.append(drawn["svg"])
+    grids = _grids(pictures, prompts, shown)
+    page = render_grids(title, facts, _tables(summary), plots, [prompt.text for prompt in prompts], grids)
+    (out / REPORT_FILE).write_text(page, encoding="utf-8")
+
+
+def _plot(rows: Sequence[Mapping[str, Any]], trade: Trade) -> dict[str, bytes]:
+    points = {}
+    for method, own in by_method(rows).items():
+        if figures := trade_figures(own, trade):
+            points[method] = figures["generalization"], figures["fidelity"]
+    labels = [f"{_NAMES[metric]}, by {encoder}" for encoder, metric in (trade.generalization, trade.fidelity)]
+    controls = [name for name in points if name in CONTROLS]
+    return plot_trade(points, (labels[0], labels[1]), title=trade.name, controls=controls)
+
+
+def _tables(summary: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """For each encoder a table of methods by metrics, and one of the trades; all over all prompts."""
+    whole = [row for row in summary if row["kind"] == "all"]
+    methods = list(dict.fromkeys(row["method"] for row in whole))
+    tables = []
+    for encoder in sorted({row["encoder"] for row in whole}):
+        cells = {(row["method"], row["metric"]): _cell(row) for row in whole if row["encoder"] == encoder}
+        metrics = list(dict.fromkeys(row["metric"] for row in whole if row["encoder"] == encoder))
+        head = ("method", *(_NAMES.get(metric, metric) for metric in metrics))
+        lines = [(method, *(cells.get((method, metric), "") for metric in metrics)) for method in methods]
+        tables.append(Table(f"By {encoder}" if encoder else "Trades", head, lines))
+    return tables
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    return f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+
+
+def _grids(pictures: Sequence[Path], prompts: Sequence[EvaluationPrompt], shown: int) -> list[ObjectGrid]:
+    """Grids of the first objects, each with the first picture of every method and prompt."""
+    order = {prompt.id: place for place, prompt in enumerate(prompts)}
+    cells: dict[str, dict[str, dict[int, bytes]]] = {}
+    words: dict[str, str] = {}
+    photos: dict[str, bytes] = {}
+    for path in pictures:
+        for row in pq.read_table(path, filters=[("number", "==", 0)]).to_pylist():
+            one = row["object_id"]
+            if row["prompt_id"] not in order or (one not in words and len(words) == shown):
+                continue
+            words[one] = row["class_name"]
+            webp = _webp(row["picture"])
+            if row["method"] == COPY:
+                photos[one] = webp
+            else:
+                cells.setdefault(one, {}).setdefault(row["method"], {})[order[row["prompt_id"]]] = webp
+    return [
+        ObjectGrid(
+            one,
+            words[one],
+            photos.get(one, b""),
+            {
+                method: [by_place.get(place, b"") for place in range(len(prompts))]
+                for method, by_place in cells.get(one, {}).items()
+            },
+        )
+        for one in sorted(words)
+    ]
+
+
+def _webp(png: bytes) -> bytes:
+    picture = Image.open(io.BytesIO(png))
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=90)
+    return buffer.getvalue()

@@ -1,0 +1,302 @@
+"""Ray Data: the pictures to measure, drawn or taken from what there is, in one table."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from PIL import Image
+
+from objdrive.adapter import Adapter, parse_adapter
+from objdrive.artifact import ArtifactMetadata
+from objdrive.bank import AdapterBank
+from objdrive.base import TOKEN_MARK, Base
+from objdrive.class_pictures import seed_of
+from objdrive.errors import ObjdriveError
+from objdrive.evaluate import EvaluationPrompt, Reference
+from objdrive.images import SourceMark, decode_photo, read_source
+from objdrive.sampler import Request, draw_pictures
+from objdrive.store import ArtifactStore
+
+BASE_ALONE = "base"
+COPY = "copy"
+SCENES = "scenes"
+CONTROLS = (COPY, SCENES)
+"""Methods that calibrate the ruler: the input photo for every prompt; composed scenes, the best that can be drawn."""
+
+_ROWS_PER_BATCH = 64
+_KEY = b"objdrive"
+SCHEMA = pa.schema(
+    [
+        ("method", pa.string()),
+        ("object_id", pa.string()),
+        ("class_name", pa.string()),
+        ("prompt_id", pa.string()),
+        ("kind", pa.string()),
+        ("text", pa.string()),
+        ("number", pa.int64()),
+        ("store", pa.string()),
+        ("digest", pa.string()),
+        ("picture", pa.binary()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn; the same for every method.
+
+    Attributes:
+        base: name of the base.
+        clip: see `objdrive.base.find_base`.
+        fingerprint: of the base that is meant.
+        steps: of the scheduler.
+        guidance_scale: of classifier-free guidance.
+    """
+
+    base: str
+    clip: str | None
+    fingerprint: str
+    steps: int
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How many processes work at once, each with how many GPUs."""
+
+    workers: int
+    gpus: float
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As Ray Data's `map_batches` takes it."""
+        return {
+            "compute": ray.data.ActorPoolStrategy(size=self.workers),
+            "num_cpus": 0.9,
+            "num_gpus": self.gpus,
+            "batch_size": _ROWS_PER_BATCH,
+            "batch_format": "pyarrow",
+        }
+
+    def prepare(self) -> str:
+        """Set a worker up; the device for it."""
+        if self.gpus:
+            return "cuda"
+        torch.set_num_threads(1)
+        return "cpu"
+
+
+def find_artifacts(stores: Mapping[str, str], fingerprint: str) -> dict[str, dict[str, ArtifactMetadata]]:
+    """Current artifacts of each method's store, by object id.
+
+    Raises:
+        ObjdriveError: a store has none, or one of another base.
+    """
+    found: dict[str, dict[str, ArtifactMetadata]] = {}
+    for method, url in stores.items():
+        store = ArtifactStore(url)
+        current = {one: store.current(one) for one in store.object_ids()}
+        found[method] = {one: artifact for one, artifact in current.items() if artifact is not None}
+        if not found[method]:
+            raise ObjdriveError(f"the store {url} of the method {method!r} has no artifacts: personalize objects first")
+        for artifact in found[method].values():
+            if artifact.base.fingerprint != fingerprint:
+                raise ObjdriveError(
+                    f"the artifact of {artifact.object_id!r} in {url} was made on the base {artifact.base.id!r} with "
+                    f"the fingerprint {artifact.base.fingerprint}, not on {fingerprint}: name its base with --base"
+                )
+    return found
+
+
+def read_reference(artifact: ArtifactMetadata, size: int) -> Reference:
+    """The object as its photo shows it, from where it was when it was personalized.
+
+    Raises:
+        RowError: the photo or its mask is gone or broken.
+    """
+    image, mask = artifact.sources.image, artifact.sources.mask
+    photo = decode_photo(
+        read_source(SourceMark(**image.model_dump()), role="image"),
+        read_source(SourceMark(**mask.model_dump()), role="mask") if mask else None,
+        name=artifact.object_id,
+    )
+    return Reference.of(artifact.object_id, artifact.class_name, photo, size)
+
+
+def plan_drawing(
+    stores: Mapping[str, str],
+    artifacts: Mapping[str, Mapping[str, ArtifactMetadata]],
+    prompts: Sequence[EvaluationPrompt],
+    *,
+    seeds: int,
+    base_alone: bool,
+) -> list[dict[str, Any]]:
+    """Rows of pictures to draw, an object's pictures side by side."""
+    rows = []
+    for method, by_object in artifacts.items():
+        for object_id, artifact in by_object.items():
+            rows += _rows(method, object_id, artifact.class_name, prompts, seeds, stores[method], artifact.digest)
+    if base_alone:
+        words = {one: artifact.class_name for of_method in artifacts.values() for one, artifact in of_method.items()}
+        for object_id, word in words.items():
+            rows += _rows(BASE_ALONE, object_id, word, prompts, seeds, "", "")
+    return rows
+
+
+def _rows(
+    method: str,
+    object_id: str,
+    class_name: str,
+    prompts: Sequence[EvaluationPrompt],
+    seeds: int,
+    store: str,
+    digest: str,
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "method": method,
+            "object_id": object_id,
+            "class_name": class_name,
+            "prompt_id": prompt.id,
+            "kind": prompt.kind,
+            "text": prompt.text,
+            "number": number,
+            "store": store,
+            "digest": digest,
+        }
+        for prompt in prompts
+        for number in range(seeds)
+    ]
+
+
+def control_pictures(
+    references: Sequence[Reference], prompts: Sequence[EvaluationPrompt], gallery: Path | None
+) -> list[dict[str, Any]]:
+    """Rows with pictures of the methods that calibrate the ruler."""
+    rows = []
+    texts = {prompt.id: prompt for prompt in prompts}
+    for one in references:
+        for row in _rows(COPY, one.object_id, one.class_name, prompts, 1, "", ""):
+            rows.append(row | {"picture": encode_png(one.whole)})
+    if gallery is not None:
+        for shown in pq.read_table(gallery, filters=[("number", "==", 0), ("object_id", "!=", "")]).to_pylist():
+            if prompt := texts.get(shown["prompt_id"]):
+                (row,) = _rows(SCENES, shown["object_id"], shown["class_name"], [prompt], 1, "", "")
+                rows.append(row | {"picture": shown["picture"]})
+    known = {one.object_id for one in references}
+    return [row for row in rows if row["object_id"] in known]
+
+
+class Draw:
+    """Ray Data's worker that draws rows with the base and their adapters."""
+
+    def __init__(self, drawing: Drawing, pool: Pool) -> None:
+        """Load the base.
+
+        Raises:
+            ObjdriveError: the base here is another one.
+        """
+        self._base = Base.load(drawing.base, clip=drawing.clip, device=pool.prepare())
+        if self._base.fingerprint != drawing.fingerprint:
+            raise ObjdriveError(
+                f"the base {drawing.base!r} on this node has the fingerprint {self._base.fingerprint}, expected "
+                f"{drawing.fingerprint}: give all nodes the same base"
+            )
+        self._drawing = drawing
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """The rows with their pictures."""
+        rows = batch.to_pylist()
+        keys = list(dict.fromkeys((row["store"], row["object_id"], row["digest"]) for row in rows if row["store"]))
+        read = {key: _read_adapter(*key) for key in keys}
+        # Methods without LoRA take no slot.
+        taught = [key for key in keys if read[key][1].lora]
+        rank = max((_rank(read[key][1]) for key in taught), default=0)
+        with AdapterBank(self._base.unet, slots=max(1, len(taught)), rank=rank) as bank:
+            for slot, key in enumerate(taught):
+                bank.load(slot, read[key][1].lora)
+            slots = {key: slot for slot, key in enumerate(taught)}
+            requests = [self._request(row, read, slots) for row in rows]
+            pictures = draw_pictures(self._base, requests, bank=bank)
+        drawn = [encode_png(np.asarray(picture)) for picture in pictures]
+        return pa.Table.from_pylist([row | {"picture": png} for row, png in zip(rows, drawn, strict=True)], SCHEMA)
+
+    def _request(
+        self,
+        row: Mapping[str, Any],
+        read: Mapping[tuple[str, str, str], tuple[ArtifactMetadata, Adapter]],
+        slots: Mapping[tuple[str, str, str], int],
+    ) -> Request:
+        # Not by method: all draw an object's prompt from the same noise, so that their figures can be paired.
+        seed = seed_of(f"{row['object_id']}:{row['prompt_id']}:{row['number']}")
+        how = {"steps": self._drawing.steps, "guidance_scale": self._drawing.guidance_scale}
+        if not row["store"]:
+            return Request(row["text"], seed, (row["class_name"],), **how)
+        key = (row["store"], row["object_id"], row["digest"])
+        artifact, adapter = read[key]
+        phrase = artifact.phrase.replace(artifact.token, TOKEN_MARK)
+        adapted = {slots[key]: 1.0} if key in slots else {}
+        return Request(row["text"], seed, (phrase,), (adapter.embedding,), adapted, **how)
+
+
+def _read_adapter(store: str, object_id: str, digest: str) -> tuple[ArtifactMetadata, Adapter]:
+    artifact, files = ArtifactStore(store).read(object_id, digest)
+    return artifact, parse_adapter(files, token=artifact.token)
+
+
+def _rank(adapter: Adapter) -> int:
+    return max(len(value) for key, value in adapter.lora.items() if key.endswith("lora_A.weight"))
+
+
+def draw(
+    rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]], drawing: Drawing, pool: Pool, out: Path
+) -> None:
+    """Draw rows and write them with the controls' to the table `out`, unless it holds just these already."""
+    key = _digest(rows, controls, drawing)
+    if out.is_file() and (pq.read_schema(out).metadata or {}).get(_KEY) == key:
+        return
+    partial = out.with_suffix(".partial")
+    with pq.ParquetWriter(partial, SCHEMA.with_metadata({_KEY: key})) as writer:
+        if controls:
+            writer.write_table(pa.Table.from_pylist(list(controls), SCHEMA))
+        for table in _drawn(rows, drawing, pool):
+            writer.write_table(table)
+    partial.replace(out)
+
+
+def _drawn(rows: Sequence[dict[str, Any]], drawing: Drawing, pool: Pool) -> Iterator[pa.Table]:
+    if not rows:
+        return
+    asked = ray.data.from_arrow(pa.Table.from_pylist(list(rows), pa.schema(list(SCHEMA)[:-1])))
+    blocks = max(1, len(rows) // _ROWS_PER_BATCH)
+    drawn = asked.repartition(blocks).map_batches(Draw, fn_constructor_args=(drawing, pool), **pool.options)
+    for table in drawn.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield table.select(SCHEMA.names).cast(SCHEMA)
+
+
+def _digest(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]], drawing: Drawing) -> bytes:
+    digest = hashlib.sha256(json.dumps([drawing.fingerprint, drawing.steps, drawing.guidance_scale, rows]).encode())
+    for row in controls:
+        digest.update(f"{row['method']}:{row['object_id']}:{row['prompt_id']}:".encode() + row["picture"])
+    return digest.hexdigest().encode()
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def decode_pictures(column: pa.ChunkedArray) -> np.ndarray:
+    """(N, H, W, 3) uint8, of a column of encoded pictures of one size."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in column.to_pylist()])

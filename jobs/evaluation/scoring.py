@@ -1,0 +1,140 @@
+"""Ray Data: scores of a table of pictures, by each of some encoders."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from jobs.evaluation.pictures import Pool, decode_pictures
+from objdrive.encoders import identify, load_encoder
+from objdrive.evaluate import METRICS, Asked, Design, EvaluationPrompt, Gallery, Reference, Ruler, as_pixels, embed
+
+_KEPT = ("method", "object_id", "class_name", "prompt_id", "kind", "number")
+SCHEMA = pa.schema(
+    [(name, pa.int64() if name == "number" else pa.string()) for name in (*_KEPT, "encoder")]
+    + [(name, pa.float64()) for name in METRICS]
+)
+"""A row for each picture and encoder."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """An encoder by name, with the base that the name ``clip`` means."""
+
+    name: str
+    base: str
+    clip: str | None
+    fingerprint: str
+
+    def load(self, pool: Pool) -> Any:
+        """The encoder, on the worker that calls."""
+        return load_encoder(self.name, base=self.base, clip=self.clip, device=pool.prepare())
+
+
+class Embed:
+    """Ray Data's worker that turns a gallery's pictures into features."""
+
+    def __init__(self, scorer: Scorer, pool: Pool) -> None:
+        self._encoder = scorer.load(pool)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """The rows with features in place of pictures."""
+        features = embed(self._encoder, as_pixels(decode_pictures(batch["picture"])))
+        return batch.drop_columns("picture").append_column("features", pa.array(list(features.astype(np.float32))))
+
+
+class Measure:
+    """Ray Data's worker that scores pictures by one encoder."""
+
+    def __init__(self, scorer: Scorer, pool: Pool, ruler: list[ray.ObjectRef]) -> None:
+        """`ruler` holds a reference to a `Ruler`, so that its features are sent to every node once."""
+        self._name = scorer.name
+        self._encoder = scorer.load(pool)
+        (self._ruler,) = ray.get(ruler)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Scores of the rows."""
+        rows = batch.select(_KEPT).to_pylist()
+        asked = [Asked(row["object_id"], row["prompt_id"]) for row in rows]
+        scores = self._ruler.measure(self._encoder, as_pixels(decode_pictures(batch["picture"])), asked)
+        table = [row | {"encoder": self._name} | asdict(score) for row, score in zip(rows, scores, strict=True)]
+        return pa.Table.from_pylist(table, SCHEMA)
+
+
+@ray.remote(num_cpus=0.9)
+def make_ruler(
+    scorer: Scorer,
+    pool: Pool,
+    references: Sequence[Reference],
+    prompts: Sequence[EvaluationPrompt],
+    gallery: Gallery | None,
+) -> Ruler:
+    """The ruler of an encoder, made where the encoder may be loaded."""
+    return Ruler(scorer.load(pool), references, prompts, gallery)
+
+
+def score(
+    pictures: Path,
+    scorers: Sequence[Scorer],
+    references: Sequence[Reference],
+    prompts: Sequence[EvaluationPrompt],
+    gallery: Path | None,
+    pool: Pool,
+    out: Path,
+) -> None:
+    """Score the table `pictures` by every scorer, and write the table `out`."""
+    partial = out.with_suffix(".partial")
+    with pq.ParquetWriter(partial, SCHEMA) as writer:
+        for scorer in scorers:
+            shown = None if gallery is None else read_gallery(gallery, prompts, scorer, pool)
+            options = {"num_gpus": pool.gpus} if pool.gpus else {}
+            ruler = make_ruler.options(**options).remote(scorer, pool, references, prompts, shown)
+            # Waited for here: it would hold a core that the pool's workers wait for.
+            ray.wait([ruler], fetch_local=False)
+            scored = ray.data.read_parquet(str(pictures)).map_batches(
+                Measure, fn_constructor_args=(scorer, pool, [ruler]), **pool.options
+            )
+            for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+                writer.write_table(table.select(SCHEMA.names).cast(SCHEMA))
+    partial.replace(out)
+
+
+def read_gallery(path: Path, prompts: Sequence[EvaluationPrompt], scorer: Scorer, pool: Pool) -> Gallery:
+    """The gallery as an encoder sees it; its features are kept beside it.
+
+    The first picture of each drawing and prompt is left out: it stands for a method (see `pictures.SCENES`).
+    """
+    features = _features(path, scorer, pool)
+    wanted = {prompt.id for prompt in prompts}
+    table = pq.read_table(features, filters=[("number", ">", 0)])
+    rows = [
+        (Design(row["design"], row["class_name"], row["object_id"]), row["prompt_id"])
+        for row in table.drop_columns("features").to_pylist()
+    ]
+    kept = [index for index, (_, prompt) in enumerate(rows) if prompt in wanted]
+    values = np.stack(table["features"].to_numpy())[kept]
+    return Gallery.of([rows[index] for index in kept], values)
+
+
+def _features(path: Path, scorer: Scorer, pool: Pool) -> Path:
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    name = identify(scorer.name, scorer.fingerprint)
+    key = hashlib.sha256(f"{content}:{name}".encode()).hexdigest()[:12]
+    out = path.with_name(f"{path.stem}-{re.sub(r'[^A-Za-z0-9]+', '-', scorer.name)}-{key}.parquet")
+    if not out.is_file():
+        embedded = ray.data.read_parquet(str(path)).map_batches(
+            Embed, fn_constructor_args=(scorer, pool), **pool.options
+        )
+        tables = list(embedded.iter_batches(batch_size=None, batch_format="pyarrow"))
+        partial = out.with_suffix(".partial")
+        pq.write_table(pa.concat_tables(tables), partial)
+        partial.replace(out)
+    return out
