@@ -26,11 +26,7 @@ from objdrive.scores import Array, best_match, unit
 
 Kind = Literal["context", "size", "style", "pair"]
 
-WINDOWS = (
-    (0.0, 0.0, 1.0),
-    (0.1, 0.1, 0.8),
-    *((x, y, 0.6) for x, y in ((0.2, 0.2), (0, 0.2), (0.4, 0.2), (0.2, 0), (0.2, 0.4))),
-)
+WINDOWS = ((0.0, 0.0, 1.0), (0.1, 0.1, 0.8), (0.2, 0.2, 0.6), (0.0, 0.2, 0.6), (0.4, 0.2, 0.6))
 """Where an object may be in a drawn picture: (left, top, side) in parts of its edge; the first is all of it."""
 
 _CROP_FILL = 0.8
