@@ -141,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance-scale", type=float, help="(what suits the base)")
     parser.add_argument("--grids", type=int, default=12, help="objects whose pictures the page shows (12)")
     parser.add_argument("--workers", type=int, help="processes that draw and score (one per GPU, or per core)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for tables, plots and page")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for tables, plots and page, which all nodes see"
+    )
     return parser
 
 

@@ -33,6 +33,7 @@ CONTROLS = (COPY, SCENES)
 """Methods that calibrate the ruler: the input photo for every prompt; composed scenes, the best that can be drawn."""
 
 _ROWS_PER_BATCH = 64
+_READER_CPUS = 0.05
 _KEY = b"objdrive"
 SCHEMA = pa.schema(
     [
@@ -196,6 +197,11 @@ def control_pictures(
     return [row for row in rows if row["object_id"] in known]
 
 
+def read_table(path: Path) -> ray.data.Dataset:
+    """A Parquet file as a dataset, whose readers fit in beside a pool that holds the cores."""
+    return ray.data.read_parquet(str(path), num_cpus=_READER_CPUS)
+
+
 class Draw:
     """Ray Data's worker that draws rows with the base and their adapters."""
 
@@ -276,9 +282,10 @@ def draw(
 def _drawn(rows: Sequence[dict[str, Any]], drawing: Drawing, pool: Pool) -> Iterator[pa.Table]:
     if not rows:
         return
-    asked = ray.data.from_arrow(pa.Table.from_pylist(list(rows), pa.schema(list(SCHEMA)[:-1])))
-    blocks = max(1, len(rows) // _ROWS_PER_BATCH)
-    drawn = asked.repartition(blocks).map_batches(Draw, fn_constructor_args=(drawing, pool), **pool.options)
+    asked = pa.Table.from_pylist(list(rows), pa.schema(list(SCHEMA)[:-1]))
+    # Blocks at hand: tasks that made them would wait for the cores that the pool holds.
+    blocks = [asked.slice(first, _ROWS_PER_BATCH) for first in range(0, len(rows), _ROWS_PER_BATCH)]
+    drawn = ray.data.from_arrow(blocks).map_batches(Draw, fn_constructor_args=(drawing, pool), **pool.options)
     for table in drawn.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield table.select(SCHEMA.names).cast(SCHEMA)
 

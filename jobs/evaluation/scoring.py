@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from jobs.evaluation.pictures import Pool, decode_pictures
+from jobs.evaluation.pictures import Pool, decode_pictures, read_table
 from objdrive.encoders import identify, load_encoder
 from objdrive.evaluate import METRICS, Asked, Design, EvaluationPrompt, Gallery, Reference, Ruler, as_pixels, embed
 
@@ -98,7 +98,7 @@ def score(
             ruler = make_ruler.options(**options).remote(scorer, pool, references, prompts, shown)
             # Waited for here: it would hold a core that the pool's workers wait for.
             ray.wait([ruler], fetch_local=False)
-            scored = ray.data.read_parquet(str(pictures)).map_batches(
+            scored = read_table(pictures).map_batches(
                 Measure, fn_constructor_args=(scorer, pool, [ruler]), **pool.options
             )
             for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -130,9 +130,7 @@ def _features(path: Path, scorer: Scorer, pool: Pool) -> Path:
     key = hashlib.sha256(f"{content}:{name}".encode()).hexdigest()[:12]
     out = path.with_name(f"{path.stem}-{re.sub(r'[^A-Za-z0-9]+', '-', scorer.name)}-{key}.parquet")
     if not out.is_file():
-        embedded = ray.data.read_parquet(str(path)).map_batches(
-            Embed, fn_constructor_args=(scorer, pool), **pool.options
-        )
+        embedded = read_table(path).map_batches(Embed, fn_constructor_args=(scorer, pool), **pool.options)
         tables = list(embedded.iter_batches(batch_size=None, batch_format="pyarrow"))
         partial = out.with_suffix(".partial")
         pq.write_table(pa.concat_tables(tables), partial)
