@@ -199,7 +199,7 @@ def control_pictures(
 
 def read_table(path: Path) -> ray.data.Dataset:
     """A Parquet file as a dataset, whose readers fit in beside a pool that holds the cores."""
-    return ray.data.read_parquet(str(path), num_cpus=_READER_CPUS)
+    return ray.data.read_parquet(str(path), num_cpus=_READER_CPUS, partitioning=None)
 
 
 class Draw:
