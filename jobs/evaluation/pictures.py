@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +78,11 @@ class Pool:
     workers: int
     gpus: float
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """As Ray Data's `map_batches` takes it."""
+    def options(self, rows: int) -> dict[str, Any]:
+        """As Ray Data's `map_batches` takes it for so many rows."""
+        batches = max(1, math.ceil(rows / _ROWS_PER_BATCH))
         return {
-            "compute": ray.data.ActorPoolStrategy(size=self.workers),
+            "compute": ray.data.ActorPoolStrategy(size=min(self.workers, batches)),
             "num_cpus": 0.9,
             "num_gpus": self.gpus,
             "batch_size": _ROWS_PER_BATCH,
@@ -285,7 +286,9 @@ def _drawn(rows: Sequence[dict[str, Any]], drawing: Drawing, pool: Pool) -> Iter
     asked = pa.Table.from_pylist(list(rows), pa.schema(list(SCHEMA)[:-1]))
     # Blocks at hand: tasks that made them would wait for the cores that the pool holds.
     blocks = [asked.slice(first, _ROWS_PER_BATCH) for first in range(0, len(rows), _ROWS_PER_BATCH)]
-    drawn = ray.data.from_arrow(blocks).map_batches(Draw, fn_constructor_args=(drawing, pool), **pool.options)
+    drawn = ray.data.from_arrow(blocks).map_batches(
+        Draw, fn_constructor_args=(drawing, pool), **pool.options(len(rows))
+    )
     for table in drawn.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield table.select(SCHEMA.names).cast(SCHEMA)
 

@@ -99,7 +99,9 @@ def score(
             # Waited for here: it would hold a core that the pool's workers wait for.
             ray.wait([ruler], fetch_local=False)
             scored = read_table(pictures).map_batches(
-                Measure, fn_constructor_args=(scorer, pool, [ruler]), **pool.options
+                Measure,
+                fn_constructor_args=(scorer, pool, [ruler]),
+                **pool.options(pq.read_metadata(pictures).num_rows),
             )
             for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
                 writer.write_table(table.select(SCHEMA.names).cast(SCHEMA))
