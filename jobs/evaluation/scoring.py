@@ -132,7 +132,9 @@ def _features(path: Path, scorer: Scorer, pool: Pool) -> Path:
     key = hashlib.sha256(f"{content}:{name}".encode()).hexdigest()[:12]
     out = path.with_name(f"{path.stem}-{re.sub(r'[^A-Za-z0-9]+', '-', scorer.name)}-{key}.parquet")
     if not out.is_file():
-        embedded = read_table(path).map_batches(Embed, fn_constructor_args=(scorer, pool), **pool.options)
+        embedded = read_table(path).map_batches(
+            Embed, fn_constructor_args=(scorer, pool), **pool.options(pq.read_metadata(path).num_rows)
+        )
         tables = list(embedded.iter_batches(batch_size=None, batch_format="pyarrow"))
         partial = out.with_suffix(".partial")
         pq.write_table(pa.concat_tables(tables), partial)
