@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ray
+from transformers.utils.logging import disable_progress_bar
 
 # So that ``python jobs/evaluate.py`` finds the packages beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,6 +41,7 @@ ENCODERS = ("imagenet", "clip")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; the exit status."""
     options = _parser().parse_args(arguments)
+    disable_progress_bar()
     try:
         _evaluate(options)
     except ObjdriveError as error:

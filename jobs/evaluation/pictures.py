@@ -80,9 +80,8 @@ class Pool:
 
     def options(self, rows: int) -> dict[str, Any]:
         """As Ray Data's `map_batches` takes it for so many rows."""
-        batches = max(1, math.ceil(rows / _ROWS_PER_BATCH))
         return {
-            "compute": ray.data.ActorPoolStrategy(size=min(self.workers, batches)),
+            "compute": ray.data.ActorPoolStrategy(size=min(self.workers, _batches(rows))),
             "num_cpus": 0.9,
             "num_gpus": self.gpus,
             "batch_size": _ROWS_PER_BATCH,
@@ -199,8 +198,13 @@ def control_pictures(
 
 
 def read_table(path: Path) -> ray.data.Dataset:
-    """A Parquet file as a dataset, whose readers fit in beside a pool that holds the cores."""
-    return ray.data.read_parquet(str(path), num_cpus=_READER_CPUS, partitioning=None)
+    """A Parquet file as a dataset: a block for each batch, its reader fits in beside a pool that holds the cores."""
+    blocks = _batches(pq.read_metadata(path).num_rows)
+    return ray.data.read_parquet(str(path), num_cpus=_READER_CPUS, partitioning=None, override_num_blocks=blocks)
+
+
+def _batches(rows: int) -> int:
+    return max(1, math.ceil(rows / _ROWS_PER_BATCH))
 
 
 class Draw:
