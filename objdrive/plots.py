@@ -10,8 +10,8 @@ from objdrive.errors import ObjdriveError
 from objdrive.scores import pareto_front
 from objdrive.summary import Figure
 
-_SIZE = (6.4, 4.8)
-_NUDGE = (5, 5)
+_SIZE = (8.0, 4.8)
+_MARKERS = "osD^vP*X<>"
 
 
 def plot_trade(
@@ -43,9 +43,11 @@ def plot_trade(
             contenders = [name for name in points if name not in controls]
             _front(axes, [points[name] for name in contenders])
             for number, name in enumerate(contenders):
-                _point(axes, name, points[name], f"C{number % 10}")
+                _point(axes, name, points[name], f"C{number % 10}", _MARKERS[number % len(_MARKERS)])
             for name in controls:
-                _point(axes, name, points[name], "0.6")
+                _point(axes, name, points[name], "0.6", _MARKERS[list(controls).index(name)])
+            # Labels beside the points would lie over each other: good methods lie close together.
+            picture.legend(loc="outside right upper", fontsize=9)
             axes.set_xlabel(labels[0])
             axes.set_ylabel(labels[1])
             axes.set_title(title)
@@ -61,10 +63,10 @@ def _front(axes: Any, points: Sequence[tuple[Figure, Figure]]) -> None:
     places = np.array([(x.value, y.value) for x, y in points])
     best = places[pareto_front(places)]
     best = best[np.argsort(best[:, 0])]
-    axes.plot(best[:, 0], best[:, 1], linestyle="--", linewidth=1, color="0.4", zorder=1)
+    axes.plot(best[:, 0], best[:, 1], linestyle="--", linewidth=1, color="0.4", zorder=1, label="Pareto front")
 
 
-def _point(axes: Any, name: str, point: tuple[Figure, Figure], colour: str) -> None:
+def _point(axes: Any, name: str, point: tuple[Figure, Figure], colour: str, marker: str) -> None:
     x, y = point
     axes.errorbar(
         x.value,
@@ -72,12 +74,12 @@ def _point(axes: Any, name: str, point: tuple[Figure, Figure], colour: str) -> N
         # A percentile interval may leave a skewed figure outside.
         xerr=[[max(0.0, x.value - x.low)], [max(0.0, x.high - x.value)]],
         yerr=[[max(0.0, y.value - y.low)], [max(0.0, y.high - y.value)]],
-        fmt="o",
+        fmt=marker,
+        label=name,
         color=colour,
         elinewidth=0.8,
         capsize=2,
     )
-    axes.annotate(name, (x.value, y.value), textcoords="offset points", xytext=_NUDGE, fontsize=9, color=colour)
 
 
 def _save(picture: Any, kind: str) -> bytes:
