@@ -10,7 +10,8 @@ from objdrive.report import Picture, figure, page
 _STYLE = """
 .grid { overflow-x: auto; } .grid table { width: auto; } .grid td, .grid th { padding: .15rem; border: 0; }
 .grid th { font-weight: normal; font-size: .75rem; color: var(--muted); vertical-align: middle; max-width: 96px; }
-.grid img { width: 96px; height: 96px; image-rendering: auto; } .scores td + td { font-variant-numeric: tabular-nums; }
+.grid img { width: 96px; height: 96px; image-rendering: auto; } .scores th, .scores td { overflow-wrap: normal; }
+.scores td + td { font-variant-numeric: tabular-nums; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; } .plots img { width: 36rem; max-width: 100%; height: auto;
 background: #fff; }
 """

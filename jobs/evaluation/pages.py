@@ -1,7 +1,7 @@
 """What an evaluation leaves: the table of figures, the plots and the page."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from jobs.evaluation.pictures import CONTROLS, COPY
+from jobs.evaluation.pictures import BASE_ALONE, CONTROLS, COPY
 from objdrive.evaluate import METRICS, EvaluationPrompt
 from objdrive.grids import ObjectGrid, Table, render_grids
 from objdrive.plots import plot_trade
@@ -33,11 +33,15 @@ _NAMES = {
 
 
 def by_method(scores: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Scores by method, in the order in which methods first come."""
+    """Scores by method: the base alone first, then methods as they first come, then what calibrates the ruler."""
     grouped: dict[str, list[Mapping[str, Any]]] = {}
     for row in scores:
         grouped.setdefault(row["method"], []).append(row)
-    return grouped
+    return {method: grouped[method] for method in _in_order(grouped)}
+
+
+def _in_order(methods: Iterable[str]) -> list[str]:
+    return sorted(methods, key=lambda method: (method in CONTROLS, method != BASE_ALONE))
 
 
 def choose_trades(scores: Sequence[Mapping[str, Any]]) -> list[Trade]:
@@ -192,8 +196,8 @@ def _grids(pictures: Sequence[Path], prompts: Sequence[EvaluationPrompt], shown:
             words[one],
             photos.get(one, b""),
             {
-                method: [by_place.get(place, b"") for place in range(len(prompts))]
-                for method, by_place in cells.get(one, {}).items()
+                method: [cells[one][method].get(place, b"") for place in range(len(prompts))]
+                for method in _in_order(cells.get(one, {}))
             },
         )
         for one in sorted(words)

@@ -212,6 +212,11 @@ def test_trades_take_the_encoder_without_a_part_in_the_base():
     assert choose_trades([_score("paper", "a", "dino")]) == []
 
 
+def test_the_base_comes_first_and_controls_come_last():
+    rows = [_score(method, "a", "clip") for method in ("copy", "paper", "scenes", BASE_ALONE, "lora")]
+    assert list(by_method(rows)) == [BASE_ALONE, "paper", "lora", "copy", "scenes"]
+
+
 def test_the_summary_holds_every_figure_once():
     rows = summarise(SCORED)
     keys = [(row["method"], row["encoder"], row["metric"], row["kind"]) for row in rows]
