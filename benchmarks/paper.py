@@ -239,6 +239,10 @@ def _figures(rows: Sequence[Mapping[str, Any]], trade: Trade) -> list[str]:
     for method, one in figures.items():
         cells = " | ".join(_cell(one[name]) for name in ("fidelity", "generalization", "scalarised"))
         lines.append(f"| {method} | {cells} | {one['scalarised'].objects} | {'yes' if method in front else ''} |")
+    if OURS in contenders:
+        ours = np.array(points[contenders.index(OURS)])
+        ahead = [method for method, place in zip(contenders, points, strict=True) if (np.array(place) > ours).all()]
+        lines += ["", f"Better than `{OURS}` on both axes: {', '.join(ahead) or 'none'}."]
     return lines
 
 
