@@ -20,7 +20,7 @@ PROMPTS = """
 - {id: night, kind: context, text: "a photo of {} in the night sky", shows: {context: in the night sky}}
 """
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def job(cluster, tmp_path, tiny64, put_adapter):
             env={**os.environ, "RAY_ADDRESS": cluster},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=300,
             check=False,
         )
 
