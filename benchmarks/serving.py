@@ -7,7 +7,6 @@ Prints the medians over rounds in which the servers take turns.
 
 import argparse
 import itertools
-import json
 import random
 import statistics
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from matplotlib import pyplot
 from transformers.utils import logging as transformers_logging
 
 from objdrive.adapter import Adapter, adapter_files
@@ -199,7 +199,7 @@ def compare_servers(
     print(f"mixed batches against one object a batch, at 8 clients: {spread(against_alone)}")
 
 
-def sweep(mixed: Engine, keys: Sequence[ArtifactKey], out: Path | None) -> None:
+def sweep(mixed: Engine, keys: Sequence[ArtifactKey]) -> list[dict[str, float]]:
     rows = []
     print("clients   per second   p50 s   p95 s   p99 s")
     for clients in (1, 2, 4, 8, 16, 32):
@@ -207,8 +207,23 @@ def sweep(mixed: Engine, keys: Sequence[ArtifactKey], out: Path | None) -> None:
         row = [seen.per_second, *(seen.percentile(share) for share in (0.5, 0.95, 0.99))]
         print(f"{clients:7}   {row[0]:10.2f}   {row[1]:5.2f}   {row[2]:5.2f}   {row[3]:5.2f}", flush=True)
         rows.append(dict(zip(("clients", "per_second", "p50", "p95", "p99"), [clients, *row], strict=True)))
-    if out:
-        out.write_text(json.dumps(rows, indent=2))
+    return rows
+
+
+def plot(rows: Sequence[dict[str, float]], path: Path) -> None:
+    figure, (throughput, latency) = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    clients = [row["clients"] for row in rows]
+    throughput.plot(clients, [row["per_second"] for row in rows], marker="o")
+    throughput.set(ylabel="pictures a second", ylim=(0, None))
+    for name in ("p50", "p95", "p99"):
+        latency.plot(clients, [row[name] for row in rows], marker="o", label=name)
+    latency.set(ylabel="seconds a picture", ylim=(0, None))
+    latency.legend()
+    for axes in (throughput, latency):
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="clients", xticks=clients, xticklabels=[str(count) for count in clients])
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -217,8 +232,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=64, help="in a round's mix")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sweep", action="store_true", help="1 to 32 clients as well")
-    parser.add_argument("--out", type=Path, help="write the sweep's numbers there, as JSON")
+    parser.add_argument("--sweep", type=Path, metavar="PNG", help="1 to 32 clients as well, plotted there")
     arguments = parser.parse_args()
     for logging in (diffusers_logging, transformers_logging):
         logging.disable_progress_bar()
@@ -234,7 +248,7 @@ def main() -> None:
             compare_swaps(stock, keys, arguments.rounds)
             compare_servers(stock, mixed, alone, keys, arguments.rounds, arguments.requests)
             if arguments.sweep:
-                sweep(mixed, keys, arguments.out)
+                plot(sweep(mixed, keys), arguments.sweep)
 
 
 if __name__ == "__main__":
