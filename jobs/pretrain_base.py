@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ray
 from safetensors.torch import load_file
+from transformers.utils.logging import disable_progress_bar
 
 # So that ``python jobs/pretrain_base.py`` finds the packages beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.resume:
             _refuse_to_overwrite(folders, stages)
         connect()
+        disable_progress_bar()
         for stage in stages:
             _run_stage(stage, config, folders, options)
     except ObjdriveError as error:

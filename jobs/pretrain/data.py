@@ -55,19 +55,22 @@ def make_data(config: Config, folders: Folders) -> None:
         if not folder.exists():
             # Under another name until it is whole: a folder that is there is taken as complete.
             partial = folder.with_suffix(".partial")
-            numbers = ray.data.range(count, override_num_blocks=max(1, count // _BLOCK))
+            blocks = max(1, count // _BLOCK)
+            numbers = ray.data.range(count, override_num_blocks=blocks)
             made = numbers.map_batches(
                 Compose,
                 fn_constructor_args=(folders.sprites, use, config.resolution, seed),
                 batch_size=256,
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=_composers()),
+                compute=pool(blocks),
             )
             made.write_parquet(str(partial), mode=ray.data.SaveMode.OVERWRITE)
             partial.rename(folder)
 
 
-def _composers() -> int:
-    return max(1, int(ray.cluster_resources()["CPU"]) - 1)
+def pool(blocks: int) -> ray.data.ActorPoolStrategy:
+    """As many workers as there are cores for, one left for the rest, and no more than there is work for."""
+    most = min(blocks, int(ray.cluster_resources()["CPU"]) - 1)
+    return ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, most))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from jobs.pretrain.clip import tokenize
 from jobs.pretrain.config import Config
-from jobs.pretrain.data import as_array, read_share
+from jobs.pretrain.data import as_array, pool, read_share
 from jobs.pretrain.loop import load_matching
 from jobs.pretrain.pictures import grid
 from jobs.pretrain.settings import Folders
@@ -78,9 +78,7 @@ def make_latents(config: Config, folders: Folders) -> None:
                 fn_constructor_args=(folders.snapshot,),
                 batch_size=64,
                 batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(
-                    min_size=1, max_size=max(1, int(ray.cluster_resources()["CPU"]) - 1)
-                ),
+                compute=pool(len(list(scenes.glob("*.parquet")))),
             )
             encoded.write_parquet(str(partial), mode=ray.data.SaveMode.OVERWRITE)
             partial.rename(folder)
