@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,11 @@ class Effort:
     judged: int = 1024
     drawn: int = 4
     steps: int = 25
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """How every request is drawn."""
+        return {"steps": self.steps, "guidance_scale": GUIDANCE}
 
 
 class Judge:
@@ -140,11 +146,11 @@ def draw(base: Base, classes: Sequence[str], effort: Effort) -> Drawn:
         (label, (5 * label + 7 * turn) % len(names)) for turn in range(effort.drawn) for label in range(len(classes))
     ]
     requests = [
-        Request(f"a photo of {with_article(classes[label])} {names[context]}", seed)
+        Request(f"a photo of {with_article(classes[label])} {names[context]}", seed, **effort.drawing)
         for seed, (label, context) in enumerate(wanted)
     ]
     labels, contexts = zip(*wanted, strict=True)
-    return Drawn(_draw(base, requests, effort.steps), list(labels), list(contexts))
+    return Drawn(_draw(base, requests), list(labels), list(contexts))
 
 
 def draw_alike(base: Base, classes: Sequence[str], effort: Effort) -> Tensor:
@@ -152,18 +158,16 @@ def draw_alike(base: Base, classes: Sequence[str], effort: Effort) -> Tensor:
     words = classes[:: max(1, len(classes) // 12)][:12]
     names = list(CONTEXTS)
     requests = [
-        Request(f"a photo of {with_article(word)} {names[(3 * turn) % len(names)]}", 1000 + seed)
+        Request(f"a photo of {with_article(word)} {names[(3 * turn) % len(names)]}", 1000 + seed, **effort.drawing)
         for turn, word in enumerate(words)
         for seed in range(_ALIKE)
     ]
-    pictures = _draw(base, requests, effort.steps)
+    pictures = _draw(base, requests)
     return pictures.view(len(words), _ALIKE, *pictures.shape[1:])
 
 
-def _draw(base: Base, requests: list[Request], steps: int) -> Tensor:
-    batches = (requests[first : first + _CHUNK] for first in range(0, len(requests), _CHUNK))
-    pictures = [each for some in batches for each in draw_pictures(base, some, steps=steps, guidance_scale=GUIDANCE)]
-    return torch.stack([as_tensor(picture) for picture in pictures])
+def _draw(base: Base, requests: list[Request]) -> Tensor:
+    return torch.stack([as_tensor(picture) for picture in draw_pictures(base, requests)])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from objdrive.base import Base
 from objdrive.sampler import Request, draw_pictures
@@ -40,11 +39,12 @@ def test_all_stages_make_a_base_and_more_workers_go_on_from_a_checkpoint(cluster
     assert made.returncode == 0, made.stderr
     base = Base.load(str(out / "snapshot"), device="cpu")
     assert base.files.classes == {"apple", "book", "kite"}
-    (picture,) = draw_pictures(base, [Request("a photo of a kite on grass", 0)], steps=2, guidance_scale=2.0)
+    request = Request("a photo of a kite on grass", 0, steps=2, guidance_scale=2.0)
+    (picture,) = draw_pictures(base, [request])
     assert picture.size == (32, 32)
     for stage in ("vae", "clip", "unet"):
         assert steps(out, stage)[-1] > 0
-        assert Image.open(out / stage / "curve.png").size[0] > 0
+        assert (out / stage / "curve.png").is_file()
         assert list((out / stage).glob("samples-*.png"))
 
     before, weights = steps(out, "unet")[-1], base.unet.conv_in.weight
