@@ -236,6 +236,7 @@ def test_binary_columns_are_read_across_chunks_and_slices():
     assert (as_array(column, np.float16) == np.stack(rows[1:5])).all()
 
 
+@pytest.mark.cluster
 def test_a_judge_recognises_what_it_learned(sprites):
     judge = Judge(sprites, 32, Effort(taught=31))
     composer = Composer(sprites.only("train"), 32, Mix(pair=0, style=0, tint=0, small=0))
@@ -255,6 +256,7 @@ def test_a_configuration_with_an_unknown_field_is_refused(tmp_path):
         read_config("none-such")
 
 
+@pytest.mark.cluster
 def test_bases_are_judged_on_the_same_scenes(sprites, tiny64, tmp_path):
     effort = Effort(taught=8, judged=16, drawn=1, steps=2)
     figures = judge([tiny64], sprites, effort, tmp_path)

@@ -51,6 +51,7 @@ def started():
         process.communicate()
 
 
+@pytest.mark.cluster
 def test_serves_and_finishes_what_it_draws_when_told_to_stop(started, tmp_path, small_base, capsys):
     store = ArtifactStore(str(tmp_path / "store"))
     commit(store, small_base, "mug-1")
