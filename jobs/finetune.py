@@ -1,6 +1,5 @@
 """What a worker does with a lease: read, fine-tune as one group, draw previews, commit."""
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,7 +28,7 @@ from objdrive.bank import AdapterBank
 from objdrive.base import TOKEN_MARK, Base
 from objdrive.class_pictures import ClassPictures, seed_of
 from objdrive.errors import ObjdriveError, RowError
-from objdrive.images import Photo, masks_overlap
+from objdrive.images import Photo, encode_picture, masks_overlap
 from objdrive.personalize import (
     Diverged,
     FineTuned,
@@ -276,6 +275,4 @@ def _thumbnail(pixels: np.ndarray) -> Image.Image:
 
 
 def _webp(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=90)
-    return buffer.getvalue()
+    return encode_picture(picture, "WEBP", quality=90)

@@ -28,6 +28,11 @@ class Adapter:
     lora: dict[str, Tensor]
     embedding: Tensor
 
+    @property
+    def rank(self) -> int:
+        """The highest rank of its layers; 0 without LoRA."""
+        return max((len(tensor) for key, tensor in self.lora.items() if key.endswith(_LORA_A)), default=0)
+
 
 def adapter_files(adapter: Adapter, *, token: str) -> dict[str, bytes]:
     """Return the adapter's files by name, as ``load_lora_weights`` and ``load_textual_inversion`` read them.

@@ -265,12 +265,8 @@ class Base:
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(N, D) projected image embeddings of pixels (N, 3, R, R) in [0, 1]."""
-        size = self.image_encoder.config.image_size
-        if pixels.shape[-1] != size:
-            pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        mean = torch.tensor(OPENAI_CLIP_MEAN, device=self.device).view(3, 1, 1)
-        std = torch.tensor(OPENAI_CLIP_STD, device=self.device).view(3, 1, 1)
-        embedded: Tensor = self.image_encoder((pixels - mean) / std).image_embeds
+        prepared = prepare_pixels(pixels, self.image_encoder.config.image_size, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        embedded: Tensor = self.image_encoder(prepared).image_embeds
         return embedded
 
     @torch.no_grad()
@@ -290,6 +286,21 @@ class Base:
         dtype = self.unet.dtype
         output: Tensor = self.unet(latents.to(dtype), timesteps, states.to(dtype)).sample
         return output.float()
+
+
+def prepare_pixels(pixels: Tensor, edge: int, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
+    """(N, 3, edge, edge) as an image encoder takes them, of pictures (N, 3, H, W) in [0, 1].
+
+    Args:
+        pixels: the pictures.
+        edge: what the encoder looks at.
+        mean: of each colour, where the encoder was trained.
+        deviation: of each colour, there.
+    """
+    if pixels.shape[-2:] != (edge, edge):
+        pixels = F.interpolate(pixels, size=(edge, edge), mode="bicubic", antialias=True).clamp(0, 1)
+    shape = (3, 1, 1)
+    return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(deviation).view(shape)
 
 
 def _locate(name: str, patterns: list[str]) -> Path:

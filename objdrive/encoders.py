@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 from transformers.image_utils import (
@@ -14,7 +13,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from objdrive.base import Base
+from objdrive.base import Base, prepare_pixels
 from objdrive.errors import ObjdriveError
 from objdrive.imagenet import ImageNetEncoder
 
@@ -68,13 +67,6 @@ def identify(name: str, base_fingerprint: str) -> str:
     return f"{name}@{base_fingerprint}" if name == "clip" else name
 
 
-def _prepare(pixels: Tensor, edge: int, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
-    if pixels.shape[-2:] != (edge, edge):
-        pixels = F.interpolate(pixels, size=(edge, edge), mode="bicubic", antialias=True).clamp(0, 1)
-    shape = (3, 1, 1)
-    return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(deviation).view(shape)
-
-
 class _WithoutText:
     reads_text = False
 
@@ -115,7 +107,7 @@ class _Clip:
 
     @torch.no_grad()
     def images(self, pixels: Tensor) -> Tensor:
-        prepared = _prepare(pixels.to(self._device), self._edge, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        prepared = prepare_pixels(pixels.to(self._device), self._edge, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         pooled = self._model.vision_model(prepared).pooler_output
         features: Tensor = self._model.visual_projection(pooled)
         return features
@@ -140,6 +132,6 @@ class _Dino(_WithoutText):
 
     @torch.no_grad()
     def images(self, pixels: Tensor) -> Tensor:
-        prepared = _prepare(pixels.to(self._device), self._edge, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        prepared = prepare_pixels(pixels.to(self._device), self._edge, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         features: Tensor = self._model(pixel_values=prepared).last_hidden_state[:, 0]
         return features

@@ -23,6 +23,7 @@ from objdrive.encoders import Encoder
 from objdrive.errors import ObjdriveError
 from objdrive.images import Photo, cut, object_alone, object_window, whole_window
 from objdrive.scores import Array, best_match, unit
+from objdrive.views import as_pixels
 
 Kind = Literal["context", "size", "style", "pair"]
 
@@ -326,11 +327,6 @@ def embed(encoder: Encoder, pixels: Tensor) -> Array:
     """(N, D) features of unit length of pictures (N, 3, R, R) in [0, 1]."""
     features = torch.cat([encoder.images(some) for some in pixels.split(_CHUNK)])
     return unit(features.float().cpu().numpy())
-
-
-def as_pixels(pictures: NDArray[np.uint8]) -> Tensor:
-    """(N, 3, H, W) in [0, 1] of pictures (N, H, W, 3) uint8."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
 
 
 def _know(encoder: Encoder, reference: Reference) -> _Known:

@@ -6,14 +6,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from objdrive.adapter import parse_adapter
-from objdrive.artifact import (
-    ArtifactMetadata,
-)
+from objdrive.artifact import ArtifactMetadata
 from objdrive.bank import AdapterBank
-from objdrive.base import TOKEN_MARK, Base
+from objdrive.base import Base
 from objdrive.errors import ObjdriveError
 from objdrive.recipe import Recipe
-from objdrive.sampler import Request, draw_pictures
+from objdrive.sampler import Request, draw_pictures, marked_phrase
 from objdrive.store import ArtifactStore
 
 
@@ -54,7 +52,7 @@ def generate(
     adapter = parse_adapter(files, token=metadata.token)
     recipe = _drawing_recipe(metadata, sample_steps=steps, guidance_scale=guidance_scale)
     loaded = _matching_base(metadata, base, clip)
-    phrase = metadata.phrase.replace(metadata.token, TOKEN_MARK)
+    phrase = marked_phrase(metadata)
     with AdapterBank(loaded.unet, slots=1, rank=recipe.rank) as bank:
         bank.load(0, adapter.lora)
         requests = [

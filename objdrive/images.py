@@ -420,3 +420,10 @@ class _Span:
         wanted = np.arange(low, high)
         sources = np.clip(wanted, 0, extent - 1)
         return cls(first, last, sources, sources == wanted, edges[first] - low, edges[last] - low, inside)
+
+
+def encode_picture(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    """A picture as a file of that kind (``PNG``, ``WEBP``), with options of Pillow's writer."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()

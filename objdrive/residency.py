@@ -13,9 +13,10 @@ from torch import Tensor
 from objdrive.adapter import Adapter, parse_adapter
 from objdrive.artifact import EMBEDDING_FILE, LORA_FILE, ArtifactKey
 from objdrive.bank import AdapterBank
-from objdrive.base import TOKEN_MARK, Base
+from objdrive.base import Base
 from objdrive.errors import AdapterTooLarge, CorruptArtifact, ObjdriveError, WrongBase
 from objdrive.histogram import Histogram
+from objdrive.sampler import marked_phrase
 from objdrive.store import ArtifactStore
 
 Tier = Literal["bank", "host", "store"]
@@ -296,7 +297,7 @@ def load_artifact(base: Base, store: ArtifactStore, bank: AdapterBank, key: Arti
         raise CorruptArtifact(f"the artifact {key}: {error}") from error
     return Loaded(
         key=key,
-        phrase=metadata.phrase.replace(metadata.token, TOKEN_MARK),
+        phrase=marked_phrase(metadata),
         class_name=metadata.class_name,
         lora_sha256=metadata.files[LORA_FILE].sha256 if LORA_FILE in metadata.files else "",
         adapter=adapter,
@@ -304,9 +305,10 @@ def load_artifact(base: Base, store: ArtifactStore, bank: AdapterBank, key: Arti
 
 
 def _check_rank(key: ArtifactKey, adapter: Adapter, bank: AdapterBank) -> None:
-    rank = max((tensor.shape[0] for name, tensor in adapter.lora.items() if ".lora_A." in name), default=0)
-    if rank > bank.rank:
-        raise AdapterTooLarge(f"the artifact {key} has rank {rank}, the bank takes {bank.rank}: give the bank more")
+    if adapter.rank > bank.rank:
+        raise AdapterTooLarge(
+            f"the artifact {key} has rank {adapter.rank}, the bank takes {bank.rank}: give the bank more"
+        )
 
 
 def _check_width(adapter: Adapter, base: Base) -> None:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from objdrive.artifact import ArtifactMetadata
 from objdrive.bank import AdapterBank
 from objdrive.base import TOKEN_MARK, Base
 from objdrive.errors import InvalidPrompt
@@ -61,6 +62,11 @@ class Sample:
     guidance_scale: float
     slots: Mapping[int, float]
     stepper: Stepper
+
+
+def marked_phrase(artifact: ArtifactMetadata) -> str:
+    """What ``{}`` becomes for an artifact, `TOKEN_MARK` standing for the learned token."""
+    return artifact.phrase.replace(artifact.token, TOKEN_MARK)
 
 
 def place_objects(prompt: str, class_names: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from objdrive.base import Base
@@ -99,7 +100,12 @@ def whole_picture(base: Base, scene: Scene) -> np.ndarray:
 
 def to_pixels(base: Base, pictures: Sequence[np.ndarray]) -> Tensor:
     """(N, 3, R, R) in [0, 1] on the base's device, of N pictures (R, R, 3) uint8."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(base.device, torch.float32) / 255
+    return as_pixels(np.stack(pictures)).to(base.device)
+
+
+def as_pixels(pictures: NDArray[np.uint8]) -> Tensor:
+    """(N, 3, H, W) in [0, 1] of pictures (N, H, W, 3) uint8."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
 
 
 def _cuts(base: Base, scene: Scene, recipe: Recipe, generator: torch.Generator) -> Iterator[_Cut]:

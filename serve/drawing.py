@@ -1,7 +1,6 @@
 """One drawing as a stream of events, from an engine in this process or in another."""
 
 import asyncio
-import io
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +11,7 @@ from objdrive.base import Base
 from objdrive.engine import Drawing, DrawRequest, Engine, Partial, Picture
 from objdrive.engine import Event as EngineEvent
 from objdrive.errors import ObjdriveError
+from objdrive.images import encode_picture
 from serve.errors import api_error
 
 BASE_ALONE = "base"
@@ -121,12 +121,9 @@ async def _told(drawing: Drawing) -> AsyncGenerator[EngineEvent, None]:
 def _encoded(event: EngineEvent, request: DrawRequest) -> Event:
     if isinstance(event, ObjdriveError):
         return _refused(event)
-    buffer = io.BytesIO()
     if isinstance(event, Partial):
-        event.image.save(buffer, "PNG")
-        return PartialPicture(event.index, buffer.getvalue())
-    event.image.save(buffer, "PNG", pnginfo=_facts(event, request))
-    return FinishedPicture(buffer.getvalue(), event.prompt)
+        return PartialPicture(event.index, encode_picture(event.image, "PNG"))
+    return FinishedPicture(encode_picture(event.image, "PNG", pnginfo=_facts(event, request)), event.prompt)
 
 
 def _facts(picture: Picture, request: DrawRequest) -> PngInfo:

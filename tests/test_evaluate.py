@@ -24,13 +24,13 @@ from objdrive.evaluate import (
     Gallery,
     Reference,
     Ruler,
-    as_pixels,
     cut_windows,
     embed,
     read_prompts,
 )
 from objdrive.images import decode_photo, object_alone
 from objdrive.sampler import Request, draw_pictures
+from objdrive.views import as_pixels
 
 CATALOG = Path(__file__).parents[1] / "examples" / "catalog"
 CONTEXTS = ("grass", "night", "cloth")

@@ -1,7 +1,6 @@
 """The evaluation set of the embedded base: drawings that it has never seen, as photos and as prompts ask for them."""
 
 import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from jobs.pretrain.sprites import Sprites
 from objdrive.class_pictures import seed_of
 from objdrive.errors import ObjdriveError
 from objdrive.evaluate import EvaluationPrompt, Shown
+from objdrive.images import encode_picture
 
 HALVES = Path(__file__).parent / "halves.yaml"
 PROMPTS = Path(__file__).parent / "prompts.yaml"
@@ -211,7 +211,7 @@ def _gallery(
                         "object_id": subject.object_id if row == subject.row else "",
                         "prompt_id": prompt.id,
                         "number": number,
-                        "picture": _png(pixels),
+                        "picture": encode_picture(Image.fromarray(pixels), "PNG"),
                     }
 
 
@@ -234,9 +234,3 @@ def _check(prompt: EvaluationPrompt, sprites: Sprites) -> None:
         fault = f"shows {shown.beside!r}, of which there is no drawing"
     if fault:
         raise ObjdriveError(f"the prompt {prompt.id!r} can't be composed: it {fault}")
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()

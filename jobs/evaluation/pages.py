@@ -12,6 +12,7 @@ from PIL import Image
 from jobs.evaluation.pictures import BASE_ALONE, CONTROLS, COPY
 from objdrive.evaluate import METRICS, EvaluationPrompt
 from objdrive.grids import ObjectGrid, Table, render_grids
+from objdrive.images import encode_picture
 from objdrive.plots import plot_trade
 from objdrive.scores import scalarise
 from objdrive.summary import Figure, Trade, figure, per_object
@@ -207,6 +208,4 @@ def _grids(pictures: Sequence[Path], prompts: Sequence[EvaluationPrompt], shown:
 def _webp(png: bytes) -> bytes:
     picture = Image.open(io.BytesIO(png))
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=90)
-    return buffer.getvalue()
+    return encode_picture(picture, "WEBP", quality=90)

@@ -19,12 +19,12 @@ from PIL import Image
 from objdrive.adapter import Adapter, parse_adapter
 from objdrive.artifact import ArtifactMetadata
 from objdrive.bank import AdapterBank
-from objdrive.base import TOKEN_MARK, Base
+from objdrive.base import Base
 from objdrive.class_pictures import seed_of
 from objdrive.errors import ObjdriveError
 from objdrive.evaluate import EvaluationPrompt, Reference
-from objdrive.images import SourceMark, decode_photo, read_source
-from objdrive.sampler import Request, draw_pictures
+from objdrive.images import SourceMark, decode_photo, encode_picture, read_source
+from objdrive.sampler import Request, draw_pictures, marked_phrase
 from objdrive.store import ArtifactStore
 
 BASE_ALONE = "base"
@@ -187,7 +187,7 @@ def control_pictures(
     texts = {prompt.id: prompt for prompt in prompts}
     for one in references:
         for row in _rows(COPY, one.object_id, one.class_name, prompts, 1, "", ""):
-            rows.append(row | {"picture": encode_png(one.whole)})
+            rows.append(row | {"picture": encode_picture(Image.fromarray(one.whole), "PNG")})
     if gallery is not None:
         for shown in pq.read_table(gallery, filters=[("number", "==", 0), ("object_id", "!=", "")]).to_pylist():
             if prompt := texts.get(shown["prompt_id"]):
@@ -231,14 +231,14 @@ class Draw:
         read = {key: _read_adapter(*key) for key in keys}
         # Methods without LoRA take no slot.
         taught = [key for key in keys if read[key][1].lora]
-        rank = max((_rank(read[key][1]) for key in taught), default=0)
+        rank = max((read[key][1].rank for key in taught), default=0)
         with AdapterBank(self._base.unet, slots=max(1, len(taught)), rank=rank) as bank:
             for slot, key in enumerate(taught):
                 bank.load(slot, read[key][1].lora)
             slots = {key: slot for slot, key in enumerate(taught)}
             requests = [self._request(row, read, slots) for row in rows]
             pictures = draw_pictures(self._base, requests, bank=bank)
-        drawn = [encode_png(np.asarray(picture)) for picture in pictures]
+        drawn = [encode_picture(picture, "PNG") for picture in pictures]
         return pa.Table.from_pylist([row | {"picture": png} for row, png in zip(rows, drawn, strict=True)], SCHEMA)
 
     def _request(
@@ -254,18 +254,13 @@ class Draw:
             return Request(row["text"], seed, (row["class_name"],), **how)
         key = (row["store"], row["object_id"], row["digest"])
         artifact, adapter = read[key]
-        phrase = artifact.phrase.replace(artifact.token, TOKEN_MARK)
         adapted = {slots[key]: 1.0} if key in slots else {}
-        return Request(row["text"], seed, (phrase,), (adapter.embedding,), adapted, **how)
+        return Request(row["text"], seed, (marked_phrase(artifact),), (adapter.embedding,), adapted, **how)
 
 
 def _read_adapter(store: str, object_id: str, digest: str) -> tuple[ArtifactMetadata, Adapter]:
     artifact, files = ArtifactStore(store).read(object_id, digest)
     return artifact, parse_adapter(files, token=artifact.token)
-
-
-def _rank(adapter: Adapter) -> int:
-    return max(len(value) for key, value in adapter.lora.items() if key.endswith("lora_A.weight"))
 
 
 def draw(
@@ -302,13 +297,6 @@ def _digest(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]], 
     for row in controls:
         digest.update(f"{row['method']}:{row['object_id']}:{row['prompt_id']}:".encode() + row["picture"])
     return digest.hexdigest().encode()
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 as PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def decode_pictures(column: pa.ChunkedArray) -> np.ndarray:

@@ -14,7 +14,8 @@ import ray
 
 from jobs.evaluation.pictures import Pool, decode_pictures, read_table
 from objdrive.encoders import identify, load_encoder
-from objdrive.evaluate import METRICS, Asked, Design, EvaluationPrompt, Gallery, Reference, Ruler, as_pixels, embed
+from objdrive.evaluate import METRICS, Asked, Design, EvaluationPrompt, Gallery, Reference, Ruler, embed
+from objdrive.views import as_pixels
 
 _KEPT = ("method", "object_id", "class_name", "prompt_id", "kind", "number")
 SCHEMA = pa.schema(

@@ -19,6 +19,7 @@ from jobs.pretrain.vae import psnr
 from objdrive.base import Base
 from objdrive.imagenet import ImageNetEncoder
 from objdrive.sampler import Request, draw_pictures
+from objdrive.views import as_pixels
 
 GUIDANCE = 4.0
 _PLAIN = Mix(pair=0, style=0, tint=0, word_alone=0, no_context=0)
@@ -65,7 +66,7 @@ class Judge:
         rng = np.random.default_rng((seed, 0))
         composer = Composer(sprites.only("train"), resolution, _PLAIN)
         scenes = _balanced(composer, rng, range(len(sprites.classes)), effort.taught)
-        features = self.features(torch.stack([_softened(scene, rng) for scene in scenes]))
+        features = self.features(as_pixels(np.stack([_softened(scene, rng) for scene in scenes])))
         self._mean, self._deviation = features.mean(dim=0), features.std(dim=0) + 1e-3
         known = self._scaled(features)
         self._class = _fit(known, torch.tensor([scene.label for scene in scenes]), len(sprites.classes))
@@ -92,16 +93,11 @@ def _balanced(composer: Composer, rng: np.random.Generator, labels: Sequence[int
     return [composer.compose(rng, label=label, context=context) for label, context in wanted]
 
 
-def _softened(scene: Scene, rng: np.random.Generator) -> Tensor:
+def _softened(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     picture = Image.fromarray(scene.pixels)
     if rng.random() < 0.5:
         picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, _BLUR) * picture.width / 64))
-    return as_tensor(picture)
-
-
-def as_tensor(picture: Image.Image | np.ndarray) -> Tensor:
-    """(3, n, n) in [0, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    return np.asarray(picture)
 
 
 def _fit(features: Tensor, labels: Tensor, count: int) -> nn.Linear:
@@ -167,7 +163,7 @@ def draw_alike(base: Base, classes: Sequence[str], effort: Effort) -> Tensor:
 
 
 def _draw(base: Base, requests: list[Request]) -> Tensor:
-    return torch.stack([as_tensor(picture) for picture in draw_pictures(base, requests)])
+    return as_pixels(np.stack([np.asarray(picture) for picture in draw_pictures(base, requests)]))
 
 
 @dataclass(frozen=True)
@@ -186,7 +182,7 @@ class Held:
         composer = Composer(sprites.only("held"), resolution)
         scenes = [composer.compose(np.random.default_rng((seed, number))) for number in range(count)]
         return cls(
-            torch.stack([as_tensor(scene.pixels) for scene in scenes]),
+            as_pixels(np.stack([scene.pixels for scene in scenes])),
             [scene.caption for scene in scenes],
             [scene.label for scene in scenes],
             [scene.context for scene in scenes],

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from jobs.evaluation.compose import PROMPTS, choose_subjects, read_halves, write_half
 from jobs.evaluation.pages import by_method, choose_trades, summarise, trade_figures, write_pages
@@ -16,7 +17,6 @@ from jobs.evaluation.pictures import (
     Pool,
     control_pictures,
     draw,
-    encode_png,
     find_artifacts,
     plan_drawing,
     read_reference,
@@ -28,6 +28,7 @@ from jobs.pretrain.sprites import Sprites, draw_sprites
 from objdrive.artifact import SourceRecord, Sources
 from objdrive.errors import ObjdriveError
 from objdrive.evaluate import EvaluationPrompt, Reference, read_prompts
+from objdrive.images import encode_picture
 from objdrive.store import ArtifactStore
 
 SHIPPED = read_prompts(PROMPTS)
@@ -230,7 +231,7 @@ def test_the_summary_holds_every_figure_once():
 
 
 def test_the_page_shows_every_method_and_loads_nothing(tmp_path):
-    picture = encode_png(np.full((8, 8, 3), 90, np.uint8))
+    picture = encode_picture(Image.fromarray(np.full((8, 8, 3), 90, np.uint8)), "PNG")
     rows = [
         {**{name: row.get(name, "") for name in SCHEMA.names}, "picture": picture, "text": "{}"}
         for row in SCORED
