@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from jobs.cluster import choose_workers, connect
+from jobs.command import absolute
 from jobs.fanout import Workers
 from jobs.ingest import Target
 from jobs.ledger import REJECTS_FILE, RESULTS_FILE, Ledger
@@ -104,10 +105,10 @@ def _number(text: str, least: float = 0.0) -> float:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    manifest_pieces = pieces(_absolute(arguments.manifest))
+    manifest_pieces = pieces(absolute(arguments.manifest))
     base = find_base(arguments.base, clip=arguments.clip)
     recipe = make_recipe(arguments.recipe, tuning=base.tuning, overrides=arguments.set)
-    store = ArtifactStore(_shared(_absolute(arguments.store)))
+    store = ArtifactStore(_shared(absolute(arguments.store)))
     target = Target(store.url, recipe.digest, base.fingerprint())
     connect()
     workers = choose_workers(arguments.workers, arguments.gpus_per_worker)
@@ -139,12 +140,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _base_name(text: str) -> str:
     # Hub ids have the form of a relative path.
-    return _absolute(text) if os.sep in text and Path(text).is_dir() else text
-
-
-def _absolute(address: str) -> str:
-    # Workers run in folders of their own.
-    return address if "://" in address else str(Path(address).absolute())
+    return absolute(text) if os.sep in text and Path(text).is_dir() else text
 
 
 def _shared(address: str) -> str:

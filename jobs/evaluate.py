@@ -12,10 +12,8 @@ from pathlib import Path
 import ray
 from transformers.utils.logging import disable_progress_bar
 
-# So that ``python jobs/evaluate.py`` finds the packages beside it.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from jobs.cluster import connect
+from jobs.cluster import choose_workers, connect
+from jobs.command import absolute, exit_status
 from jobs.evaluation.compose import PROMPTS
 from jobs.evaluation.pages import PICTURES_FILE, REPORT_FILE, SCORES_FILE, write_pages
 from jobs.evaluation.pictures import (
@@ -43,13 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     disable_progress_bar()
     try:
-        _evaluate(options)
-    except ObjdriveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_status(lambda: _evaluate(options))
     finally:
         ray.shutdown()
-    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -70,7 +64,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     connect()
     ray.data.DataContext.get_current().enable_progress_bars = False
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    pool = _pool(options.workers)
+    workers = choose_workers(str(options.workers) if options.workers else None, None)
+    pool = Pool(workers.most, workers.gpus)
     rows = plan_drawing(stores, artifacts, prompts, seeds=options.seeds, base_alone=options.base_alone)
     controls = control_pictures(references, prompts, options.gallery) if options.controls else []
     options.out.mkdir(parents=True, exist_ok=True)
@@ -98,15 +93,8 @@ def _stores(named: Sequence[str]) -> dict[str, str]:
         if not equals or not name or name in stores or name in (BASE_ALONE, *CONTROLS):
             taken = ", ".join((BASE_ALONE, *CONTROLS, *stores))
             raise ObjdriveError(f"--store {one}: give NAME=URL, with a name of its own that is none of {taken}")
-        # Workers run in folders of their own.
-        stores[name] = url if "://" in url else str(Path(url).absolute())
+        stores[name] = absolute(url)
     return stores
-
-
-def _pool(workers: int | None) -> Pool:
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    return Pool(workers or gpus or max(1, int(resources["CPU"])), 1.0 if gpus else 0.0)
 
 
 def _facts(

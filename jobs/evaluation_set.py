@@ -4,12 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-# So that ``python jobs/evaluation_set.py`` finds the packages beside it.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from jobs.command import exit_status
 from jobs.evaluation.compose import PROMPTS, read_halves, write_half
-from jobs.pretrain.sprites import Sprites, draw_sprites, make_sprites
-from objdrive.errors import ObjdriveError
+from jobs.pretrain.settings import Folders
+from jobs.pretrain.sprites import draw_sprites, have_sprites
 from objdrive.evaluate import read_prompts
 
 _DRAWN_HALVES = {"development": ("apple", "book"), "test": ("kite",)}
@@ -18,27 +16,18 @@ _DRAWN_HALVES = {"development": ("apple", "book"), "test": ("kite",)}
 def main(arguments: list[str] | None = None) -> int:
     """Write the set; the exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        prompts = read_prompts(options.prompts)
-        sprites = draw_sprites(0) if options.drawn else _sprites(options.data)
-        halves = _DRAWN_HALVES if options.drawn else read_halves()
-        for name, class_names in halves.items():
-            count = write_half(
-                sprites, class_names, prompts, options.out / name, resolution=options.resolution, scenes=options.scenes
-            )
-            print(f"{name}: {count} objects in {options.out / name}")
-    except ObjdriveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: _write(options))
 
 
-def _sprites(data: Path) -> Sprites:
-    stored = data / "sprites.parquet"
-    if not stored.is_file():
-        data.mkdir(parents=True, exist_ok=True)
-        make_sprites(data / "packages").save(stored)
-    return Sprites.load(stored)
+def _write(options: argparse.Namespace) -> None:
+    prompts = read_prompts(options.prompts)
+    sprites = draw_sprites(0) if options.drawn else have_sprites(Folders(options.data))
+    halves = _DRAWN_HALVES if options.drawn else read_halves()
+    for name, class_names in halves.items():
+        count = write_half(
+            sprites, class_names, prompts, options.out / name, resolution=options.resolution, scenes=options.scenes
+        )
+        print(f"{name}: {count} objects in {options.out / name}")
 
 
 def _parser() -> argparse.ArgumentParser:

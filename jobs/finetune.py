@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from jobs.bases import load_planned
 from jobs.ingest import Checked, digest_inputs, read_photo, source_record
 from jobs.outcomes import RowOutcome, fail_row
 from jobs.plan import Unit
@@ -27,7 +28,7 @@ from objdrive.artifact import (
 from objdrive.bank import AdapterBank
 from objdrive.base import TOKEN_MARK, Base
 from objdrive.class_pictures import ClassPictures, seed_of
-from objdrive.errors import ObjdriveError, RowError
+from objdrive.errors import RowError
 from objdrive.images import Photo, encode_picture, masks_overlap
 from objdrive.personalize import (
     Diverged,
@@ -81,13 +82,8 @@ class FineTune:
     """
 
     def __init__(self, settings: FineTuneSettings) -> None:
-        self._base = Base.load(settings.base, clip=settings.clip)
         self._target = settings.target
-        if self._base.fingerprint != self._target.base_fingerprint:
-            raise ObjdriveError(
-                f"the base {settings.base!r} on this node has the fingerprint {self._base.fingerprint}, the run was "
-                f"planned for {self._target.base_fingerprint}: give all nodes the same base"
-            )
+        self._base = load_planned(settings.base, self._target.base_fingerprint, clip=settings.clip)
         self._recipe = settings.recipe
         self._store = ArtifactStore(self._target.store_url)
         self._class_pictures = ClassPictures(self._base, self._recipe)

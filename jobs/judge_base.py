@@ -7,9 +7,7 @@ from pathlib import Path
 
 import torch
 
-# So that ``python jobs/judge_base.py`` finds the packages beside it.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from jobs.command import exit_status
 from jobs.pretrain.judge import (
     Effort,
     Held,
@@ -22,7 +20,7 @@ from jobs.pretrain.judge import (
     sheet,
 )
 from jobs.pretrain.settings import Folders
-from jobs.pretrain.sprites import Sprites, make_sprites
+from jobs.pretrain.sprites import Sprites, have_sprites
 from objdrive.base import Base
 from objdrive.errors import ObjdriveError
 
@@ -30,16 +28,14 @@ from objdrive.errors import ObjdriveError
 def main(arguments: list[str] | None = None) -> int:
     """Judge the bases; the exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        torch.set_num_threads(options.threads)
-        sprites = _sprites(Folders(Path(options.data)))
-        bases = [Base.load(name, device="cpu") for name in options.bases]
-        figures = judge(bases, sprites, Effort(drawn=options.drawn), Path(options.out))
-    except ObjdriveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(table(figures))
-    return 0
+    return exit_status(lambda: _judge(options))
+
+
+def _judge(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    sprites = have_sprites(Folders(Path(options.data)))
+    bases = [Base.load(name, device="cpu") for name in options.bases]
+    print(table(judge(bases, sprites, Effort(drawn=options.drawn), Path(options.out))))
 
 
 def judge(bases: list[Base], sprites: Sprites, effort: Effort, out: Path) -> dict[str, dict[str, float]]:
@@ -101,13 +97,6 @@ def _of_scenes(judged: Judge, held: Held) -> dict[str, float]:
     labels, contexts = [held.labels[row] for row in rows], [held.contexts[row] for row in rows]
     right, placed = judged.accuracy(features, labels, contexts)
     return {"class": right, "context": placed}
-
-
-def _sprites(folders: Folders) -> Sprites:
-    if not folders.sprites.is_file():
-        folders.out.mkdir(parents=True, exist_ok=True)
-        make_sprites(folders.packages).save(folders.sprites)
-    return Sprites.load(folders.sprites)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,10 +9,8 @@ import ray
 from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
-# So that ``python jobs/pretrain_base.py`` finds the packages beside it.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from jobs.cluster import connect
+from jobs.command import exit_status
 from jobs.pretrain.clip import export_clip, make_tokenizer
 from jobs.pretrain.config import Config, Part, read_config
 from jobs.pretrain.data import make_data
@@ -30,21 +28,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the job; the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        config = read_config(options.config)
-        folders = Folders(Path(options.out).resolve())
-        stages = STAGES if options.stage == "all" else (options.stage,)
-        if not options.resume:
-            _refuse_to_overwrite(folders, stages)
-        connect()
-        disable_progress_bar()
-        for stage in stages:
-            _run_stage(stage, config, folders, options)
-    except ObjdriveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_status(lambda: _pretrain(options))
     finally:
         ray.shutdown()
-    return 0
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    config = read_config(options.config)
+    folders = Folders(Path(options.out).resolve())
+    stages = STAGES if options.stage == "all" else (options.stage,)
+    if not options.resume:
+        _refuse_to_overwrite(folders, stages)
+    connect()
+    disable_progress_bar()
+    for stage in stages:
+        _run_stage(stage, config, folders, options)
 
 
 def _refuse_to_overwrite(folders: Folders, stages: Sequence[str]) -> None:

@@ -16,10 +16,10 @@ import ray
 import torch
 from PIL import Image
 
+from jobs.bases import load_planned
 from objdrive.adapter import Adapter, parse_adapter
 from objdrive.artifact import ArtifactMetadata
 from objdrive.bank import AdapterBank
-from objdrive.base import Base
 from objdrive.class_pictures import seed_of
 from objdrive.errors import ObjdriveError
 from objdrive.evaluate import EvaluationPrompt, Reference
@@ -216,12 +216,7 @@ class Draw:
         Raises:
             ObjdriveError: the base here is another one.
         """
-        self._base = Base.load(drawing.base, clip=drawing.clip, device=pool.prepare())
-        if self._base.fingerprint != drawing.fingerprint:
-            raise ObjdriveError(
-                f"the base {drawing.base!r} on this node has the fingerprint {self._base.fingerprint}, expected "
-                f"{drawing.fingerprint}: give all nodes the same base"
-            )
+        self._base = load_planned(drawing.base, drawing.fingerprint, clip=drawing.clip, device=pool.prepare())
         self._drawing = drawing
 
     def __call__(self, batch: pa.Table) -> pa.Table:

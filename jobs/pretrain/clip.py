@@ -1,5 +1,6 @@
 """CLIP's training: text and image towers in one space, on scenes and their captions."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,6 @@ def train_tokenizer(captions: list[str], config: Config) -> CLIPTokenizer:
 
 
 def _merges(state: bytes) -> list[tuple[str, str]]:
-    import json
-
     return [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in json.loads(state)["merges"]]
 
 

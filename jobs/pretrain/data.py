@@ -14,7 +14,7 @@ from torch import Tensor
 from jobs.pretrain.config import Config
 from jobs.pretrain.scenes import Composer, Mix
 from jobs.pretrain.settings import Folders
-from jobs.pretrain.sprites import Sprites, draw_sprites, make_sprites
+from jobs.pretrain.sprites import Sprites, draw_sprites, have_sprites, make_sprites
 
 _BLOCK = 2048
 _JUDGED_SEED = 1
@@ -44,10 +44,7 @@ class Compose:
 
 def make_data(config: Config, folders: Folders) -> None:
     """Make whatever of the sprites and the scenes is not there yet."""
-    if not folders.sprites.is_file():
-        folders.out.mkdir(parents=True, exist_ok=True)
-        sprites = draw_sprites(config.seed) if config.drawn_sprites else make_sprites(folders.packages)
-        sprites.save(folders.sprites)
+    have_sprites(folders, (lambda _: draw_sprites(config.seed)) if config.drawn_sprites else make_sprites)
     for folder, use, count, seed in (
         (folders.judged, "held", config.judged, config.seed + _JUDGED_SEED),
         (folders.scenes, "train", config.scenes, config.seed),

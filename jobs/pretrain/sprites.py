@@ -1,5 +1,6 @@
 """Sprites: every class's icons as pictures with alpha, and which of them training may see."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 from jobs.pretrain.packs import EDGE, PACKS, Icons, fetch
+from jobs.pretrain.settings import Folders
 from objdrive.errors import ObjdriveError
 from objdrive.imagenet import ImageNetEncoder
 
@@ -102,6 +104,14 @@ def make_sprites(cache: Path) -> Sprites:
     sprites = Sprites(stacked, tuple(classes), np.array(labels), tuple(sources), tuple(use))
     _check(sprites)
     return sprites
+
+
+def have_sprites(folders: Folders, make: Callable[[Path], Sprites] = make_sprites) -> Sprites:
+    """The sprites of a folder, made by `make` from its packages if they are not there yet."""
+    if not folders.sprites.is_file():
+        folders.out.mkdir(parents=True, exist_ok=True)
+        make(folders.packages).save(folders.sprites)
+    return Sprites.load(folders.sprites)
 
 
 def near_held(features: torch.Tensor, labels: np.ndarray, held: np.ndarray) -> np.ndarray:

@@ -1,0 +1,22 @@
+"""What the jobs' commands share."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from objdrive.errors import ObjdriveError
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Do a command's work: 0, or 1 and a line on the standard error if it fails in a way that the user can mend."""
+    try:
+        work()
+    except ObjdriveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def absolute(address: str) -> str:
+    """An address that means the same to workers, which run in folders of their own."""
+    return address if "://" in address else str(Path(address).absolute())
