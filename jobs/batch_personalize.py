@@ -17,7 +17,7 @@ from jobs.cluster import choose_workers, connect
 from jobs.command import absolute
 from jobs.fanout import Workers
 from jobs.ingest import Target
-from jobs.ledger import REJECTS_FILE, RESULTS_FILE, Ledger
+from jobs.ledger import REJECTS_FILE, Ledger
 from jobs.run import BatchRun
 from jobs.settings import FineTuneSettings
 from objdrive.base import find_base
@@ -25,7 +25,7 @@ from objdrive.errors import ObjdriveError
 from objdrive.manifest import pieces
 from objdrive.recipe import PRESETS, Recipe, make_recipe
 from objdrive.report import Failure, Picture, Report, ReportedObject, render
-from objdrive.store import ArtifactStore
+from objdrive.store import RESULTS_FILE, ArtifactStore
 
 REPORT_FILE = "report.html"
 _REPORTED_OBJECTS = 200

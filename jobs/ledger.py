@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 from jobs.ingest import Checked
 from jobs.outcomes import RowOutcome
 from objdrive.manifest import Reject
-from objdrive.store import ArtifactStore
+from objdrive.store import RESULTS_FILE, ArtifactStore
 
-RESULTS_FILE = "results.parquet"
 REJECTS_FILE = "rejects.parquet"
 _ROWS_PER_BATCH = 10_000
 _METRICS = ("loss_object", "loss_class", "steps", "seconds")

@@ -35,6 +35,8 @@ from objdrive.errors import CorruptArtifact, ObjdriveError, StoreError, UnknownO
 __all__ = ["ArtifactStore", "StoreError"]
 
 CURRENT_FILE = "current.json"
+RESULTS_FILE = "results.parquet"
+"""A run's table of what it has in the store."""
 
 _OBJECTS = "objects"
 _RUNS = "runs"

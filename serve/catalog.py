@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from objdrive.artifact import ArtifactMetadata
 from objdrive.errors import ObjdriveError
-from objdrive.store import ArtifactStore
+from objdrive.store import RESULTS_FILE, ArtifactStore
 from serve.errors import logger
 
 _T = TypeVar("_T")
@@ -143,7 +143,7 @@ class Catalog:
             if run_id in self._runs_read or self._stop.is_set():
                 continue
             try:
-                with self._store.open_run_file(run_id, "results.parquet") as file:
+                with self._store.open_run_file(run_id, RESULTS_FILE) as file:
                     for batch in pq.ParquetFile(file).iter_batches(_BATCH):
                         _describe(writer, (_described_row(row) for row in batch.to_pylist()))
             except (ObjdriveError, OSError, ValueError, KeyError) as error:

@@ -10,8 +10,6 @@ from serve.drawing import BaseInfo
 from serve.errors import ApiError
 from serve.schema import MAX_OBJECTS, GenerationRequest
 
-STEPS = 25
-GUIDANCE_SCALE = 4.0
 _RANDOM_SEED_BITS = 32
 
 
@@ -38,9 +36,12 @@ class Defaults:
 
 
 def defaults(artifacts: Sequence[ArtifactMetadata]) -> Defaults:
-    """Those of the first object's recipe."""
+    """Those of the first object's recipe, else the engine's."""
     recipe = artifacts[0].recipe if artifacts else {}
-    return Defaults(int(recipe.get("sample_steps", STEPS)), float(recipe.get("guidance_scale", GUIDANCE_SCALE)))
+    return Defaults(
+        int(recipe.get("sample_steps", DrawRequest.steps)),
+        float(recipe.get("guidance_scale", DrawRequest.guidance_scale)),
+    )
 
 
 def plan(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata], base: BaseInfo) -> list[DrawRequest]:

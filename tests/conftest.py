@@ -171,22 +171,32 @@ def sd15_folders(request, sd15, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def small_unet():
+    """Call it with the width of the text states: a UNet of few and random weights."""
+    return make_small_unet
+
+
+def make_small_unet(cross_attention_dim):
+    return UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=cross_attention_dim,
+    )
+
+
+@pytest.fixture(scope="session")
 def small(sd15):
     """A base whose few and random weights draw meaningless pictures of 16 x 16 pixels fast."""
     snapshot, clip = sd15
     base = Base.load(str(snapshot), clip=str(clip), device="cpu", dtype=torch.float32)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        base.unet = UNet2DConditionModel(
-            sample_size=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            block_out_channels=(16, 16),
-            norm_num_groups=4,
-            layers_per_block=1,
-            attention_head_dim=2,
-            cross_attention_dim=32,
-        )
+        base.unet = make_small_unet(32)
         base.vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,

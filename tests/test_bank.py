@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
@@ -32,18 +31,9 @@ def network():
 
 
 @pytest.fixture
-def unet():
+def unet(small_unet):
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(16, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=12,
-    ).requires_grad_(False)
+    return small_unet(12).requires_grad_(False)
 
 
 def unet_inputs(samples):
