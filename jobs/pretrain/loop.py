@@ -152,6 +152,8 @@ class _Worker:
     def __init__(self, run: Run, stage: Stage, device: torch.device, rank: int, world: int) -> None:
         self._run, self._stage, self._device, self._rank, self._world = run, stage, device, rank, world
         self._model = prepare_model(stage.objective) if world > 1 or device.type == "cuda" else stage.objective
+        if run.training.compile:
+            self._model = torch.compile(self._model)
         self._mean = copy.deepcopy(stage.part).eval().requires_grad_(False)
         self._optimizer = torch.optim.AdamW(
             [p for p in stage.part.parameters() if p.requires_grad],

@@ -1,6 +1,5 @@
 """The autoencoder's training: sharp pictures from small latents."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,28 +63,6 @@ def widen_latents(narrow: dict[str, Tensor], fresh: dict[str, Tensor]) -> dict[s
     return weights
 
 
-def keep_latents(vae: AutoencoderKL, channels: int) -> None:
-    """Train only the decoder, and what the encoder adds to its first channels.
-
-    Latents in those channels stay what they are, so that a denoiser trained on them can go on from where it is.
-    """
-    vae.encoder.requires_grad_(False)
-    vae.encoder.conv_out.requires_grad_(True)
-    for layer in (vae.encoder.conv_out, vae.quant_conv):
-        for values in (layer.weight, layer.bias):
-            # Rows: the means of all channels, then their logarithmic variances.
-            free = torch.ones(2, len(values) // 2)
-            free[0, :channels] = 0
-            if layer is vae.encoder.conv_out:
-                # The kept means read these too.
-                free[1, :channels] = 0
-            values.register_hook(_masked(free.view(-1, *[1] * (values.dim() - 1))))
-
-
-def _masked(free: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: gradient * free.to(gradient.device)
-
-
 def edges(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Differences between neighbours, across and down."""
     return pixels.diff(dim=3), pixels.diff(dim=2)
@@ -130,7 +107,6 @@ class VaeStage:
         if config.start:
             started = AutoencoderKL.from_pretrained(find_base(config.start).snapshot / "vae")
             load_matching(vae, widen_latents(started.state_dict(), vae.state_dict()))
-            keep_latents(vae, int(started.config["latent_channels"]))
         self.part = vae.to(device, memory_format=torch.channels_last)
         self.objective = VaeObjective(self.part)
 
