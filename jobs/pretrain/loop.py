@@ -245,7 +245,7 @@ class _Worker:
             ray.train.report({"step": progress.step})
             return
         figures, picture = self._stage.judge(self._mean)
-        draw_curve(progress.curve, "loss").save(self._run.folder / "curve.png")
+        draw_curve(progress.curve, "loss").savefig(self._run.folder / "curve.png")
         picture.save(self._run.folder / f"samples-{progress.step:07d}.png")
         with (self._run.folder / "judged.jsonl").open("a") as file:
             file.write(json.dumps({"step": progress.step, "samples": progress.samples, **figures}) + "\n")

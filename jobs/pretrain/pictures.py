@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
-
-_WIDTH, _HEIGHT, _MARGIN = 720, 360, 40
 
 
 def grid(pixels: Tensor, columns: int, *, zoom: int = 1) -> Image.Image:
@@ -20,25 +20,15 @@ def grid(pixels: Tensor, columns: int, *, zoom: int = 1) -> Image.Image:
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
-def draw_curve(points: Sequence[dict[str, float]], name: str) -> Image.Image:
-    """One figure over the samples seen, scaled to fit."""
-    picture = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
-    pen = ImageDraw.Draw(picture)
-    pen.rectangle((_MARGIN, _MARGIN, _WIDTH - _MARGIN, _HEIGHT - _MARGIN), outline="gray")
-    if len(points) < 2:
-        return picture
-    xs = [point["samples"] for point in points]
-    ys = [point[name] for point in points]
-    # The first steps would flatten all the rest.
-    top, low = sorted(ys)[int(0.98 * (len(ys) - 1))], min(ys)
-    wide, high = max(xs) - min(xs) or 1, top - low or 1
-    line = [
-        (
-            _MARGIN + (x - min(xs)) / wide * (_WIDTH - 2 * _MARGIN),
-            _HEIGHT - _MARGIN - min(1.0, (y - low) / high) * (_HEIGHT - 2 * _MARGIN),
-        )
-        for x, y in zip(xs, ys, strict=True)
-    ]
-    pen.line(line, fill=(30, 90, 200), width=2)
-    pen.text((_MARGIN, _MARGIN - 16), f"{name}: {ys[-1]:.4f} after {xs[-1]:,} samples, least {low:.4f}", fill="black")
-    return picture
+def draw_curve(points: Sequence[dict[str, float]], name: str) -> Figure:
+    """One figure over the samples seen; save it with ``savefig``."""
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    values = [point[name] for point in points]
+    axes.plot([point["samples"] for point in points], values)
+    if values:
+        # The first steps would flatten all the rest.
+        axes.set_ylim(top=float(np.quantile(values, 0.98)))
+    axes.set(xlabel="samples", ylabel=name)
+    axes.grid(alpha=0.3)
+    return figure

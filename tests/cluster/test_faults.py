@@ -49,13 +49,15 @@ def assert_nothing_left_running() -> None:
         psutil.wait_procs(left, timeout=1)
 
 
-@pytest.mark.parametrize("strike", [kill_a_worker, kill_the_queue, suspend_a_worker])
-def test_a_run_survives(start_job: StartJob, tmp_path: Path, strike: Callable[[], None]) -> None:
+def test_a_run_survives_a_killed_worker_a_killed_queue_and_a_suspended_worker(
+    start_job: StartJob, tmp_path: Path
+) -> None:
     manifest = write_manifest(tmp_path, IDS)
     with StoreWatch(tmp_path / "store") as watch:
         job = start_job(manifest, "--group-size", "2", "--workers", "2", "--stall-seconds", "15", fast=SLOW)
-        wait_for_commits(job, 1)
-        strike()
+        for commits_before, strike in ((1, kill_a_worker), (4, kill_the_queue), (7, suspend_a_worker)):
+            wait_for_commits(job, commits_before)
+            strike()
         done = job.finish()
     assert done.status == 0, done.output
     assert_whole(job.store, IDS)
