@@ -33,7 +33,7 @@ from jobs.evaluation.pages import (
     write_pages,
 )
 from jobs.evaluation.pictures import CONTROLS
-from objdrive.base import BaseFiles, find_base
+from objdrive.base_files import BaseFiles, find_base
 from objdrive.evaluate import read_prompts
 from objdrive.recipe import make_recipe
 from objdrive.scores import pareto_front, scalarise

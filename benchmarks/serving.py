@@ -26,7 +26,8 @@ from transformers.utils import logging as transformers_logging
 from objdrive.adapter import Adapter, adapter_files
 from objdrive.artifact import ArtifactKey, ArtifactMetadata, BaseRef, SceneMember, SourceRecord, Sources
 from objdrive.bank import AdapterBank
-from objdrive.base import EMBEDDED, Base
+from objdrive.base import Base
+from objdrive.base_files import EMBEDDED
 from objdrive.engine import DrawRequest, Engine
 from objdrive.store import ArtifactStore
 

@@ -20,7 +20,7 @@ from jobs.fanout import Task, Workers, fan_out
 from jobs.ingest import Checked, Target, ingest
 from jobs.plan import Unit
 from jobs.settings import FineTuneSettings
-from objdrive.base import find_base
+from objdrive.base_files import find_base
 from objdrive.manifest import pieces
 from objdrive.recipe import make_recipe
 

@@ -20,7 +20,7 @@ from jobs.ingest import Target
 from jobs.ledger import REJECTS_FILE, Ledger
 from jobs.run import BatchRun
 from jobs.settings import FineTuneSettings
-from objdrive.base import find_base
+from objdrive.base_files import find_base
 from objdrive.errors import ObjdriveError
 from objdrive.manifest import pieces
 from objdrive.recipe import PRESETS, Recipe, make_recipe

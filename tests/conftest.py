@@ -19,7 +19,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from objdrive.adapter import Adapter, adapter_files
 from objdrive.artifact import ArtifactKey, ArtifactMetadata, BaseRef, SceneMember, SourceRecord, Sources
 from objdrive.bank import AdapterBank
-from objdrive.base import EMBEDDED, Base
+from objdrive.base import Base
+from objdrive.base_files import EMBEDDED
 from objdrive.images import decode_photo
 from objdrive.views import Scene, SceneObject
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel
 
-from objdrive.base import EMBEDDED, TOKEN_MARK, Base, find_base
+from objdrive.base import TOKEN_MARK, Base
+from objdrive.base_files import EMBEDDED, find_base
 from objdrive.errors import ObjdriveError
 from objdrive.images import object_alone
 from objdrive.views import to_pixels, whole_picture

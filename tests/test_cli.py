@@ -14,7 +14,7 @@ from jobs.ingest import Target, check_row
 from jobs.plan import Unit
 from jobs.settings import FineTuneSettings
 from objdrive.artifact import LORA_FILE
-from objdrive.base import EMBEDDED
+from objdrive.base_files import EMBEDDED
 from objdrive.cli import main
 from objdrive.manifest import read_manifest
 from objdrive.recipe import make_recipe

@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from objdrive import sampler
 from objdrive.adapter import Adapter, adapter_files
 from objdrive.bank import AdapterBank
-from objdrive.base import EMBEDDED, TOKEN_MARK, Base
+from objdrive.base import TOKEN_MARK, Base
+from objdrive.base_files import EMBEDDED
 from objdrive.errors import ObjdriveError
 from objdrive.sampler import draw_latents, draw_pictures, fill_prompt, place_objects, starting_noise, to_pictures
 

@@ -20,7 +20,7 @@ from jobs.pretrain.loop import load_matching
 from jobs.pretrain.pictures import grid
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites
-from objdrive.base import find_base
+from objdrive.base_files import find_base
 
 SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,

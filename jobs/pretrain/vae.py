@@ -13,7 +13,7 @@ from jobs.pretrain.data import read_rows
 from jobs.pretrain.loop import load_matching
 from jobs.pretrain.pictures import grid
 from jobs.pretrain.settings import Folders
-from objdrive.base import find_base
+from objdrive.base_files import find_base
 
 _KL = 1e-5
 _SHOWN = 16

@@ -25,7 +25,7 @@ from jobs.pretrain.scenes import Composer, Mix
 from jobs.pretrain.sprites import Sprites, draw_sprites, near_held
 from jobs.pretrain.unet import build_unet, snr_weights, start_from
 from jobs.pretrain.vae import build_vae, psnr, widen_latents
-from objdrive.base import EMBEDDED
+from objdrive.base_files import EMBEDDED
 from objdrive.errors import ObjdriveError
 
 
