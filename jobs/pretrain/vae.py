@@ -133,15 +133,36 @@ def reconstruct(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     return (torch.cat(made) / 2 + 0.5).clamp(0, 1)
 
 
+def normalise_latents(vae: AutoencoderKL, means: Tensor, deviations: Tensor) -> None:
+    """Give every latent channel mean 0 and deviation 1 by the layers next to the latents; pictures stay the same.
+
+    Channels of unequal spread would drown in the denoiser's noise at unequal times; a scaling factor is one for all.
+
+    Args:
+        vae: changed in place.
+        means: (C,) of its latents.
+        deviations: (C,) of its latents.
+    """
+    channels = len(means)
+    with torch.no_grad():
+        # Rows of the first layer: the means of all channels, then their logarithmic variances.
+        vae.quant_conv.weight[:channels] /= deviations.view(-1, 1, 1, 1)
+        vae.quant_conv.bias[:channels] = (vae.quant_conv.bias[:channels] - means) / deviations
+        vae.quant_conv.bias[channels:] -= 2 * deviations.log()
+        vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ means
+        vae.post_quant_conv.weight *= deviations.view(1, -1, 1, 1)
+    vae.register_to_config(scaling_factor=1.0)
+
+
 def export_vae(config: Config, folders: Folders, weights: dict[str, Tensor]) -> AutoencoderKL:
-    """Write the autoencoder into the snapshot, with the factor that gives its latents unit deviation."""
+    """Write the autoencoder into the snapshot, with latents of unit deviation, in half precision."""
     vae = build_vae(config)
     vae.load_state_dict(weights)
     vae.eval()
     rows = read_rows(folders.judged, config.resolution)
     with torch.inference_mode():
         latents = vae.encode(rows.images(torch.arange(min(256, len(rows.labels)))) * 2 - 1).latent_dist.mode()
-    vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
+    normalise_latents(vae, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
     folder: Path = folders.snapshot / "vae"
     vae.half().save_pretrained(folder)
     return vae.float()

@@ -24,7 +24,7 @@ from jobs.pretrain.packs import EDGE, Icons, Pack
 from jobs.pretrain.scenes import Composer, Mix
 from jobs.pretrain.sprites import Sprites, draw_sprites, near_held
 from jobs.pretrain.unet import build_unet, snr_weights, start_from
-from jobs.pretrain.vae import build_vae, psnr, widen_latents
+from jobs.pretrain.vae import build_vae, normalise_latents, psnr, widen_latents
 from objdrive.base_files import EMBEDDED
 from objdrive.errors import ObjdriveError
 
@@ -218,6 +218,20 @@ def test_an_autoencoder_given_more_channels_first_does_what_it_did_and_then_uses
     assert torch.allclose(made, few.decode(few.encode(pixels).latent_dist.mode()).sample, atol=1e-4)
     (made - pixels).square().mean().backward()
     assert many.decoder.conv_in.weight.grad[:, channels:].abs().max() > 0
+
+
+def test_normalised_latents_have_unit_deviation_and_give_the_same_pictures(old):
+    vae = AutoencoderKL.from_pretrained(old / "vae", torch_dtype=torch.float32)
+    pixels = torch.rand(8, 3, 64, 64) * 2 - 1
+    before = vae.encode(pixels).latent_dist
+    made = vae.decode(before.mode()).sample
+    deviations = before.mode().std(dim=(0, 2, 3))
+    normalise_latents(vae, before.mode().mean(dim=(0, 2, 3)), deviations)
+    after = vae.encode(pixels).latent_dist
+    assert torch.allclose(after.mode().mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-4)
+    assert torch.allclose(after.mode().std(dim=(0, 2, 3)), torch.ones(4), atol=1e-4)
+    assert torch.allclose(after.std * deviations.view(-1, 1, 1), before.std, rtol=1e-3)
+    assert torch.allclose(vae.decode(after.mode()).sample, made, atol=1e-4)
 
 
 def test_a_denoiser_of_more_channels_first_does_what_the_other_did(old):
