@@ -10,8 +10,8 @@ import torch
 from jobs.command import exit_status
 from jobs.pretrain.judge import (
     Effort,
-    Held,
     Judge,
+    SceneSet,
     diversity,
     draw,
     draw_alike,
@@ -23,6 +23,7 @@ from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, have_sprites
 from objdrive.base import Base
 from objdrive.errors import ObjdriveError
+from objdrive.imagenet import ImageNetEncoder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def _judge(options: argparse.Namespace) -> None:
 
 
 def judge(bases: list[Base], sprites: Sprites, effort: Effort, out: Path) -> dict[str, dict[str, float]]:
-    """Figures by base, with ``scenes`` for what composed scenes get; a grid of each base's pictures goes to `out`.
+    """Figures by base, and of real scenes; a grid of each base's pictures goes to `out`.
 
     Raises:
         ObjdriveError: the bases differ in resolution.
@@ -51,14 +52,15 @@ def judge(bases: list[Base], sprites: Sprites, effort: Effort, out: Path) -> dic
         )
     out.mkdir(parents=True, exist_ok=True)
     resolution = resolutions.pop()
-    held = Held.compose(sprites, resolution, effort.judged)
+    held = SceneSet.compose(sprites, "held", resolution, effort.judged)
+    seen = SceneSet.compose(sprites, "train", resolution, effort.judged)
     judged = Judge(sprites, resolution, effort)
-    figures = {"scenes": _of_scenes(judged, held)}
+    figures = {"scenes": _of_scenes(judged, seen), "scenes of held-out drawings": _of_scenes(judged, held)}
     for number, base in enumerate(bases):
         drawn = draw(base, sprites.classes, effort)
         right, placed = judged.accuracy(judged.features(drawn.pictures), drawn.labels, drawn.contexts)
         alike = draw_alike(base, sprites.classes, effort)
-        features = judged.features(alike.flatten(0, 1)).view(*alike.shape[:2], -1)
+        features = judged.features(alike.flatten(0, 1))[:, : ImageNetEncoder.width].view(*alike.shape[:2], -1)
         figures[base.name] = {
             "psnr": reconstruction(base, held.pixels),
             "class": right,
@@ -90,11 +92,11 @@ _SHOWN = {
 }
 
 
-def _of_scenes(judged: Judge, held: Held) -> dict[str, float]:
-    """What the classifier makes of real scenes of drawings that it has not seen: the most that it can be trusted."""
-    rows = [row for row, plain in enumerate(held.plain) if plain]
-    features = judged.features(held.pixels[rows])
-    labels, contexts = [held.labels[row] for row in rows], [held.contexts[row] for row in rows]
+def _of_scenes(judged: Judge, scenes: SceneSet) -> dict[str, float]:
+    """What the classifier makes of real scenes: the most that it can be trusted."""
+    rows = [row for row, plain in enumerate(scenes.plain) if plain]
+    features = judged.features(scenes.pixels[rows])
+    labels, contexts = [scenes.labels[row] for row in rows], [scenes.contexts[row] for row in rows]
     right, placed = judged.accuracy(features, labels, contexts)
     return {"class": right, "context": placed}
 

@@ -36,7 +36,7 @@ class Effort:
 
     Attributes:
         taught: scenes of each class that the classifier learns from.
-        judged: scenes of held-out drawings, for the autoencoder and CLIP.
+        judged: scenes of held-out drawings, for the autoencoder and CLIP, and as many for the classifier.
         drawn: pictures of each class, each in another context.
         steps: DDIM steps of each picture.
     """
@@ -73,8 +73,8 @@ class Judge:
         self._context = _fit(known, torch.tensor([scene.context for scene in scenes]), len(CONTEXTS))
 
     def features(self, pictures: Tensor) -> Tensor:
-        """(N, 1280) ImageNet features of pictures (N, 3, n, n) in [0, 1]."""
-        return torch.cat([self._encoder(some) for some in pictures.split(_CHUNK)])
+        """(N, 2464) ImageNet features of pictures (N, 3, n, n) in [0, 1]."""
+        return torch.cat([self._encoder.of_all_depths(some) for some in pictures.split(_CHUNK)])
 
     def accuracy(self, features: Tensor, labels: Sequence[int], contexts: Sequence[int]) -> tuple[float, float]:
         """Part of some pictures, by their features, whose class and whose context are recognised."""
@@ -167,8 +167,8 @@ def _draw(base: Base, requests: list[Request]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Scenes of held-out drawings, the same for every base."""
+class SceneSet:
+    """Scenes, the same for every base."""
 
     pixels: Tensor
     captions: list[str]
@@ -177,9 +177,9 @@ class Held:
     plain: list[bool]
 
     @classmethod
-    def compose(cls, sprites: Sprites, resolution: int, count: int, *, seed: int = 1) -> "Held":
-        """Mixed as the training scenes are."""
-        composer = Composer(sprites.only("held"), resolution)
+    def compose(cls, sprites: Sprites, use: str, resolution: int, count: int, *, seed: int = 1) -> "SceneSet":
+        """Mixed as the training scenes are, but of the drawings of another use, or of another seed."""
+        composer = Composer(sprites.only(use), resolution)
         scenes = [composer.compose(np.random.default_rng((seed, number))) for number in range(count)]
         return cls(
             as_pixels(np.stack([scene.pixels for scene in scenes])),
@@ -196,7 +196,7 @@ def reconstruction(base: Base, pixels: Tensor) -> float:
     return float(psnr(torch.cat(made), pixels).mean())
 
 
-def matched(base: Base, held: Held) -> float:
+def matched(base: Base, held: SceneSet) -> float:
     """Part of the held-out scenes whose own caption is the nearest among 128 in the base's CLIP space."""
     texts = [base.encode_text([base.tokenize(caption)])[1] for caption in held.captions]
     images = [base.encode_images(some) for some in held.pixels.split(_CHUNK)]

@@ -281,7 +281,7 @@ def test_a_configuration_with_an_unknown_field_is_refused(tmp_path):
 def test_bases_are_judged_on_the_same_scenes(sprites, tiny64, tmp_path):
     effort = Effort(taught=8, judged=16, drawn=1, steps=2)
     figures = judge([tiny64], sprites, effort, tmp_path)
-    assert set(figures) == {"scenes", "tiny64"}
+    assert set(figures) == {"scenes", "scenes of held-out drawings", "tiny64"}
     assert 20 < figures["tiny64"]["psnr"] < 40
     assert all(0 <= figures["tiny64"][name] <= 1 for name in ("class", "context", "diversity", "retrieval"))
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
