@@ -23,11 +23,15 @@ _FIRST_PAUSE_SECONDS = 0.1
 _MEMORY_LOCK = threading.RLock()
 
 
-def open_files(url: str, attempts: int) -> "Files":
-    """Return the files under `url`, any fsspec address; every call on them is tried `attempts` times."""
+def open_files(url: str, attempts: int, *, landmark: str = "") -> "Files":
+    """Return the files under `url`, any fsspec address; every call on them is tried `attempts` times.
+
+    With a `landmark`, a folder that storage that is there has: without it a missing file is no answer but a failure.
+    Object stores, which have no folders and are not mounted, are not asked for it.
+    """
     filesystem, root = fsspec.url_to_fs(url)
     if isinstance(filesystem, LocalFileSystem):
-        return LocalFiles(filesystem, root, root, attempts)
+        return LocalFiles(filesystem, root, root, attempts, landmark)
     return Files(filesystem, root, url.rstrip("/"), attempts)
 
 
@@ -159,12 +163,27 @@ class Files:
 class LocalFiles(Files):
     """The same on a local or network-mounted filesystem with hard links (POSIX)."""
 
+    def __init__(self, filesystem: Any, root: str, url: str, attempts: int, landmark: str) -> None:
+        super().__init__(filesystem, root, url, attempts)
+        self._landmark = landmark
+
     def prune(self, folder: str) -> None:
         """Remove `folder` and the folders in it, as far as they are empty."""
         for directory, _, _ in os.walk(f"{self._root}/{folder}", topdown=False):
             # A folder that is not empty, perhaps since a moment ago, refuses, as it should.
             with suppress(OSError):
                 Path(directory).rmdir()
+
+    def _tried(self, verb: str, path: str, call: Callable[[str], _T], *passed: type[OSError]) -> _T:
+        return super()._tried(verb, path, lambda at: self._found(call, at), *passed)
+
+    def _found(self, call: Callable[[str], _T], path: str) -> _T:
+        try:
+            return call(path)
+        except FileNotFoundError as error:
+            if self._landmark and not Path(self._root, self._landmark).is_dir():
+                raise OSError(f"there is no folder {self._root}/{self._landmark}: is it mounted?") from error
+            raise
 
     def _read(self, path: str) -> bytes:
         return Path(path).read_bytes()

@@ -53,19 +53,26 @@ class ArtifactStore:
 
     A writer that has stood still for `takeover_after` seconds is taken for dead; all writers of a store
     must agree on it. Every storage call is tried up to `attempts` times, 0.1 s and then ever longer apart.
-    All methods raise StoreError when the storage keeps failing, and ObjdriveError for an object id, digest
-    or file name that is not well formed.
+    A folder that is not there (yet) is an empty store; with `must_exist`, for readers, it is storage that fails, as an
+    unmounted file system is. All methods raise StoreError when the storage keeps failing, and ObjdriveError for an
+    object id, digest or file name that is not well formed.
     """
 
-    def __init__(self, url: str, *, takeover_after: float = 30.0, attempts: int = 4) -> None:
+    def __init__(self, url: str, *, takeover_after: float = 30.0, attempts: int = 4, must_exist: bool = False) -> None:
         """Open the store. Nothing is read or made yet."""
-        self._files = open_files(url, attempts)
+        self._files = open_files(url, attempts, landmark=_OBJECTS if must_exist else "")
         self._takeover_after = takeover_after
         self._attempts = attempts
+        self._must_exist = must_exist
 
     def __reduce__(self) -> tuple[Callable[..., "ArtifactStore"], tuple[str]]:
         """Reopen by address where unpickled: connections and locks stay behind."""
-        open_store = partial(ArtifactStore, takeover_after=self._takeover_after, attempts=self._attempts)
+        open_store = partial(
+            ArtifactStore,
+            takeover_after=self._takeover_after,
+            attempts=self._attempts,
+            must_exist=self._must_exist,
+        )
         return open_store, (self.url,)
 
     @property

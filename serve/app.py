@@ -7,7 +7,6 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from objdrive.store import ArtifactStore
 from serve.api import Services, create_app
 from serve.auth import Gate
 from serve.catalog import Catalog
@@ -32,7 +31,7 @@ class Api:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this after the constructor."""
         settings = self._settings
-        store = ArtifactStore(settings.store)
+        store = settings.open_store()
         return create_app(
             Services(
                 generators=RayGenerators(self._generator),

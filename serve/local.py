@@ -10,7 +10,6 @@ from fastapi import FastAPI
 
 from objdrive.base import Base
 from objdrive.engine import Engine
-from objdrive.store import ArtifactStore
 from serve.api import Services, create_app
 from serve.auth import Gate
 from serve.catalog import Catalog
@@ -31,7 +30,7 @@ def make_engine(settings: Settings) -> tuple[Base, Engine]:
     base = Base.load(settings.base_name(), clip=settings.clip)
     engine = Engine(
         base,
-        ArtifactStore(settings.store),
+        settings.open_store(),
         batch_size=settings.batch_size,
         slots=settings.slots,
         rank=settings.rank,
@@ -44,7 +43,7 @@ def make_engine(settings: Settings) -> tuple[Base, Engine]:
 @contextmanager
 def local_app(settings: Settings) -> Iterator[tuple[FastAPI, Drain]]:
     """The API over an engine in this process, and the switch that lets no new request in."""
-    store = ArtifactStore(settings.store)
+    store = settings.open_store()
     gate = Gate(settings.api_keys)
     signer = Signer(settings.signing_secret())
     base, engine = make_engine(settings)

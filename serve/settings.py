@@ -70,6 +70,10 @@ class Settings(BaseModel):
             raise ObjdriveError("give either a file of API keys (api_keys) or no_auth, which answers this machine only")
         return settings
 
+    def open_store(self) -> ArtifactStore:
+        """The store to serve from; a local one whose folder is away can't be reached, and is not empty."""
+        return ArtifactStore(self.store, must_exist=True)
+
     def base_name(self) -> str:
         """The base to draw with.
 

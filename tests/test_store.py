@@ -199,6 +199,19 @@ class TestEveryStorage:
         assert store.digests("b") == [DIGEST]
         assert store.digests("nobody") == []
 
+    def test_tells_a_missing_object_from_a_missing_store(self, tmp_path):
+        folder = tmp_path / "store"
+        new, existing = ArtifactStore(str(folder)), ArtifactStore(str(folder), must_exist=True, attempts=1)
+        assert new.current(OBJECT) is None
+        for store in (existing, pickle.loads(pickle.dumps(existing))):
+            for read in (store.current, store.read, store.object_ids):
+                with pytest.raises(StoreError, match="mounted"):
+                    list(read(OBJECT))
+        new.commit(files_of("one"), metadata_of())
+        assert existing.current(OBJECT).digest == DIGEST
+        assert existing.current("mug-2") is None
+        assert existing.run_ids() == []
+
     def test_works_from_another_process_s_pickle(self, store):
         commit(store)
         again = pickle.loads(pickle.dumps(store))

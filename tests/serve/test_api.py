@@ -11,10 +11,13 @@ import pytest
 from conftest import serving
 from PIL import Image
 from random_store import RANK, STEPS, commit, digest_of
+from starlette.testclient import TestClient
 
 from objdrive.artifact import METADATA_FILE
 from objdrive.engine import ArtifactKey, DrawRequest, Engine
 from objdrive.store import ArtifactStore
+from serve.local import local_app
+from serve.settings import Settings
 
 
 def png(answer, index=0):
@@ -32,6 +35,14 @@ def error(answer, status):
     assert set(document) == {"error"}
     assert set(document["error"]) == {"message", "type", "param", "code"}
     return document["error"]["code"]
+
+
+def until(ask, status):
+    """Ask until the answer has this status."""
+    deadline = time.monotonic() + 60
+    while (answer := ask()).status_code != status:
+        assert time.monotonic() < deadline, answer.text
+    return answer
 
 
 def alone(base, store, request):
@@ -247,6 +258,35 @@ class TestChanges:
             while (answer := server.draw(client, model="mug-1")).status_code == 200:
                 assert time.monotonic() - started < 60
             assert error(answer, 404) == "unknown_object"
+
+    def test_a_store_whose_folder_vanishes_is_unreachable_and_what_is_in_memory_is_drawn_on(
+        self, sd15, small_base, tmp_path
+    ):
+        folder, gone = tmp_path / "store", tmp_path / "unmounted"
+        for object_id in ("mug-1", "mug-2", "mug-3"):
+            commit(ArtifactStore(str(folder)), small_base, object_id)
+        snapshot, clip = map(str, sd15)
+        settings = Settings.of(store=str(folder), base=snapshot, clip=clip, no_auth=True, refresh_seconds=0.2)
+        with local_app(settings) as (app, _), TestClient(app, client=("127.0.0.1", 4711)) as client:
+
+            def draw(model):
+                return client.post("/v1/images/generations", json={"model": model, "prompt": "{}", "seed": 1})
+
+            before = png(draw("mug-1"))
+            assert draw("mug-2").status_code == 200
+            shutil.rmtree(folder / "objects/mug-2")
+            assert error(until(lambda: draw("mug-2"), 404), 404) == "unknown_object"
+            folder.rename(gone)
+            assert error(draw("mug-3"), 503) == "store_unreachable"
+            assert png(draw("mug-1")) == before
+            assert error(client.get("/objects/mug-1/thumbnail"), 503) == "store_unreachable"
+            # Where a file system is unmounted, its empty mount point stays.
+            folder.mkdir()
+            assert error(draw("mug-4"), 503) == "store_unreachable"
+            folder.rmdir()
+            gone.rename(folder)
+            assert until(lambda: draw("mug-3"), 200).status_code == 200
+            assert error(draw("mug-4"), 404) == "unknown_object"
 
     def test_an_artifact_that_goes_between_look_and_load(self, small_base, tmp_path):
         store = ArtifactStore(str(tmp_path / "store"))

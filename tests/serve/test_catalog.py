@@ -105,3 +105,14 @@ def test_stays_as_it_is_while_the_store_is_away(store, catalog, monkeypatch):
     with pytest.raises(StoreError):
         catalog.refresh()
     assert catalog.page(10) == ["a"]
+
+
+def test_stays_as_it_is_while_the_store_s_folder_is_away(store, tmp_path):
+    commit(store, "a")
+    catalog = Catalog(ArtifactStore(store.url, must_exist=True, attempts=1))
+    catalog.refresh()
+    (tmp_path / "store").rename(tmp_path / "unmounted")
+    with pytest.raises(StoreError):
+        catalog.refresh()
+    assert catalog.page(10) == ["a"]
+    catalog.close()
