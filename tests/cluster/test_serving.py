@@ -159,6 +159,23 @@ def test_a_dead_generator_costs_no_picture(application: Application) -> None:
         assert [event.get("partial_image_index") for event in its] == [0, 1, 2, None]
         alone = picture(base64.b64encode(png(application.ask(**one))).decode())
         assert np.abs(picture(its[-1]["b64_json"]) - alone).max() <= 4
+    wait_for_generators(killed=generators[0].pid)
+    assert application.ask().status_code == 200
+
+
+def wait_for_generators(*, killed: int) -> None:
+    """Until all generators run, without the one that was killed."""
+    from ray import serve
+
+    deadline = time.monotonic() + 2 * PATIENCE
+    while True:
+        running = serve.status().applications["objdrive"].deployments["Generator"].replica_states
+        processes = {process.pid for process in ray_processes("Generator")}
+        # Until Serve has noticed, the dead one counts as running.
+        if running == {"RUNNING": GENERATORS} and len(processes - {killed}) == GENERATORS:
+            return
+        assert time.monotonic() < deadline, (running, processes)
+        time.sleep(0.2)
 
 
 def test_objects_in_use_are_drawn_while_the_store_is_away(application: Application, storage: Storage) -> None:
