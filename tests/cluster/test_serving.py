@@ -4,14 +4,15 @@ import base64
 import io
 import json
 import os
+import random
 import signal
 import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,12 @@ import torch
 from conftest import Storage, ray_processes
 from PIL import Image
 from random_store import commit, digest_of
+from under_fire import STYLES, Catalog, draw_alone, least_difference
 
+from objdrive.artifact import ArtifactKey
 from objdrive.base import Base
+from objdrive.engine import DrawRequest
+from objdrive.sampler import to_pictures
 from objdrive.store import ArtifactStore
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
@@ -34,6 +39,7 @@ OBJECTS = [f"mug-{number}" for number in range(6)]
 GENERATORS, BATCH, QUEUE = 2, 2, 4
 ADMITTED = GENERATORS * (BATCH + QUEUE) + QUEUE
 """Requests that the application takes at once: in the generators, and at the ingress."""
+SLOTS = 4
 PATIENCE = 120
 
 
@@ -45,9 +51,9 @@ class Application:
     client: httpx2.Client
 
     def ask(self, **asked: Any) -> httpx2.Response:
-        headers = asked.pop("headers", {})
+        options = {name: asked.pop(name) for name in ("headers", "timeout") if name in asked}
         asked = {"prompt": "a photo of {}", "model": "mug-0", "seed": 1} | asked
-        return self.client.post(f"{self.url}/v1/images/generations", json=asked, headers=headers)
+        return self.client.post(f"{self.url}/v1/images/generations", json=asked, **options)
 
     def stream(self, **asked: Any) -> AbstractContextManager[httpx2.Response]:
         asked = {"prompt": "a photo of {}", "model": "mug-0", "seed": 1, "stream": True} | asked
@@ -81,7 +87,7 @@ def application(cluster: str, sd15: tuple[Path, Path]) -> Iterator[Application]:
     limits = {
         "batch_size": str(BATCH),
         "queue_limit": str(QUEUE),
-        "slots": "4",
+        "slots": str(SLOTS),
         "threads": "1",
         "refresh_seconds": "1",
     }
@@ -141,6 +147,85 @@ def test_a_retrained_object_is_swapped_and_a_removed_one_is_gone(application: Ap
     fsspec.filesystem("s3").rm(f"{BUCKET}/store/objects/mug-5", recursive=True)
     gone = application.until(lambda answer: answer.status_code != 200, model="mug-5")
     assert gone.status_code == 404
+
+
+class FireClient:
+    """Asks for one picture after the other; now and then it hangs up, or an object is retrained."""
+
+    def __init__(self, application: Application, catalog: Catalog, names: list[str], number: int) -> None:
+        self._application, self._catalog, self._names = application, catalog, names
+        self._dice = random.Random(number)
+        self.answers: list[tuple[dict[str, Any], httpx2.Response]] = []
+        self.hung_up = 0
+
+    def draw(self, count: int) -> None:
+        for _ in range(count):
+            if self._dice.random() < 0.1:
+                self._catalog.retrain(self._dice.randrange(len(self._names)))
+            names = [self._names[number] for number in self._catalog.some(self._dice)]
+            prompt = " and ".join(["{}"] * len(names))
+            asked = {"model": "+".join(names), "prompt": prompt, **self._dice.choice(STYLES)}
+            if self._dice.random() < 0.1:
+                self._hang_up(asked)
+            else:
+                self.answers.append((asked, self._application.until(self._drawn_at_last, **asked)))
+
+    @staticmethod
+    def _drawn_at_last(answer: httpx2.Response) -> bool:
+        assert answer.status_code in (200, 429), answer.text[:500]
+        return drawn(answer)
+
+    def _hang_up(self, asked: dict[str, Any]) -> None:
+        self.hung_up += 1
+        if self._dice.random() < 0.5:
+            with self._application.stream(**asked):
+                return
+        with suppress(httpx2.ReadTimeout):
+            self._application.ask(timeout=httpx2.Timeout(PATIENCE, read=0.05), **asked)
+
+
+def test_every_picture_is_the_one_drawn_alone(application: Application) -> None:
+    # More than all the generators' slots hold together.
+    names = [f"cup-{number:02}" for number in range(GENERATORS * SLOTS + 2)]
+    requests, clients = 320, 16
+
+    def commit_version(number: int, version: int) -> ArtifactKey:
+        name = names[number]
+        return ArtifactKey(name, commit(application.store, application.base, name, version=version, previews=()))
+
+    catalog = Catalog(application.store, len(names), commit_version)
+    fire = [FireClient(application, catalog, names, number) for number in range(clients)]
+    with ThreadPoolExecutor(clients) as threads:
+        for done in [threads.submit(client.draw, requests // clients) for client in fire]:
+            done.result()
+    answers = [one for client in fire for one in client.answers]
+    assert len(answers) + sum(client.hung_up for client in fire) == requests
+    assert sum(client.hung_up for client in fire) > requests * 0.05
+    assert catalog.retrainings > requests * 0.05
+    digests = {digest for _, answer in answers for digest in answer.headers["x-objdrive-digest"].split(",")}
+    assert len(digests) > len(names)
+    assert_drawn_as_alone(answers, application)
+
+
+def assert_drawn_as_alone(answers: list[tuple[dict[str, Any], httpx2.Response]], application: Application) -> None:
+    base, expected = application.base, {}
+    for asked, answer in answers:
+        names, digests = asked["model"].split("+"), answer.headers["x-objdrive-digest"].split(",")
+        objects = tuple(ArtifactKey(*key) for key in zip(names, digests, strict=True))
+        request = DrawRequest(objects=objects, seed=1, **{k: v for k, v in asked.items() if k != "model"})
+        if request not in expected:
+            latents = draw_alone(base, application.store, request)
+            [alone] = to_pictures(base.decode_latents(latents[None]))
+            expected[request] = np.asarray(alone).astype(int)
+        data = base64.b64encode(png(answer)).decode()
+        assert Image.open(io.BytesIO(png(answer))).text["objdrive:model"] == "+".join(map(str, objects))
+        assert np.abs(picture(data) - expected[request]).max() <= 4, request
+    # Were two of them alike, equality would prove nothing.
+    alike: dict[DrawRequest, list[torch.Tensor]] = {}
+    for request, pixels in expected.items():
+        alike.setdefault(replace(request, objects=()), []).append(torch.tensor(pixels).float())
+    for pictures in alike.values():
+        assert least_difference(pictures) > 8
 
 
 def test_a_dead_generator_costs_no_picture(application: Application) -> None:
