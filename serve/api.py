@@ -141,14 +141,7 @@ async def _authenticated(
     return await asyncio.to_thread(gate.key, request.headers.get("authorization"))
 
 
-async def _admitted(request: Request, key: Annotated[ApiKey, Depends(_authenticated)]) -> ApiKey:
-    """For everything but drawing, which costs as much as it has pictures."""
-    _services(request).gate.spend(key)
-    return key
-
-
 Asking = Annotated[ApiKey, Depends(_authenticated)]
-Admitted = Annotated[ApiKey, Depends(_admitted)]
 ObjectIdPath = Annotated[str, Path(description="The object's id.", examples=["alarm-clock-01"])]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="How many at most.")]
 After = Annotated[str, Query(max_length=128, description="The id behind which the page begins.")]
@@ -223,8 +216,8 @@ def _add_images(app: FastAPI) -> None:
 
 
 def _add_models(app: FastAPI) -> None:
-    @app.get("/v1/models", tags=["models"], responses=error_responses(400, 401, 429, 503))
-    async def list_models(key: Admitted, request: Request, limit: Limit = MAX_PAGE, after: After = "") -> ModelList:
+    @app.get("/v1/models", tags=["models"], responses=error_responses(400, 401, 503))
+    async def list_models(key: Asking, request: Request, limit: Limit = MAX_PAGE, after: After = "") -> ModelList:
         """A page of the objects, as OpenAI's clients list models."""
         artifacts, following = await _page(_services(request), key, limit, after)
         models = [_model(artifact) for artifact in artifacts]
@@ -235,19 +228,19 @@ def _add_models(app: FastAPI) -> None:
             has_more=following is not None,
         )
 
-    @app.get("/v1/models/{model}", tags=["models"], responses=error_responses(401, 403, 404, 429, 503))
-    async def retrieve_model(model: ObjectIdPath, key: Admitted, request: Request) -> Model:
+    @app.get("/v1/models/{model}", tags=["models"], responses=error_responses(401, 403, 404, 503))
+    async def retrieve_model(model: ObjectIdPath, key: Asking, request: Request) -> Model:
         """One object, as OpenAI's clients see a model."""
         [artifact] = await _visible(_services(request), key, [model])
         return _model(artifact)
 
 
 def _add_objects(app: FastAPI) -> None:
-    errors = error_responses(401, 403, 404, 409, 429, 503)
+    errors = error_responses(401, 403, 404, 409, 503)
 
-    @app.get("/objects", tags=["catalog"], responses=error_responses(400, 401, 429, 503))
+    @app.get("/objects", tags=["catalog"], responses=error_responses(400, 401, 503))
     async def search_objects(
-        key: Admitted,
+        key: Asking,
         request: Request,
         q: Annotated[str, Query(max_length=100, description="Part of an id, class or free column.")] = "",
         class_name: Annotated[str, Query(max_length=200)] = "",
@@ -258,14 +251,14 @@ def _add_objects(app: FastAPI) -> None:
         artifacts, following = await _page(_services(request), key, limit, after, q=q, class_name=class_name)
         return ObjectPage(data=[_info(artifact) for artifact in artifacts], next=following)
 
-    @app.get("/classes", tags=["catalog"], responses=error_responses(401, 429))
-    async def list_classes(key: Admitted, request: Request) -> list[ClassCount]:
+    @app.get("/classes", tags=["catalog"], responses=error_responses(401))
+    async def list_classes(key: Asking, request: Request) -> list[ClassCount]:
         """The classes with the most objects."""
         found = await asyncio.to_thread(_services(request).catalog.classes, _CLASSES, prefix=key.prefix)
         return [ClassCount(class_name=name, objects=count) for name, count in found]
 
     @app.get("/objects/{object_id}", tags=["catalog"], responses=errors)
-    async def retrieve_object(object_id: ObjectIdPath, key: Admitted, request: Request) -> ObjectInfo:
+    async def retrieve_object(object_id: ObjectIdPath, key: Asking, request: Request) -> ObjectInfo:
         """What is known of an object."""
         [artifact] = await _visible(_services(request), key, [object_id])
         return _info(artifact)
@@ -273,13 +266,13 @@ def _add_objects(app: FastAPI) -> None:
     pictures = errors | {200: _media("image/webp")}
 
     @app.get("/objects/{object_id}/thumbnail", tags=["catalog"], response_class=Response, responses=pictures)
-    async def thumbnail(object_id: ObjectIdPath, key: Admitted, request: Request) -> Response:
+    async def thumbnail(object_id: ObjectIdPath, key: Asking, request: Request) -> Response:
         """A small picture of the object in a context."""
         [artifact] = await _visible(_services(request), key, [object_id])
         return await _preview(_services(request), artifact, _thumbnail(artifact))
 
     @app.get("/objects/{object_id}/reference", tags=["catalog"], response_class=Response, responses=pictures)
-    async def reference(object_id: ObjectIdPath, key: Admitted, request: Request) -> Response:
+    async def reference(object_id: ObjectIdPath, key: Asking, request: Request) -> Response:
         """The photo that the object was learned from."""
         [artifact] = await _visible(_services(request), key, [object_id])
         return await _preview(_services(request), artifact, _reference(artifact))

@@ -1,4 +1,4 @@
-"""API keys: who may ask, for which objects, and how often."""
+"""API keys: who may ask, for which objects, and how much may be drawn for them."""
 
 import hashlib
 import hmac
@@ -32,7 +32,7 @@ class ApiKey(BaseModel):
         name: for logs, and for taking it back.
         sha256: of the key, hexadecimal.
         prefix: objects whose ids begin with it are all that the key sees; empty: every object.
-        requests_per_minute: on average.
+        requests_per_minute: pictures drawn, on average; what draws nothing is not counted.
         burst: how many at once.
     """
 
@@ -134,7 +134,7 @@ class Gate:
         return next((key for key in self._current() if key.name == name), None)
 
     def spend(self, key: ApiKey, amount: int = 1) -> None:
-        """Count requests of a key.
+        """Count pictures that are to be drawn for a key.
 
         Raises:
             ApiError: 429, the key's rate is used up.
@@ -147,7 +147,7 @@ class Gate:
         if wait:
             raise ApiError(
                 "rate_limit_exceeded",
-                f"the key {key.name!r} may ask {key.requests_per_minute:g} times a minute, {key.burst} at once",
+                f"the key {key.name!r} may draw {key.requests_per_minute:g} pictures a minute, {key.burst} at once",
                 retry_after=max(1, round(wait + 0.5)),
             )
 
@@ -164,7 +164,7 @@ class Gate:
 
 
 class TokenBucket:
-    """Counts a key's requests: `burst` at once, refilled at its rate."""
+    """Counts a key's pictures: `burst` at once, refilled at its rate."""
 
     def __init__(self, key: ApiKey, now: float) -> None:
         self.key = key

@@ -366,6 +366,23 @@ class TestKeys:
         with server.client("all") as client:
             assert server.draw(client, model="acme-mug-1").status_code == 200
 
+    def test_looking_is_not_drawing(self, server):
+        server.clock.now += 60
+        paths = [
+            "/objects",
+            "/objects/acme-mug-1",
+            "/objects/acme-mug-1/thumbnail",
+            "/objects/acme-mug-1/reference",
+            "/v1/models",
+            "/v1/models/acme-mug-1",
+            "/classes",
+        ]
+        with server.client("slow") as client:
+            assert {client.get(path).status_code for path in paths * 10} == {200}
+            assert server.draw(client, model="acme-mug-1", n=3).status_code == 200
+            assert error(server.draw(client, model="acme-mug-1"), 429) == "rate_limit_exceeded"
+            assert {client.get(path).status_code for path in paths} == {200}
+
 
 class TestLinks:
     def test_a_link_shows_the_picture_until_it_expires(self, small_base, filled, tmp_path):

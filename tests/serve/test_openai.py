@@ -78,5 +78,5 @@ def test_raises_its_own_errors(client, server):
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="od-wrong").models.list()
     with pytest.raises(openai.RateLimitError) as limited:
-        [client.models.retrieve("acme-mug-1") for _ in range(5)]
+        [client.images.generate(model="acme-mug-1", prompt="{}", extra_body={"steps": 1}) for _ in range(5)]
     assert limited.value.code == "rate_limit_exceeded"
