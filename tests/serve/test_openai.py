@@ -2,12 +2,15 @@
 
 import base64
 import io
+import threading
 
 import openai
 import pytest
 from conftest import serving
 from PIL import Image
-from random_store import digest_of
+from random_store import commit, digest_of
+
+from objdrive.store import ArtifactStore
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,70 @@ def test_streams(client):
     assert partial.partial_image_index == 0
     assert picture(partial.b64_json).size == picture(completed.b64_json).size == (128, 128)
     assert completed.usage.total_tokens == 0
+
+
+class TestStreamsThatFail:
+    """After the answer's 200 has been sent, an error can only come as an event."""
+
+    @pytest.fixture
+    def store(self, small_base, tmp_path):
+        store = ArtifactStore(str(tmp_path / "store"))
+        for object_id in ("mug-1", "mug-2"):
+            commit(store, small_base, object_id)
+        return store
+
+    def stream(self, server, **asked):
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            stream = client.images.generate(prompt="{}", stream=True, **asked)
+            assert stream.response.status_code == 200
+            told = []
+            with pytest.raises(openai.APIError) as failed:
+                # Unlike a list of the stream, this keeps what came before the error.
+                told.extend(event.type for event in stream)
+        assert not isinstance(failed.value, openai.APIConnectionError | openai.APIStatusError)
+        assert set(failed.value.body) == {"message", "type", "param", "code"}
+        return told, failed.value
+
+    def test_the_device_fails_in_the_middle(self, small_base, store, tmp_path):
+        with serving(small_base, store, tmp_path) as server:
+            unet, passes = server.services.generators._engine._base.unet, []
+
+            def fail(*_):
+                passes.append(1)
+                if len(passes) == 3:
+                    raise RuntimeError("the device is lost")
+
+            fault = unet.register_forward_pre_hook(fail)
+            told, error = self.stream(server, model="mug-1", partial_images=3, extra_body={"steps": 4})
+            assert told == ["image_generation.partial_image"] * 2
+            assert (error.code, error.type) == ("drawing_failed", "server_error")
+            assert "device" not in error.message
+            fault.remove()
+            with server.client() as client:
+                assert server.draw(client, model="mug-1").status_code == 200
+
+    def test_the_artifact_is_damaged(self, small_base, store, tmp_path):
+        weights = next((tmp_path / "store/objects/mug-1" / digest_of("mug-1")).glob("*lora*"))
+        weights.write_bytes(weights.read_bytes()[:-1])
+        with serving(small_base, store, tmp_path) as server:
+            told, error = self.stream(server, model="mug-1")
+            assert told == []
+            assert (error.code, error.param) == ("corrupt_artifact", "model")
+            assert str(tmp_path) not in error.message
+
+    def test_the_server_ends(self, small_base, store, tmp_path):
+        with serving(small_base, store, tmp_path) as server:
+            engine = server.services.generators._engine
+            ending = threading.Thread(target=engine.close)
+            engine._base.unet.register_forward_pre_hook(lambda *_: ending.is_alive() or ending.start())
+            _, error = self.stream(server, model="mug-2", extra_body={"steps": 100})
+            assert error.code == "draining"
+            ending.join()
+
+    def test_the_picture_takes_too_long(self, small_base, store, tmp_path):
+        with serving(small_base, store, tmp_path, draw_seconds=0.5) as server:
+            _, error = self.stream(server, model="mug-1", extra_body={"steps": 100})
+            assert error.code == "timeout"
 
 
 def test_links(client, server):
