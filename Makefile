@@ -24,7 +24,7 @@ check: install
 	$(BIN)/pytest --quiet --numprocesses 2 -m 'not cluster'
 
 test: check
-	$(BIN)/pytest --quiet -m cluster
+	$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile -m cluster
 
 clean:
 	rm -rf $(VENV) demo-store

@@ -16,6 +16,7 @@ from conftest import ENVIRONMENT, FAST, ROOT, assert_whole
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
 RAY = str(Path(sys.executable).with_name("ray"))
+PATIENCE = 240
 
 
 def free_port() -> int:
@@ -29,7 +30,9 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A head node of its own with a job server; the server's address and the environment to talk to it."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     path = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
-    environment |= {**ENVIRONMENT, "HOME": str(tmp_path), "PATH": path}
+    # Another cluster may be starting beside it.
+    patience = {"RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(PATIENCE)}
+    environment |= {**ENVIRONMENT, **patience, "HOME": str(tmp_path), "PATH": path}
     dashboard = free_port()
     command = [RAY, "start", "--head", "--block", "--num-cpus", "2", "--object-store-memory", str(200 * 2**20)]
     command += ["--port", str(free_port()), "--dashboard-port", str(dashboard)]
@@ -40,7 +43,7 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     with (tmp_path / "head.log").open("w") as log:
         node = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while subprocess.run([RAY, "job", "list", "--address", address], env=environment, capture_output=True).returncode:
         assert node.poll() is None, (tmp_path / "head.log").read_text()
         assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
