@@ -21,7 +21,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --quiet --numprocesses 2 -m 'not cluster'
+	$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile -m 'not cluster'
 
 test: check
 	$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile -m cluster

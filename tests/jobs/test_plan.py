@@ -210,6 +210,7 @@ def test_the_first_objects_to_train_get_previews(wanted, previewed):
 ROWS = 50_000
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("scene_of", "trained"),
     [(lambda number: "", ROWS), (lambda number: f"scene-{number // 2}", ROWS), (lambda number: "default", 0)],
