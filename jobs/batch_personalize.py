@@ -5,16 +5,14 @@ Usage: ``python jobs/batch_personalize.py MANIFEST --store URL``, or the same be
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 
 from jobs.cluster import choose_workers, connect
-from jobs.command import absolute
+from jobs.command import absolute, absolute_model
 from jobs.fanout import Workers
 from jobs.ingest import Target
 from jobs.ledger import REJECTS_FILE, Ledger
@@ -58,10 +56,10 @@ def _parser() -> argparse.ArgumentParser:
         "--store", default="objdrive-store", help="where artifacts go, any fsspec address (%(default)s)"
     )
     parser.add_argument(
-        "--base", type=_base_name, default="tiny64", help="embedded base, folder or hub id (%(default)s)"
+        "--base", type=absolute_model, default="tiny64", help="embedded base, folder or hub id (%(default)s)"
     )
     parser.add_argument(
-        "--clip", type=_base_name, help="folder or hub id of the CLIP with the image tower, for bases without one"
+        "--clip", type=absolute_model, help="folder or hub id of the CLIP with the image tower, for bases without one"
     )
     parser.add_argument("--recipe", default="objdrive", help=f"YAML file or preset: {', '.join(PRESETS)} (%(default)s)")
     parser.add_argument(
@@ -136,11 +134,6 @@ def _run(arguments: argparse.Namespace) -> int:
         _print_summary(run, store, seconds, dry=arguments.dry_run)
         lost = ledger.counts["rejected"] + ledger.counts["failed"]
     return _EXIT_ROWS_LOST if lost and not arguments.allow_rejects else _EXIT_OK
-
-
-def _base_name(text: str) -> str:
-    # Hub ids have the form of a relative path.
-    return absolute(text) if os.sep in text and Path(text).is_dir() else text
 
 
 def _shared(address: str) -> str:

@@ -1,5 +1,6 @@
 """What the jobs' commands share."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,3 +21,9 @@ def exit_status(work: Callable[[], None]) -> int:
 def absolute(address: str) -> str:
     """An address that means the same to workers, which run in folders of their own."""
     return address if "://" in address else str(Path(address).absolute())
+
+
+def absolute_model(name: str) -> str:
+    """A base or CLIP that means the same to workers: a folder's address; a name or hub id as it is."""
+    # Hub ids have the form of a relative path.
+    return absolute(name) if os.sep in name and Path(name).is_dir() else name
