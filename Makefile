@@ -1,6 +1,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/pytest --quiet --numprocesses 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
@@ -21,10 +22,10 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile -m 'not cluster'
+	$(PYTEST) -m 'not cluster'
 
 test: check
-	$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile -m cluster
+	$(PYTEST) -m cluster
 
 clean:
 	rm -rf $(VENV) demo-store

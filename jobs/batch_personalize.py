@@ -12,7 +12,7 @@ from contextlib import closing
 from functools import partial
 
 from jobs.cluster import choose_workers, connect
-from jobs.command import absolute, absolute_model
+from jobs.command import absolute, add_base_options
 from jobs.fanout import Workers
 from jobs.ingest import Target
 from jobs.ledger import REJECTS_FILE, Ledger
@@ -55,12 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--store", default="objdrive-store", help="where artifacts go, any fsspec address (%(default)s)"
     )
-    parser.add_argument(
-        "--base", type=absolute_model, default="tiny64", help="embedded base, folder or hub id (%(default)s)"
-    )
-    parser.add_argument(
-        "--clip", type=absolute_model, help="folder or hub id of the CLIP with the image tower, for bases without one"
-    )
+    add_base_options(parser)
     parser.add_argument("--recipe", default="objdrive", help=f"YAML file or preset: {', '.join(PRESETS)} (%(default)s)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the recipe"

@@ -1,5 +1,6 @@
 """What the jobs' commands share."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -27,3 +28,13 @@ def absolute_model(name: str) -> str:
     """A base or CLIP that means the same to workers: a folder's address; a name or hub id as it is."""
     # Hub ids have the form of a relative path.
     return absolute(name) if os.sep in name and Path(name).is_dir() else name
+
+
+def add_base_options(parser: argparse.ArgumentParser) -> None:
+    """``--base`` and ``--clip``, as workers find them."""
+    parser.add_argument(
+        "--base", type=absolute_model, default="tiny64", help="embedded base, folder or hub id (%(default)s)"
+    )
+    parser.add_argument(
+        "--clip", type=absolute_model, help="folder or hub id of the CLIP with the image tower, for bases without one"
+    )

@@ -13,7 +13,7 @@ import ray
 from transformers.utils.logging import disable_progress_bar
 
 from jobs.cluster import choose_workers, connect
-from jobs.command import absolute, absolute_model, exit_status
+from jobs.command import absolute, add_base_options, exit_status
 from jobs.evaluation.compose import PROMPTS
 from jobs.evaluation.pages import PICTURES_FILE, REPORT_FILE, SCORES_FILE, write_pages
 from jobs.evaluation.pictures import (
@@ -120,12 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--base-alone", action="store_true", help="also draw by the base with the class word")
     parser.add_argument("--controls", action="store_true",
                         help="also score input photos and composed scenes, which calibrate the ruler")  # fmt: skip
-    parser.add_argument(
-        "--base", type=absolute_model, default="tiny64", help="embedded base, folder or hub id (tiny64)"
-    )
-    parser.add_argument(
-        "--clip", type=absolute_model, help="folder or hub id of the CLIP with the image tower, for bases without one"
-    )
+    add_base_options(parser)
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="YAML list of prompts (the shipped one)")
     parser.add_argument("--gallery", type=Path, help="Parquet table of designs to tell objects from")
     parser.add_argument("--encoder", action="append", metavar="NAME",

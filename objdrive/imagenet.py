@@ -1,6 +1,5 @@
 """Features of a network trained on ImageNet: a judge of pictures that knows nothing of any base."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,13 +31,17 @@ class ImageNetEncoder:
         network = _load()
         self._network = network.to(device).eval().requires_grad_(False)
         self._device = device
-        self._maps: dict[int, Tensor] = {}
-        for depth in _DEPTHS:
-            self._network._blocks[depth].register_forward_hook(partial(self._keep, depth))
 
+    @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:
         """(N, 1280) features, not normalised, of pictures (N, 3, H, W) in [0, 1] of any size."""
-        return self._last_maps(pictures).mean(dim=(2, 3))
+        pictures = pictures.to(self._device)
+        if pictures.shape[-2:] != (_EDGE, _EDGE):
+            pictures = F.interpolate(pictures, size=(_EDGE, _EDGE), mode="bicubic", antialias=True).clamp(0, 1)
+        # Lite models were trained on pixels scaled so, not by ImageNet's mean and deviation.
+        pixels = (pictures * 255 - 127) / 128
+        maps: Tensor = self._network.extract_features(pixels.contiguous(memory_format=torch.channels_last))
+        return maps.mean(dim=(2, 3))
 
     def of_all_depths(self, pictures: Tensor) -> Tensor:
         """(N, 2464) features of pictures (N, 3, H, W) in [0, 1]: of the last layer and of layers before.
@@ -46,22 +49,18 @@ class ImageNetEncoder:
         The last ones tell objects; colours and textures, which tell backdrops, are gone there. Of the layers before,
         mean and deviation over the picture.
         """
-        last = self._last_maps(pictures).mean(dim=(2, 3))
-        maps = [self._maps[depth] for depth in _DEPTHS]
-        return torch.cat([last, *(pooled for each in maps for pooled in (each.mean((2, 3)), each.std((2, 3))))], dim=1)
+        pooled: list[Tensor] = []
 
-    def _keep(self, depth: int, _layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-        self._maps[depth] = output
+        def pool(_layer: nn.Module, _inputs: Any, maps: Tensor) -> None:
+            pooled.extend((maps.mean(dim=(2, 3)), maps.std(dim=(2, 3))))
 
-    @torch.no_grad()
-    def _last_maps(self, pictures: Tensor) -> Tensor:
-        pictures = pictures.to(self._device)
-        if pictures.shape[-2:] != (_EDGE, _EDGE):
-            pictures = F.interpolate(pictures, size=(_EDGE, _EDGE), mode="bicubic", antialias=True).clamp(0, 1)
-        # Lite models were trained on pixels scaled so, not by ImageNet's mean and deviation.
-        pixels = (pictures * 255 - 127) / 128
-        maps: Tensor = self._network.extract_features(pixels.contiguous(memory_format=torch.channels_last))
-        return maps
+        hooks = [self._network._blocks[depth].register_forward_hook(pool) for depth in _DEPTHS]
+        try:
+            last = self(pictures)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat([last, *pooled], dim=1)
 
 
 def _load() -> Any:

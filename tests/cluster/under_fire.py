@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
@@ -73,6 +74,13 @@ def draw_alone(base, store, request):
         return draw_latents(base, [alone], bank=bank)[0]
 
 
-def least_difference(pictures):
-    """Between any two of a number of tensors, the largest difference of their elements: the least of these."""
-    return float(torch.pdist(torch.stack([picture.flatten() for picture in pictures]), p=float("inf")).min())
+def least_difference(expected):
+    """Between any two pictures that differ in their objects alone, the largest difference of elements: the least.
+
+    Args:
+        expected: tensor by `DrawRequest`.
+    """
+    alike = {}
+    for request, picture in expected.items():
+        alike.setdefault(replace(request, objects=()), []).append(picture.flatten())
+    return min(float(torch.pdist(torch.stack(pictures), p=float("inf")).min()) for pictures in alike.values())

@@ -25,6 +25,7 @@ from jobs.pretrain.scenes import Composer, Mix
 from jobs.pretrain.sprites import Sprites, draw_sprites, near_held
 from jobs.pretrain.unet import build_unet, snr_weights, start_from
 from jobs.pretrain.vae import build_vae, normalise_latents, psnr, widen_latents
+from jobs.pretrain_base import main as pretrain
 from objdrive.base_files import EMBEDDED
 from objdrive.errors import ObjdriveError
 
@@ -275,6 +276,12 @@ def test_a_configuration_with_an_unknown_field_is_refused(tmp_path):
         read_config(str(path))
     with pytest.raises(ObjdriveError, match="small128, smoke, tiny64"):
         read_config("none-such")
+
+
+def test_checkpoints_are_not_written_over(tmp_path, capsys):
+    (tmp_path / "unet" / "checkpoints").mkdir(parents=True)
+    assert pretrain(["--out", str(tmp_path), "--config", "smoke", "--stage", "unet"]) == 1
+    assert "--resume" in capsys.readouterr().err
 
 
 @pytest.mark.cluster
