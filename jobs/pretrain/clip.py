@@ -151,6 +151,9 @@ class ClipStage:
         if config.start:
             load_towers(self.part, find_base(config.start).snapshot)
         self.part.to(device)
+        if device.type == "cpu":
+            # See `unet.UnetStage`: the same holds for so few tokens.
+            self.part.set_attn_implementation("eager")
         self.objective = ClipObjective(self.part).to(device)
 
     def batch(self, size: int) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ class Training(_Strict):
         warmup: steps from nothing to the peak.
         cooldown: last part of the time, in which the learning rate falls to nearly nothing.
         ema: decay of the weights' running mean, which is what is exported.
-        compile: by torch.compile; needs a C++ compiler where there is no GPU, and a minute to begin.
+        bfloat16: products and convolutions in bfloat16 by autocast; weights and optimiser stay in float32.
+        compile: by torch.compile; needs a C++ compiler where there is no GPU, and some minutes to begin.
         share: part of the whole time when all parts are trained in one run.
     """
 
@@ -35,6 +36,7 @@ class Training(_Strict):
     warmup: int = Field(default=100, gt=0)
     cooldown: float = Field(default=0.25, ge=0, lt=1)
     ema: float = Field(default=0.999, ge=0, lt=1)
+    bfloat16: bool = False
     compile: bool = False
     share: float = Field(gt=0, le=1)
 

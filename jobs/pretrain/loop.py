@@ -207,7 +207,9 @@ class _Worker:
     def _step(self, size: int, lr: float) -> dict[str, float]:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        figures = self._model(self._stage.batch(size))
+        batch = self._stage.batch(size)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._run.training.bfloat16):
+            figures = self._model(batch)
         self._optimizer.zero_grad(set_to_none=True)
         figures["loss"].backward()
         nn.utils.clip_grad_norm_(self._stage.part.parameters(), 1.0)

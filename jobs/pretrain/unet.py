@@ -9,6 +9,7 @@ import pyarrow as pa
 import ray
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -157,6 +158,9 @@ class UnetStage:
             started = UNet2DConditionModel.from_pretrained(find_base(config.start).snapshot / "unet")
             start_from(self.part, started.state_dict())
         self.part.to(device, memory_format=torch.channels_last)
+        if device.type == "cpu":
+            # Attention over so few cells is quick as plain products; torch's flash kernel for CPUs is not, backwards.
+            self.part.set_attn_processor(AttnProcessor())
         self.objective = UnetObjective(self.part).to(device)
         self._latents, self._ids = self._read(folders, folders.scenes, rank, world)
         self._judged = self._fixed(*self._read(folders, folders.judged, 0, 1))
