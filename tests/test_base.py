@@ -71,7 +71,7 @@ class TestTiny64:
     def test_the_autoencoder_keeps_the_picture(self, tiny64, catalog_scene):
         pixels = to_pixels(tiny64, [whole_picture(tiny64, catalog_scene("rocket-01"))])
         latents = tiny64.encode_latents(pixels)
-        assert latents.shape == (1, 4, 16, 16)
+        assert latents.shape == (1, 8, 16, 16)
         assert (tiny64.decode_latents(latents) - pixels).abs().mean() < 0.05
 
     def test_the_towers_know_objects_that_they_have_never_seen(self, tiny64, catalog_scene):

@@ -93,7 +93,7 @@ class TestStockDiffusers:
         )
         ours = draw(tiny64, [request], bank)
         theirs = stock_latents(stock, f"a photo of {phrase.replace('{token}', TOKEN)} on grass", request.seed)
-        assert ours.shape == theirs.shape == (1, 4, 16, 16)
+        assert ours.shape == theirs.shape == (1, 8, 16, 16)
         assert difference(ours, theirs) < 1e-3
         assert difference(ours, draw(tiny64, [replace(request, slots={})])) > 0.05
         other_token = replace(request, embeddings=[adapters[0].embedding])
@@ -167,7 +167,7 @@ class TestBatches:
         noise = starting_noise(tiny64, [5, 6, 5])
         assert torch.equal(noise[0], noise[2])
         assert not torch.equal(noise[0], noise[1])
-        expected = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(6))
+        expected = torch.randn((1, 8, 16, 16), generator=torch.Generator().manual_seed(6))
         assert torch.equal(noise[1:2], expected)
 
 
