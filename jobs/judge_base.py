@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from jobs.command import exit_status
 from jobs.pretrain.judge import (
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _judge(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
+    disable_progress_bar()
     sprites = have_sprites(Folders(Path(options.data)))
     bases = [Base.load(name, device="cpu") for name in options.bases]
     print(table(judge(bases, sprites, Effort(drawn=options.drawn), Path(options.out))))
