@@ -3,6 +3,7 @@
 import csv
 import functools
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -253,8 +254,8 @@ class TestEncoders:
         with pytest.raises(ObjdriveError, match=r"dino:.*cannot be had"):
             load_encoder(f"dino:{tmp_path}", base="tiny64")
 
-    def test_a_clip_by_folder_agrees_with_the_same_clip_as_the_base_s_own(self, sd15):
-        snapshot, folder = sd15
+    def test_a_clip_by_folder_agrees_with_the_same_clip_as_the_base_s_own(self, sd15, tmp_path):
+        snapshot, folder = sd15[0], shutil.copytree(sd15[1], tmp_path / "clip")
         CLIPTokenizer.from_pretrained(snapshot / "tokenizer").save_pretrained(folder)
         assert CLIPModel.from_pretrained(folder).config.projection_dim == 24
         named, own = load_encoder(f"clip:{folder}", base=""), load_encoder("clip", base=str(snapshot), clip=str(folder))
