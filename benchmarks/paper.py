@@ -2,59 +2,40 @@
 
 Usage: ``python benchmarks/paper.py --out FOLDER`` (``--smoke`` tries it out in minutes, on plain shapes).
 
-Every method is fine-tuned on the development half at several learning rates, the base's own times `FACTORS`. The one
-with the highest scalarised recognition is fine-tuned on the test half, once. Each such cell is a store with its scores,
-kept in the folder, so that an interrupted run goes on where it stopped. At the end there are, for each half, the table,
-the plots and the page, and ``results.md`` with the sweep, the figures and the differences.
+Every preset is fine-tuned on objects of the development half at several learning rates, the base's own times `FACTORS`.
+With the rate of the highest scalarised recognition it is fine-tuned on the test half, once; so are the ablations of the
+paper's method, at the rate of that. What `objdrive` makes of fewer and of more steps is measured on the development
+half. For each of the three there are the table, the plots and the page of an evaluation; ``results.md`` has the figures
+and the differences. An interrupted run goes on where it stopped.
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import ray
+from comparing import Contender, Drawn, cell, have_cluster, job, measure
 
 from jobs.evaluation.compose import GALLERY_FILE, MANIFEST_FILE, PROMPTS
-from jobs.evaluation.pages import (
-    PICTURES_FILE,
-    SCORES_FILE,
-    by_method,
-    choose_trades,
-    trade_figures,
-    write_pages,
-)
+from jobs.evaluation.pages import by_method, choose_trades, trade_figures
 from jobs.evaluation.pictures import CONTROLS
 from objdrive.base_files import BaseFiles, find_base
-from objdrive.evaluate import read_prompts
 from objdrive.recipe import make_recipe
 from objdrive.scores import pareto_front, scalarise
 from objdrive.summary import Figure, Trade, difference, per_object
 
-JOBS = Path(__file__).resolve().parents[1] / "jobs"
-HALVES = ("development", "test")
+DEVELOPMENT, TEST = "development", "test"
 FACTORS = (0.3, 1.0, 3.0)
-METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "textual_inversion": ("textual_inversion", ()),
-    "lora": ("lora", ()),
-    "dreambooth": ("dreambooth", ()),
-    "paper": ("paper", ()),
-    "paper without prototype": ("paper", ("embedding_start=class",)),
-    "paper without regularization": ("paper", ("ccr_weight=0",)),
-    "paper without object loss": ("paper", ("masked=false",)),
-    "objdrive": ("objdrive", ()),
+SHARES = (0.25, 0.5, 1.0, 2.0)
+PAPER, DEFAULT = "paper", "objdrive"
+PRESETS = ("textual_inversion", "lora", "dreambooth", PAPER, DEFAULT)
+ABLATIONS = {
+    "paper without prototype": "embedding_start=class",
+    "paper without regularization": "ccr_weight=0",
+    "paper without object loss": "masked=false",
 }
-"""Preset and overrides of each; the base alone comes besides."""
-OURS = "paper"
-_ROWS_LOST = 3
 
 
 @dataclass(frozen=True)
@@ -63,18 +44,24 @@ class Effort:
 
     Attributes:
         steps: of every fine-tune; None: what suits the base.
+        presets: which.
         factors: of the base's learning rates.
-        methods: which.
+        shares: of those steps, for `DEFAULT`.
+        tuned_on: objects of the development half, the first ones, that learning rates are chosen on.
+        reported_on: objects of the test half, likewise.
         prompts: YAML list of them.
         seeds: pictures of each object and prompt.
         sample_steps: of drawing; None: what suits the base.
-        encoders: what pictures are judged by.
+        encoders: what pictures are judged by; learning rates are chosen by the first.
         drawn: plain shapes in place of icons.
     """
 
     steps: int | None = None
+    presets: tuple[str, ...] = PRESETS
     factors: tuple[float, ...] = FACTORS
-    methods: tuple[str, ...] = tuple(METHODS)
+    shares: tuple[float, ...] = SHARES
+    tuned_on: int = 22
+    reported_on: int = 22
     prompts: str = str(PROMPTS)
     seeds: int = 2
     sample_steps: int | None = None
@@ -84,8 +71,11 @@ class Effort:
 
 SMOKE = Effort(
     steps=2,
+    presets=("lora", PAPER, DEFAULT),
     factors=(1.0,),
-    methods=("lora", "paper"),
+    shares=(1.0,),
+    tuned_on=1,
+    reported_on=1,
     prompts=str(Path(__file__).resolve().parent / "smoke_prompts.yaml"),
     seeds=1,
     sample_steps=2,
@@ -94,22 +84,8 @@ SMOKE = Effort(
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One method at one learning rate on one half."""
-
-    method: str
-    factor: float
-    half: str
-
-    @property
-    def name(self) -> str:
-        """Its folder."""
-        return f"{self.method.replace(' ', '-')}-x{self.factor:g}"
-
-
 class Benchmark:
-    """All cells in a folder."""
+    """All comparisons in a folder."""
 
     def __init__(self, out: Path, data: Path, base: BaseFiles, effort: Effort) -> None:
         self._out, self._data, self._base, self._effort = out, data, base, effort
@@ -118,108 +94,100 @@ class Benchmark:
     def run(self) -> None:
         """Do what is not done yet."""
         self._compose()
-        chosen = {}
-        lines = ["# Methods compared", "", *self._describe(), "", "## Learning rates, development half", ""]
-        lines += ["| method | factor of the base's rates | scalarised recognition |", "|---|---|---|"]
-        for method in self._effort.methods:
-            swept = {factor: self._quality(Cell(method, factor, "development")) for factor in self._effort.factors}
-            chosen[method] = max(swept, key=lambda factor: swept[factor])
-            lines += [
-                f"| {method} | {factor:g}{' (best)' if factor == chosen[method] else ''} | {value:.3f} |"
-                for factor, value in swept.items()
-            ]
-        for half in HALVES:
-            cells = [Cell(method, factor, half) for method, factor in chosen.items()]
-            for cell in cells:
-                self._fill(cell)
-            lines += ["", f"## The {half} half", "", *self._compare(half, cells)]
+        lines = ["# Methods compared", "", self._describe()]
+        chosen, swept = self._tune()
+        lines += ["", "## Learning rates, development half", "", *swept]
+        lines += ["", "## The test half", "", *self._compare(chosen)]
+        lines += [f"## Steps of `{DEFAULT}`, development half", "", *self._cut(chosen[DEFAULT])]
         (self._out / "results.md").write_text("\n".join(lines) + "\n")
         print(f"results {self._out / 'results.md'}")
 
     def _compose(self) -> None:
-        if all((self._set / half / GALLERY_FILE).is_file() for half in HALVES):
+        if all((self._set / half / GALLERY_FILE).is_file() for half in (DEVELOPMENT, TEST)):
             return
         options = ["--drawn"] if self._effort.drawn else ["--data", str(self._data)]
-        _job("evaluation_set.py", "--out", str(self._set), "--prompts", self._effort.prompts, *options)
+        job("evaluation_set.py", "--out", str(self._set), "--prompts", self._effort.prompts, *options)
 
-    def _folder(self, cell: Cell) -> Path:
-        return self._out / cell.half / cell.name
+    def _tune(self) -> tuple[dict[str, float], list[str]]:
+        """The best factor of the learning rates for each preset, and the table that it is chosen from."""
+        swept = {
+            (preset, factor): self._contender(DEVELOPMENT, f"{preset} x{factor:g}", preset, factor=factor)
+            for preset in self._effort.presets
+            for factor in self._effort.factors
+        }
+        found = self._quality("tuning", list(swept.values()))
+        quality = {key: found.get(contender.name) for key, contender in swept.items()}
+        chosen = {
+            preset: max(self._effort.factors, key=lambda factor: _value(quality[preset, factor]))
+            for preset in self._effort.presets
+        }
+        lines = ["| preset | learning rates | scalarised recognition |", "|---|---|---|"]
+        for (preset, factor), figure in quality.items():
+            rates = ", ".join(one for one in swept[preset, factor].overrides if "_lr=" in one)
+            mark = " (chosen)" if chosen[preset] == factor else ""
+            lines.append(f"| {preset} | {rates}{mark} | {cell(figure)} |")
+        return chosen, lines
 
-    def _fill(self, cell: Cell) -> None:
-        """Fine-tune and measure a cell, unless it is there with just these settings."""
-        folder, half = self._folder(cell), self._set / cell.half
-        preset, changes = METHODS[cell.method]
-        overrides = self._overrides(preset, changes, cell.factor)
-        settings = {"cell": asdict(cell), "preset": preset, "overrides": overrides, "base": self._base.fingerprint()}
-        settings |= {"effort": asdict(self._effort), "set": (half / MANIFEST_FILE).read_text()}
-        note, done = folder / "cell.json", json.dumps(settings, sort_keys=True)
-        if note.is_file() and note.read_text() == done:
-            return
-        print(f"{cell.half}: {cell.method}, learning rates x {cell.factor:g}", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        changed = [word for override in overrides for word in ("--set", override)]
-        store = str(folder / "store")
-        base = ["--base", self._base.name]
-        personalize = [str(half / MANIFEST_FILE), "--store", store, *base, "--recipe", preset, *changed]
-        # A rate that is too high may lose rows; how many objects are left stands in every table.
-        _job("batch_personalize.py", *personalize, "--previews", "0", may_lose_rows=True)
-        effort = self._effort
-        evaluate = ["--store", f"{cell.method}={store}", *base, "--prompts", effort.prompts]
-        evaluate += ["--gallery", str(half / GALLERY_FILE), "--seeds", str(effort.seeds), "--out", str(folder)]
-        evaluate += [word for name in effort.encoders for word in ("--encoder", name)]
-        evaluate += ["--steps", str(effort.sample_steps)] if effort.sample_steps else []
-        evaluate += ["--base-alone", "--controls"] if cell.method == OURS else []
-        _job("evaluate.py", *evaluate)
-        note.write_text(done)
+    def _cut(self, factor: float) -> list[str]:
+        """The table of what fewer and more steps give."""
+        steps = [round(share * self._steps) for share in self._effort.shares]
+        contenders = [
+            self._contender(DEVELOPMENT, f"{count} steps", DEFAULT, factor=factor, steps=count) for count in steps
+        ]
+        found = self._quality("steps", contenders)
+        lines = [f"| {DEFAULT} | scalarised recognition |", "|---|---|"]
+        return lines + [f"| {one.name} | {cell(found.get(one.name))} |" for one in contenders]
 
-    def _overrides(self, preset: str, changes: Sequence[str], factor: float) -> list[str]:
-        recipe = make_recipe(preset, tuning=self._base.tuning, overrides=changes)
-        rates = {"lora_lr": recipe.lora_lr if recipe.rank else 0.0, "embedding_lr": recipe.embedding_lr}
-        steps = self._effort.steps or recipe.steps
-        # A rate of 0 is part of the method.
-        return [*changes, f"steps={steps}", *(f"{name}={rate * factor:g}" for name, rate in rates.items() if rate)]
-
-    def _quality(self, cell: Cell) -> float:
-        self._fill(cell)
-        rows = [row for row in self._scores([cell]) if row["method"] == cell.method]
-        figures = trade_figures(rows, _recognition(rows))
-        return figures["scalarised"].value if figures else 0.0
-
-    def _scores(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-        tables = [pq.read_table(self._folder(cell) / SCORES_FILE) for cell in cells]
-        rows: list[dict[str, Any]] = pa.concat_tables(tables).to_pylist()
-        return rows
-
-    def _compare(self, half: str, cells: Sequence[Cell]) -> list[str]:
-        """Pages of a half, and its figures and differences as Markdown."""
-        folders = [self._folder(cell) for cell in cells]
-        write_pages(
-            self._out / half,
-            [folder / PICTURES_FILE for folder in folders],
-            [folder / SCORES_FILE for folder in folders],
-            read_prompts(Path(self._effort.prompts)),
-            title=f"objdrive: methods compared, {half} half",
-            facts=[("method " + cell.method, f"learning rates x {cell.factor:g}") for cell in cells],
-            shown=12,
-        )
-        rows = self._scores(cells)
+    def _compare(self, chosen: Mapping[str, float]) -> list[str]:
+        contenders = [self._contender(TEST, preset, preset, factor=factor) for preset, factor in chosen.items()]
+        contenders += [
+            self._contender(TEST, name, PAPER, change, factor=chosen[PAPER]) for name, change in ABLATIONS.items()
+        ]
+        rows = self._measure(TEST, TEST, contenders, self._effort.reported_on, whole=True)
         lines = []
         for trade in choose_trades(rows):
             lines += [*_figures(rows, trade), "", *_differences(rows, trade), ""]
         return lines
 
-    def _describe(self) -> list[str]:
+    @property
+    def _steps(self) -> int:
+        return self._effort.steps or make_recipe(tuning=self._base.tuning).steps
+
+    def _contender(
+        self, half: str, name: str, preset: str, *changes: str, factor: float = 1.0, steps: int | None = None
+    ) -> Contender:
+        recipe = make_recipe(preset, tuning=self._base.tuning, overrides=changes)
+        rates = {"lora_lr": recipe.lora_lr if recipe.rank else 0.0, "embedding_lr": recipe.embedding_lr}
+        # A rate of 0 is part of the method.
+        scaled = [f"{name}={rate * factor:g}" for name, rate in rates.items() if rate]
+        overrides = (*changes, f"steps={steps or self._steps}", *scaled)
+        return Contender(name, self._set / half / MANIFEST_FILE, preset, overrides)
+
+    def _quality(self, part: str, contenders: Sequence[Contender]) -> dict[str, Figure]:
+        """Scalarised recognition on objects of the development half, by name."""
+        rows = self._measure(part, DEVELOPMENT, contenders, self._effort.tuned_on)
+        trade = next(trade for trade in choose_trades(rows) if trade.name == "recognition")
+        figures = {name: trade_figures(own, trade) for name, own in by_method(rows).items()}
+        return {name: one["scalarised"] for name, one in figures.items() if one}
+
+    def _measure(
+        self, part: str, half: str, contenders: Sequence[Contender], objects: int, *, whole: bool = False
+    ) -> list[dict[str, Any]]:
+        effort = self._effort
+        encoders, options = (effort.encoders, ("--base-alone", "--controls")) if whole else (effort.encoders[:1], ())
+        drawn = Drawn(effort.prompts, effort.seeds, effort.sample_steps, encoders, options)
+        gallery = self._set / half / GALLERY_FILE
+        return measure(self._out / part, contenders, gallery, self._base.name, drawn, objects=objects)
+
+    def _describe(self) -> str:
         effort = self._effort
         recipe = make_recipe(tuning=self._base.tuning)
-        return [
-            f"Base `{self._base.name}`, {effort.steps or recipe.steps} steps, {effort.seeds} seeds, "
-            f"{effort.sample_steps or recipe.sample_steps} steps of drawing, judged by {', '.join(effort.encoders)}. "
-            "Intervals: 95%, bootstrap over objects. `copy` is the input photo, `scenes` are composed pictures."
-        ]
-
-
-def _recognition(rows: Sequence[Mapping[str, Any]]) -> Trade:
-    return next(trade for trade in choose_trades(rows) if trade.name == "recognition")
+        return (
+            f"Base `{self._base.name}`, {self._steps} steps, pictures of {effort.seeds} seed(s) in "
+            f"{effort.sample_steps or recipe.sample_steps} steps, judged by {', '.join(effort.encoders)}. Learning "
+            f"rates chosen on {effort.tuned_on} objects, by {effort.encoders[0]}. Intervals: 95%, bootstrap over "
+            "objects. `copy` is the input photo, `scenes` are composed pictures."
+        )
 
 
 def _figures(rows: Sequence[Mapping[str, Any]], trade: Trade) -> list[str]:
@@ -237,44 +205,34 @@ def _figures(rows: Sequence[Mapping[str, Any]], trade: Trade) -> list[str]:
         "|---" * 6 + "|",
     ]
     for method, one in figures.items():
-        cells = " | ".join(_cell(one[name]) for name in ("fidelity", "generalization", "scalarised"))
+        cells = " | ".join(cell(one[name]) for name in ("fidelity", "generalization", "scalarised"))
         lines.append(f"| {method} | {cells} | {one['scalarised'].objects} | {'yes' if method in front else ''} |")
-    if OURS in contenders:
-        ours = np.array(points[contenders.index(OURS)])
+    if PAPER in contenders:
+        ours = np.array(points[contenders.index(PAPER)])
         ahead = [method for method, place in zip(contenders, points, strict=True) if (np.array(place) > ours).all()]
-        lines += ["", f"Better than `{OURS}` on both axes: {', '.join(ahead) or 'none'}."]
+        lines += ["", f"Better than `{PAPER}` on both axes: {', '.join(ahead) or 'none'}."]
     return lines
 
 
 def _differences(rows: Sequence[Mapping[str, Any]], trade: Trade) -> list[str]:
-    """What `OURS` has over every other method, on both axes, paired by object."""
+    """What `PAPER` and `DEFAULT` have over every other method, on both axes, paired by object."""
     means = {method: per_object(own, (trade.fidelity, trade.generalization)) for method, own in by_method(rows).items()}
-    lines = [f"| {OURS} less | fidelity | generalization | scalarised |", "|---" * 4 + "|"]
-    for method, theirs in means.items():
-        if method in (OURS, *CONTROLS) or not theirs or not means.get(OURS):
-            continue
-        ours = means[OURS]
-        gains = [
-            difference(ours, theirs),
-            difference(ours, theirs, lambda values: values[:, 1]),
-            difference(ours, theirs, scalarise),
-        ]
-        lines.append(f"| {method} | " + " | ".join(map(_cell, gains)) + " |")
+    lines = ["| | less | fidelity | generalization | scalarised |", "|---" * 5 + "|"]
+    for ours in (PAPER, DEFAULT):
+        for method, theirs in means.items():
+            if method in (ours, *CONTROLS) or not theirs or not means.get(ours):
+                continue
+            gains = [
+                difference(means[ours], theirs),
+                difference(means[ours], theirs, lambda values: values[:, 1]),
+                difference(means[ours], theirs, scalarise),
+            ]
+            lines.append(f"| {ours} | {method} | " + " | ".join(map(cell, gains)) + " |")
     return lines
 
 
-def _cell(one: Figure) -> str:
-    return f"{one.value:.3f} ({one.low:.3f} to {one.high:.3f})"
-
-
-def _job(script: str, *options: str, may_lose_rows: bool = False) -> None:
-    """Run one of the jobs on this benchmark's cluster; its output goes where this process's goes."""
-    path = os.pathsep.join(filter(None, (str(JOBS.parent), os.environ.get("PYTHONPATH"))))
-    finished = subprocess.run(
-        [sys.executable, str(JOBS / script), *options], env={**os.environ, "PYTHONPATH": path}, check=False
-    )
-    if finished.returncode and not (may_lose_rows and finished.returncode == _ROWS_LOST):
-        sys.exit(f"{script} failed with status {finished.returncode}; run this again to go on from here")
+def _value(figure: Figure | None) -> float:
+    return figure.value if figure else 0.0
 
 
 def main() -> None:
@@ -282,17 +240,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for everything; a rerun goes on in it")
     parser.add_argument("--data", type=Path, default=Path("icons"), help="folder with the icons; fetched if none")
     parser.add_argument("--base", default="tiny64")
-    parser.add_argument("--steps", type=int, help="of every fine-tune (what suits the base)")
-    parser.add_argument("--seeds", type=int, default=Effort.seeds)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--smoke", action="store_true", help="plain shapes, two methods, two steps: tries it all out")
+    parser.add_argument("--seeds", type=int, default=Effort.seeds, help="pictures of each object and prompt (2)")
+    parser.add_argument("--tuned-on", type=int, default=Effort.tuned_on, metavar="N",
+                        help="objects of the development half that learning rates are chosen on (22)")  # fmt: skip
+    parser.add_argument("--reported-on", type=int, default=Effort.reported_on, metavar="N",
+                        help="objects of the test half that methods are compared on (22)")  # fmt: skip
+    parser.add_argument("--smoke", action="store_true", help="plain shapes, three methods, two steps: tries it all out")
     arguments = parser.parse_args()
-    effort = Effort(steps=arguments.steps, seeds=arguments.seeds, methods=tuple(arguments.methods))
-    if "RAY_ADDRESS" not in os.environ:
-        context = ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
+    effort = (
+        SMOKE
+        if arguments.smoke
+        else Effort(seeds=arguments.seeds, tuned_on=arguments.tuned_on, reported_on=arguments.reported_on)
+    )
+    have_cluster()
     out = arguments.out.absolute()
-    Benchmark(out, arguments.data, find_base(arguments.base), SMOKE if arguments.smoke else effort).run()
+    Benchmark(out, arguments.data, find_base(arguments.base), effort).run()
 
 
 if __name__ == "__main__":

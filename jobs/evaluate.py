@@ -76,8 +76,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     facts = _facts(stores, drawing, references, prompts, options.seeds)
     write_pages(
         options.out,
-        [pictures],
-        [scores],
+        pictures,
+        scores,
         prompts,
         title="objdrive: fidelity and generalization",
         facts=facts,

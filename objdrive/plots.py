@@ -1,16 +1,19 @@
-"""The plot of the paper's Figure 5: fidelity against generalization, a point for each method."""
+"""Plots: the paper's Figure 5 (fidelity against generalization, a point for each method), and sheets of pictures."""
 
 import io
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from objdrive.errors import ObjdriveError
 from objdrive.scores import pareto_front
 from objdrive.summary import Figure
 
 _SIZE = (8.0, 4.8)
+_CELL = 1.0
 _MARKERS = "osD^vP*X<>"
 
 
@@ -43,7 +46,8 @@ def plot_trade(
             contenders = [name for name in points if name not in controls]
             _front(axes, [points[name] for name in contenders])
             for number, name in enumerate(contenders):
-                _point(axes, name, points[name], f"C{number % 10}", _MARKERS[number % len(_MARKERS)])
+                # Beyond ten, colours come again with other markers.
+                _point(axes, name, points[name], f"C{number % 10}", _MARKERS[(number + number // 10) % len(_MARKERS)])
             for name in controls:
                 _point(axes, name, points[name], "0.6", _MARKERS[list(controls).index(name)])
             # Labels beside the points would lie over each other: good methods lie close together.
@@ -55,6 +59,37 @@ def plot_trade(
             return {kind: _save(picture, kind) for kind in ("svg", "png")}
         finally:
             plt.close(picture)
+
+
+def plot_sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[bytes]]]) -> bytes:
+    """Draw pictures side by side.
+
+    Args:
+        columns: what each shows.
+        rows: a title, and an encoded picture for each column; empty for none.
+
+    Returns:
+        The sheet as WebP.
+
+    Raises:
+        ObjdriveError: matplotlib is not installed.
+    """
+    plt = _pyplot()
+    size = (_CELL * (len(columns) + 1), _CELL * 1.05 * len(rows) + 0.4)
+    picture, axes = plt.subplots(len(rows), len(columns), figsize=size, layout="constrained", squeeze=False)
+    try:
+        for (title, pictures), line in zip(rows, axes, strict=True):
+            for data, cell in zip(pictures, line, strict=True):
+                cell.set(xticks=[], yticks=[])
+                cell.set_frame_on(False)
+                if data:
+                    cell.imshow(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+            line[0].set_ylabel("\n".join(wrap(title, 18)), rotation=0, ha="right", va="center", fontsize=7)
+        for name, cell in zip(columns, axes[0], strict=True):
+            cell.set_title("\n".join(wrap(name, 14)), fontsize=7)
+        return _save(picture, "webp")
+    finally:
+        plt.close(picture)
 
 
 def _front(axes: Any, points: Sequence[tuple[Figure, Figure]]) -> None:

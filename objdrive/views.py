@@ -24,7 +24,8 @@ BACKDROPS = {
 }
 """Plain colours that prompts name, in RGB."""
 
-_LARGEST_FILL = 0.85
+# As large as things usually are in pictures of them: what is shown larger here is drawn larger than prompts ask for.
+_LARGEST_FILL = 0.7
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _union(scene: Scene, without: SceneObject | None = None) -> np.ndarray:
 
 
 def _zoomed_window(mask: np.ndarray, whole: Window, generator: torch.Generator) -> Window:
-    """A window on the object, from its size in the whole picture to nearly filling the frame."""
+    """A window on the object, from its size in the whole picture to the usual size of things in pictures."""
     left, top, right, bottom = bounding_box(mask)
     natural = min(max(right - left, bottom - top) / whole.side, _LARGEST_FILL)
     u, x, y = torch.rand(3, generator=generator).tolist()

@@ -135,13 +135,27 @@ def write_half(
     return len(subjects)
 
 
-def compose_photo(sprite: Image.Image, object_id: str) -> tuple[Image.Image, Image.Image]:
-    """(image, mask): what a shop's photo of a drawing looks like; the id decides on where and how large."""
+def compose_photo(
+    sprite: Image.Image,
+    object_id: str,
+    *,
+    edge: float | None = None,
+    ground: tuple[int, int, int] | None = None,
+) -> tuple[Image.Image, Image.Image]:
+    """(image, mask): what a shop's photo of a drawing looks like.
+
+    Args:
+        sprite: the drawing.
+        object_id: decides on what is not given.
+        edge: of the drawing, in parts of the photo's.
+        ground: colour of a plain backdrop, in place of a context.
+    """
     rng = np.random.default_rng(seed_of(f"photo:{object_id}"))
     context = PHOTO_CONTEXTS[int(rng.integers(len(PHOTO_CONTEXTS)))]
-    edge = rng.uniform(*_PHOTO_FILL)
+    usual = rng.uniform(*_PHOTO_FILL)
     centre = (0.5 + 0.1 * rng.uniform(-1, 1), 0.5 + 0.1 * rng.uniform(-1, 1))
-    canvas, cover = put(_canvas(context, rng, _PHOTO_EDGE), Thing(sprite, edge, centre, rng.uniform(-_TURN, _TURN)))
+    canvas = _canvas(context, rng, _PHOTO_EDGE) if ground is None else np.full((_PHOTO_EDGE, _PHOTO_EDGE, 3), ground)
+    canvas, cover = put(canvas, Thing(sprite, edge or usual, centre, rng.uniform(-_TURN, _TURN)))
     mask = Image.fromarray((cover[..., 0] * 255).round().astype(np.uint8))
     return Image.fromarray(render(canvas, 0)), mask
 

@@ -13,7 +13,7 @@ from jobs.evaluation.pictures import BASE_ALONE, CONTROLS, COPY
 from objdrive.evaluate import METRICS, EvaluationPrompt
 from objdrive.grids import ObjectGrid, Table, render_grids
 from objdrive.images import encode_picture
-from objdrive.plots import plot_trade
+from objdrive.plots import plot_sheet, plot_trade
 from objdrive.scores import scalarise
 from objdrive.summary import Figure, Trade, figure, per_object
 
@@ -21,8 +21,10 @@ PICTURES_FILE = "pictures.parquet"
 SCORES_FILE = "scores.parquet"
 SUMMARY_FILE = "summary.parquet"
 REPORT_FILE = "report.html"
+SHEET_FILE = "sheet.webp"
 
 _THUMBNAIL = 192
+_SHEET_ROWS = 10
 _NAMES = {
     "whole": "fidelity, whole picture",
     "object": "fidelity, object",
@@ -112,27 +114,27 @@ def _row(method: str, encoder: str, metric: str, kind: str, found: Figure) -> di
 
 def write_pages(
     out: Path,
-    pictures: Sequence[Path],
-    scores: Sequence[Path],
+    pictures: Path,
+    scores: Path,
     prompts: Sequence[EvaluationPrompt],
     *,
     title: str,
     facts: Sequence[tuple[str, str]],
     shown: int,
 ) -> None:
-    """Write summary, plots and page of some evaluations, as if they were one, to the folder `out`.
+    """Write summary, plots, sheet and page of an evaluation to the folder `out`.
 
     Args:
         out: where to.
-        pictures: tables of pictures.
-        scores: tables of their scores.
+        pictures: the table of pictures.
+        scores: the table of their scores.
         prompts: whose pictures the grids show.
         title: of the page.
         facts: (name, value) of what was done.
         shown: objects that get a grid.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows = pa.concat_tables([pq.read_table(path) for path in scores]).to_pylist()
+    rows = pq.read_table(scores).to_pylist()
     summary = summarise(rows)
     pq.write_table(pa.Table.from_pylist(summary), out / SUMMARY_FILE)
     plots = []
@@ -142,6 +144,8 @@ def write_pages(
             (out / f"{trade.name}.{kind}").write_bytes(data)
         plots.append(drawn["svg"])
     grids = _grids(pictures, prompts, shown)
+    if grids:
+        (out / SHEET_FILE).write_bytes(_sheet(grids, prompts))
     page = render_grids(title, facts, _tables(summary), plots, [prompt.text for prompt in prompts], grids)
     (out / REPORT_FILE).write_text(page, encoding="utf-8")
 
@@ -174,23 +178,22 @@ def _cell(row: Mapping[str, Any]) -> str:
     return f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
 
 
-def _grids(pictures: Sequence[Path], prompts: Sequence[EvaluationPrompt], shown: int) -> list[ObjectGrid]:
+def _grids(pictures: Path, prompts: Sequence[EvaluationPrompt], shown: int) -> list[ObjectGrid]:
     """Grids of the first objects, each with the first picture of every method and prompt."""
     order = {prompt.id: place for place, prompt in enumerate(prompts)}
     cells: dict[str, dict[str, dict[int, bytes]]] = {}
     words: dict[str, str] = {}
     photos: dict[str, bytes] = {}
-    for path in pictures:
-        for row in pq.read_table(path, filters=[("number", "==", 0)]).to_pylist():
-            one = row["object_id"]
-            if row["prompt_id"] not in order or (one not in words and len(words) == shown):
-                continue
-            words[one] = row["class_name"]
-            webp = _webp(row["picture"])
-            if row["method"] == COPY:
-                photos[one] = webp
-            else:
-                cells.setdefault(one, {}).setdefault(row["method"], {})[order[row["prompt_id"]]] = webp
+    for row in pq.read_table(pictures, filters=[("number", "==", 0)]).to_pylist():
+        one = row["object_id"]
+        if row["prompt_id"] not in order or (one not in words and len(words) == shown):
+            continue
+        words[one] = row["class_name"]
+        webp = _webp(row["picture"])
+        if row["method"] == COPY:
+            photos[one] = webp
+        else:
+            cells.setdefault(one, {}).setdefault(row["method"], {})[order[row["prompt_id"]]] = webp
     return [
         ObjectGrid(
             one,
@@ -203,6 +206,18 @@ def _grids(pictures: Sequence[Path], prompts: Sequence[EvaluationPrompt], shown:
         )
         for one in sorted(words)
     ]
+
+
+def _sheet(grids: Sequence[ObjectGrid], prompts: Sequence[EvaluationPrompt]) -> bytes:
+    """The first objects by every method, each object in another prompt; their photos come first if there are any."""
+    methods = _in_order(dict.fromkeys(method for grid in grids for method in grid.rows))
+    photos = any(grid.photo for grid in grids)
+    rows = []
+    for number, grid in enumerate(grids[:_SHEET_ROWS]):
+        place = number % len(prompts)
+        pictures = [grid.rows[method][place] if method in grid.rows else b"" for method in methods]
+        rows.append((prompts[place].naming(grid.class_name), [grid.photo] * photos + pictures))
+    return plot_sheet(["photo"] * photos + methods, rows)
 
 
 def _webp(png: bytes) -> bytes:

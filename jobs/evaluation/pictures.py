@@ -34,7 +34,6 @@ CONTROLS = (COPY, SCENES)
 """Methods that calibrate the ruler: the input photo for every prompt; composed scenes, the best that can be drawn."""
 
 _ROWS_PER_BATCH = 64
-_READER_CPUS = 0.05
 _KEY = b"objdrive"
 SCHEMA = pa.schema(
     [
@@ -198,9 +197,9 @@ def control_pictures(
 
 
 def read_table(path: Path) -> ray.data.Dataset:
-    """A Parquet file as a dataset: a block for each batch, its reader fits in beside a pool that holds the cores."""
-    blocks = _batches(pq.read_metadata(path).num_rows)
-    return ray.data.read_parquet(str(path), num_cpus=_READER_CPUS, partitioning=None, override_num_blocks=blocks)
+    """A Parquet file as a dataset: a block for each batch, at hand (see `_drawn`)."""
+    with pq.ParquetFile(path) as file:
+        return ray.data.from_arrow([pa.Table.from_batches([some]) for some in file.iter_batches(_ROWS_PER_BATCH)])
 
 
 def _batches(rows: int) -> int:

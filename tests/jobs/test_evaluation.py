@@ -241,17 +241,20 @@ def test_the_page_shows_every_method_and_loads_nothing(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), pictures)
     pq.write_table(pa.Table.from_pylist(SCORED, SCORES), scores)
     out = tmp_path / "out"
-    write_pages(out, [pictures], [scores], TWO, title="<Trade>", facts=[("base", "tiny64")], shown=1)
+    write_pages(out, pictures, scores, TWO, title="<Trade>", facts=[("base", "tiny64")], shown=1)
     page = (out / "report.html").read_text()
     # Two plots; of one object its photo, and a picture for each of two methods.
     assert page.count("<img") == 2 + 1 + 2
     assert "&lt;Trade&gt;" in page
     assert page.count("src=") == page.count('src="data:image/')
     names = {path.name for path in out.iterdir()}
-    assert names == {"report.html", "summary.parquet"} | {
+    assert names == {"report.html", "summary.parquet", "sheet.webp"} | {
         f"{trade}.{kind}" for trade in ("similarity", "recognition") for kind in ("svg", "png")
     }
+    with Image.open(out / "sheet.webp") as sheet:
+        # Photo, two methods and a row's title: the pictures, all of one grey, fill a good part.
+        assert (np.abs(np.asarray(sheet.convert("L"), int) - 90) < 4).mean() > 0.3
     first = (out / "similarity.svg").read_bytes()
-    write_pages(out, [pictures], [scores], TWO, title="again", facts=[], shown=0)
+    write_pages(out, pictures, scores, TWO, title="again", facts=[], shown=0)
     assert (out / "similarity.svg").read_bytes() == first
     assert (out / "report.html").read_text().count("<img") == 2

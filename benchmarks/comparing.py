@@ -1,0 +1,96 @@
+"""What benchmarks of quality share: fine-tune objects in several ways, draw the same prompts of each, score them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import ray
+
+from jobs.evaluation.pages import SCORES_FILE
+from objdrive.store import ArtifactStore
+from objdrive.summary import Figure
+
+JOBS = Path(__file__).resolve().parents[1] / "jobs"
+_ROWS_LOST = 3
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to fine-tune the objects of a manifest: a preset and its overrides, under a name."""
+
+    name: str
+    manifest: Path
+    preset: str
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn of each object, and what judges it.
+
+    Attributes:
+        prompts: YAML list of them.
+        seeds: pictures of each object and prompt.
+        sample_steps: of drawing; None: what suits the base.
+        encoders: by name.
+        options: further ones of ``jobs/evaluate.py``.
+    """
+
+    prompts: str
+    seeds: int
+    sample_steps: int | None
+    encoders: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+
+def measure(
+    folder: Path, contenders: Sequence[Contender], gallery: Path, base: str, drawn: Drawn, *, objects: int | None = None
+) -> list[dict[str, Any]]:
+    """Scores of what contenders make of the first `objects` of their manifests; what is in `folder` is not done again.
+
+    A contender that no object survived has none.
+    """
+    stores = {one.name: str(folder / "stores" / one.name.replace(" ", "-")) for one in contenders}
+    for one in contenders:
+        print(f"{folder.name}: {one.name}", flush=True)
+        options = [word for override in one.overrides for word in ("--set", override)]
+        options += ["--limit", str(objects)] if objects else []
+        what = [str(one.manifest), "--store", stores[one.name], "--base", base, "--recipe", one.preset]
+        # A rate that is too high may lose rows; how many objects are left stands in every table.
+        job("batch_personalize.py", *what, *options, "--previews", "0", may_lose_rows=True)
+    evaluate = ["--out", str(folder), "--base", base, "--gallery", str(gallery), *drawn.options]
+    evaluate += ["--prompts", drawn.prompts, "--seeds", str(drawn.seeds)]
+    evaluate += ["--steps", str(drawn.sample_steps)] if drawn.sample_steps else []
+    evaluate += [word for name in drawn.encoders for word in ("--encoder", name)]
+    for name, store in stores.items():
+        evaluate += ["--store", f"{name}={store}"] if any(ArtifactStore(store).object_ids()) else []
+    job("evaluate.py", *evaluate)
+    rows: list[dict[str, Any]] = pq.read_table(folder / SCORES_FILE).to_pylist()
+    return rows
+
+
+def job(script: str, *options: str, may_lose_rows: bool = False) -> None:
+    """Run one of the jobs on this benchmark's cluster; its output goes where this process's goes."""
+    path = os.pathsep.join(filter(None, (str(JOBS.parent), os.environ.get("PYTHONPATH"))))
+    finished = subprocess.run(
+        [sys.executable, str(JOBS / script), *options], env={**os.environ, "PYTHONPATH": path}, check=False
+    )
+    if finished.returncode and not (may_lose_rows and finished.returncode == _ROWS_LOST):
+        sys.exit(f"{script} failed with status {finished.returncode}; run this again to go on from here")
+
+
+def have_cluster() -> None:
+    """One cluster for all jobs: the one that ``RAY_ADDRESS`` names, else a local one for the time of this process."""
+    if "RAY_ADDRESS" not in os.environ:
+        context = ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
+
+
+def cell(one: Figure | None) -> str:
+    """A figure with its interval, as tables show it."""
+    return f"{one.value:.3f} ({one.low:.3f} to {one.high:.3f})" if one else "no object was left"

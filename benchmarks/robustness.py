@@ -1,0 +1,196 @@
+"""What smaller objects and careless masks cost: identity of the object, and how much of its backdrop comes along.
+
+Usage: ``python benchmarks/robustness.py --out FOLDER`` (``--smoke`` tries it out in minutes, on plain shapes).
+
+Objects of the test half are photographed again: smaller and smaller, and before a plain magenta ground with masks that
+are too small, too large or jagged. No context and hardly a drawing is magenta, so that the share of magenta in drawn
+pictures tells how much of the ground was learnt.
+"""
+
+import argparse
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from comparing import Contender, Drawn, cell, have_cluster, measure
+from PIL import Image, ImageFilter
+
+from jobs.evaluation.compose import (
+    GALLERY_FILE,
+    MANIFEST_FILE,
+    PROMPTS,
+    Subject,
+    choose_subjects,
+    compose_photo,
+    read_halves,
+    write_half,
+)
+from jobs.evaluation.pages import PICTURES_FILE, by_method
+from jobs.evaluation.pictures import decode_pictures
+from jobs.pretrain.settings import Folders
+from jobs.pretrain.sprites import Sprites, draw_sprites, have_sprites
+from objdrive.evaluate import read_prompts
+from objdrive.scores import Array
+from objdrive.summary import difference, figure, per_object
+
+HALF = "test"
+RECIPES = ("paper", "objdrive")
+SIZES = (0.6, 0.3, 0.15, 0.1)
+MAGENTA = (255, 0, 255)
+_MASKED_EDGE = 0.6
+_RESOLUTION = 64
+_JAGS = 16
+_TINGED = 60
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How an object is photographed: its edge in the photo, the ground, and what is done to its mask."""
+
+    name: str
+    edge: float
+    ground: tuple[int, int, int] | None = None
+    spoil: Callable[[Image.Image], Image.Image] = lambda mask: mask
+
+
+def grown(mask: Image.Image, pixels: int) -> Image.Image:
+    """The mask, larger by so many of the base's pixels on every side; smaller if they are negative."""
+    reach = 2 * abs(pixels) * mask.width // _RESOLUTION + 1
+    return mask.filter(ImageFilter.MaxFilter(reach) if pixels > 0 else ImageFilter.MinFilter(reach))
+
+
+def jagged(mask: Image.Image, pixels: int) -> Image.Image:
+    """The mask, in some squares too large and in some too small by so many of the base's pixels."""
+    chosen = np.random.default_rng(0).integers(0, 2, (_JAGS, _JAGS), np.uint8) * 255
+    squares = Image.fromarray(chosen).resize(mask.size, Image.Resampling.NEAREST)
+    return Image.composite(grown(mask, pixels), grown(mask, -pixels), squares)
+
+
+SIZED = tuple(Variant(f"{round(100 * edge)}% of the frame", edge) for edge in SIZES)
+MASKED = (
+    Variant("exact mask", _MASKED_EDGE, MAGENTA),
+    Variant("mask 3 px too small", _MASKED_EDGE, MAGENTA, lambda mask: grown(mask, -3)),
+    Variant("mask 3 px too large", _MASKED_EDGE, MAGENTA, lambda mask: grown(mask, 3)),
+    Variant("mask jagged by 3 px", _MASKED_EDGE, MAGENTA, lambda mask: jagged(mask, 3)),
+)
+
+
+def magenta_share(pixels: np.ndarray) -> np.ndarray:
+    """(N,): share of magenta among the pixels of pictures (N, H, W, 3) uint8."""
+    red, green, blue = np.moveaxis(pixels.astype(int), -1, 0)
+    share: np.ndarray = (np.minimum(red, blue) - green > _TINGED).mean(axis=(1, 2))
+    return share
+
+
+def run(
+    out: Path, sprites: Sprites, class_names: Sequence[str], base: str, drawn: Drawn, overrides: tuple[str, ...] = ()
+) -> None:
+    """Do what is not done yet, and write ``results.md``."""
+    gallery = out / "set" / GALLERY_FILE
+    if not gallery.is_file():
+        prompts = read_prompts(Path(drawn.prompts))
+        write_half(sprites, class_names, prompts, gallery.parent, resolution=_RESOLUTION, scenes=4)
+    subjects = choose_subjects(sprites, class_names)
+    manifests = {one.name: photograph(one, sprites, subjects, out / "photos") for one in (*SIZED, *MASKED)}
+    contenders = [
+        Contender(f"{recipe}, {name}", manifest, recipe, overrides)
+        for recipe in RECIPES
+        for name, manifest in manifests.items()
+    ]
+    rows = measure(out / "drawn", contenders, gallery, base, drawn)
+    identity = (drawn.encoders[0], "identity_class")
+    identities = {method: per_object(own, [identity]) for method, own in by_method(rows).items()}
+    halos = magenta_by_object(out / "drawn" / PICTURES_FILE)
+    lines = ["# Smaller objects, careless masks", "", _describe(base, drawn, len(subjects))]
+    for recipe in RECIPES:
+        lines += ["", f"## {recipe}", "", *_sizes(recipe, identities), "", *_masks(recipe, identities, halos)]
+    (out / "results.md").write_text("\n".join(lines) + "\n")
+    print(f"results {out / 'results.md'}")
+
+
+def photograph(variant: Variant, sprites: Sprites, subjects: Sequence[Subject], out: Path) -> Path:
+    """The manifest of a variant; its photos and masks are written unless they are there."""
+    folder = out / variant.name.replace(" ", "-")
+    manifest = folder / MANIFEST_FILE
+    if manifest.is_file():
+        return manifest
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [("object_id", "image", "mask", "class_name")]
+    for one in subjects:
+        sprite = Image.fromarray(sprites.pictures[one.row])
+        image, mask = compose_photo(sprite, one.object_id, edge=variant.edge, ground=variant.ground)
+        rows.append((one.object_id, f"{one.object_id}.png", f"{one.object_id}-mask.png", one.class_name))
+        image.save(folder / rows[-1][1])
+        variant.spoil(mask).save(folder / rows[-1][2])
+    # Last: with it the variant is whole.
+    with manifest.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return manifest
+
+
+def magenta_by_object(pictures: Path) -> dict[str, dict[str, Array]]:
+    """Mean share of magenta by method and object id."""
+    table = pq.read_table(pictures)
+    shares = magenta_share(decode_pictures(table["picture"])).tolist()
+    rows = table.select(["method", "object_id", "kind"]).to_pylist()
+    measured = [row | {"encoder": "", "magenta": share} for row, share in zip(rows, shares, strict=True)]
+    return {method: per_object(own, [("", "magenta")]) for method, own in by_method(measured).items()}
+
+
+def _sizes(recipe: str, identities: Mapping[str, Mapping[str, Array]]) -> list[str]:
+    lines = ["| object's edge | identity in its class | of that at the largest |", "|---|---|---|"]
+    largest = figure(identities.get(f"{recipe}, {SIZED[0].name}", {}))
+    for variant in SIZED:
+        found = figure(identities.get(f"{recipe}, {variant.name}", {}))
+        share = f"{found.value / largest.value:.0%}" if found and largest and largest.value else ""
+        lines.append(f"| {variant.name} | {cell(found)} | {share} |")
+    return lines
+
+
+def _masks(
+    recipe: str, identities: Mapping[str, Mapping[str, Array]], halos: Mapping[str, Mapping[str, Array]]
+) -> list[str]:
+    lines = ["| mask | identity in its class | less than exact | magenta more than exact |", "|---" * 4 + "|"]
+    exact = f"{recipe}, {MASKED[0].name}"
+    for variant in MASKED:
+        name = f"{recipe}, {variant.name}"
+        lost, more = "", ""
+        if identities.get(name) and identities.get(exact):
+            lost = cell(difference(identities[exact], identities[name]))
+            more = cell(difference(halos[name], halos[exact]))
+        lines.append(f"| {variant.name} | {cell(figure(identities.get(name, {})))} | {lost} | {more} |")
+    return lines
+
+
+def _describe(base: str, drawn: Drawn, objects: int) -> str:
+    return (
+        f"Base `{base}`, {objects} objects, pictures of {drawn.seeds} seed(s), judged by {drawn.encoders[0]}. "
+        "Intervals: 95%, bootstrap over objects; differences are paired."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything; a rerun goes on in it")
+    parser.add_argument("--data", type=Path, default=Path("icons"), help="folder with the icons; fetched if none")
+    parser.add_argument("--base", default="tiny64")
+    parser.add_argument("--seeds", type=int, default=1, help="pictures of each object and prompt (1)")
+    parser.add_argument("--smoke", action="store_true", help="a plain shape, two steps: tries it all out")
+    arguments = parser.parse_args()
+    have_cluster()
+    out = arguments.out.absolute()
+    if arguments.smoke:
+        prompts = str(Path(__file__).resolve().parent / "smoke_prompts.yaml")
+        run(out, draw_sprites(0), ("kite",), arguments.base, Drawn(prompts, 1, 2, ("clip",)), ("steps=2",))
+    else:
+        sprites = have_sprites(Folders(arguments.data))
+        run(
+            out, sprites, read_halves()[HALF], arguments.base, Drawn(str(PROMPTS), arguments.seeds, None, ("imagenet",))
+        )
+
+
+if __name__ == "__main__":
+    main()
