@@ -11,11 +11,18 @@ from typing import Any
 import pyarrow.parquet as pq
 import ray
 
+from jobs.evaluation.compose import GALLERY_FILE, write_half
 from jobs.evaluation.pages import SCORES_FILE
+from jobs.pretrain.sprites import Sprites
+from objdrive.evaluate import EvaluationPrompt
 from objdrive.store import ArtifactStore
 from objdrive.summary import Figure
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
+SMOKE_PROMPTS = Path(__file__).resolve().parent / "smoke_prompts.yaml"
+HALF = "test"
+RESOLUTION = 64
+SCENES = 4
 _ROWS_LOST = 3
 
 
@@ -55,14 +62,7 @@ def measure(
 
     A contender that no object survived has none.
     """
-    stores = {one.name: str(folder / "stores" / one.name.replace(" ", "-")) for one in contenders}
-    for one in contenders:
-        print(f"{folder.name}: {one.name}", flush=True)
-        options = [word for override in one.overrides for word in ("--set", override)]
-        options += ["--limit", str(objects)] if objects else []
-        what = [str(one.manifest), "--store", stores[one.name], "--base", base, "--recipe", one.preset]
-        # A rate that is too high may lose rows; how many objects are left stands in every table.
-        job("batch_personalize.py", *what, *options, "--previews", "0", may_lose_rows=True)
+    stores = {one.name: fine_tune(folder, one, base, objects=objects) for one in contenders}
     evaluate = ["--out", str(folder), "--base", base, "--gallery", str(gallery), *drawn.options]
     evaluate += ["--prompts", drawn.prompts, "--seeds", str(drawn.seeds)]
     evaluate += ["--steps", str(drawn.sample_steps)] if drawn.sample_steps else []
@@ -72,6 +72,28 @@ def measure(
     job("evaluate.py", *evaluate)
     rows: list[dict[str, Any]] = pq.read_table(folder / SCORES_FILE).to_pylist()
     return rows
+
+
+def fine_tune(folder: Path, contender: Contender, base: str, *, objects: int | None = None) -> str:
+    """Fine-tune a contender's objects, the first `objects` if that is given; the store in `folder` that has them."""
+    print(f"{folder.name}: {contender.name}", flush=True)
+    store = str(folder / "stores" / contender.name.replace(" ", "-"))
+    options = [word for override in contender.overrides for word in ("--set", override)]
+    options += ["--limit", str(objects)] if objects else []
+    what = [str(contender.manifest), "--store", store, "--base", base, "--recipe", contender.preset]
+    # A rate that is too high may lose rows; how many objects are left stands in every table.
+    job("batch_personalize.py", *what, *options, "--previews", "0", may_lose_rows=True)
+    return store
+
+
+def have_gallery(
+    folder: Path, sprites: Sprites, class_names: Sequence[str], prompts: Sequence[EvaluationPrompt]
+) -> Path:
+    """The gallery of some classes; composed unless it is there."""
+    gallery = folder / GALLERY_FILE
+    if not gallery.is_file():
+        write_half(sprites, class_names, prompts, folder, resolution=RESOLUTION, scenes=SCENES)
+    return gallery
 
 
 def job(script: str, *options: str, may_lose_rows: bool = False) -> None:

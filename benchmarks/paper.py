@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparing import Contender, Drawn, cell, have_cluster, job, measure
+from comparing import SMOKE_PROMPTS, Contender, Drawn, cell, have_cluster, job, measure
 
 from jobs.evaluation.compose import GALLERY_FILE, MANIFEST_FILE, PROMPTS
 from jobs.evaluation.pages import by_method, choose_trades, trade_figures
@@ -76,7 +76,7 @@ SMOKE = Effort(
     shares=(1.0,),
     tuned_on=1,
     reported_on=1,
-    prompts=str(Path(__file__).resolve().parent / "smoke_prompts.yaml"),
+    prompts=str(SMOKE_PROMPTS),
     seeds=1,
     sample_steps=2,
     encoders=("clip",),

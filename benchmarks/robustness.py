@@ -15,18 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from comparing import Contender, Drawn, cell, have_cluster, measure
+from comparing import HALF, RESOLUTION, SMOKE_PROMPTS, Contender, Drawn, cell, have_cluster, have_gallery, measure
 from PIL import Image, ImageFilter
 
 from jobs.evaluation.compose import (
-    GALLERY_FILE,
     MANIFEST_FILE,
     PROMPTS,
     Subject,
     choose_subjects,
     compose_photo,
     read_halves,
-    write_half,
 )
 from jobs.evaluation.pages import PICTURES_FILE, by_method
 from jobs.evaluation.pictures import decode_pictures
@@ -36,12 +34,10 @@ from objdrive.evaluate import read_prompts
 from objdrive.scores import Array
 from objdrive.summary import difference, figure, per_object
 
-HALF = "test"
 RECIPES = ("paper", "objdrive")
 SIZES = (0.6, 0.3, 0.15, 0.1)
 MAGENTA = (255, 0, 255)
 _MASKED_EDGE = 0.6
-_RESOLUTION = 64
 _JAGS = 16
 _TINGED = 60
 
@@ -58,7 +54,7 @@ class Variant:
 
 def grown(mask: Image.Image, pixels: int) -> Image.Image:
     """The mask, larger by so many of the base's pixels on every side; smaller if they are negative."""
-    reach = 2 * abs(pixels) * mask.width // _RESOLUTION + 1
+    reach = 2 * abs(pixels) * mask.width // RESOLUTION + 1
     return mask.filter(ImageFilter.MaxFilter(reach) if pixels > 0 else ImageFilter.MinFilter(reach))
 
 
@@ -85,27 +81,33 @@ def magenta_share(pixels: np.ndarray) -> np.ndarray:
     return share
 
 
-def run(
-    out: Path, sprites: Sprites, class_names: Sequence[str], base: str, drawn: Drawn, overrides: tuple[str, ...] = ()
-) -> None:
+@dataclass(frozen=True)
+class Effort:
+    """How much is done: objects of the half, the first ones; recipes with their overrides; what is drawn."""
+
+    objects: int
+    recipes: tuple[str, ...]
+    drawn: Drawn
+    overrides: tuple[str, ...] = ()
+
+
+def run(out: Path, sprites: Sprites, class_names: Sequence[str], base: str, effort: Effort) -> None:
     """Do what is not done yet, and write ``results.md``."""
-    gallery = out / "set" / GALLERY_FILE
-    if not gallery.is_file():
-        prompts = read_prompts(Path(drawn.prompts))
-        write_half(sprites, class_names, prompts, gallery.parent, resolution=_RESOLUTION, scenes=4)
+    drawn = effort.drawn
+    gallery = have_gallery(out / "set", sprites, class_names, read_prompts(Path(drawn.prompts)))
     subjects = choose_subjects(sprites, class_names)
     manifests = {one.name: photograph(one, sprites, subjects, out / "photos") for one in (*SIZED, *MASKED)}
     contenders = [
-        Contender(f"{recipe}, {name}", manifest, recipe, overrides)
-        for recipe in RECIPES
+        Contender(f"{recipe}, {name}", manifest, recipe, effort.overrides)
+        for recipe in effort.recipes
         for name, manifest in manifests.items()
     ]
-    rows = measure(out / "drawn", contenders, gallery, base, drawn)
+    rows = measure(out / "drawn", contenders, gallery, base, drawn, objects=effort.objects)
     identity = (drawn.encoders[0], "identity_class")
     identities = {method: per_object(own, [identity]) for method, own in by_method(rows).items()}
     halos = magenta_by_object(out / "drawn" / PICTURES_FILE)
-    lines = ["# Smaller objects, careless masks", "", _describe(base, drawn, len(subjects))]
-    for recipe in RECIPES:
+    lines = ["# Smaller objects, careless masks", "", _describe(base, drawn, min(effort.objects, len(subjects)))]
+    for recipe in effort.recipes:
         lines += ["", f"## {recipe}", "", *_sizes(recipe, identities), "", *_masks(recipe, identities, halos)]
     (out / "results.md").write_text("\n".join(lines) + "\n")
     print(f"results {out / 'results.md'}")
@@ -178,18 +180,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("icons"), help="folder with the icons; fetched if none")
     parser.add_argument("--base", default="tiny64")
     parser.add_argument("--seeds", type=int, default=1, help="pictures of each object and prompt (1)")
+    parser.add_argument("--objects", type=int, default=22, metavar="N", help="of the half, the first ones (22)")
+    parser.add_argument("--recipe", action="append", metavar="NAME",
+                        help=f"preset or YAML file; again for each ({', '.join(RECIPES)})")  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="a plain shape, two steps: tries it all out")
     arguments = parser.parse_args()
     have_cluster()
-    out = arguments.out.absolute()
+    out, recipes = arguments.out.absolute(), tuple(arguments.recipe or RECIPES)
     if arguments.smoke:
-        prompts = str(Path(__file__).resolve().parent / "smoke_prompts.yaml")
-        run(out, draw_sprites(0), ("kite",), arguments.base, Drawn(prompts, 1, 2, ("clip",)), ("steps=2",))
+        drawn = Drawn(str(SMOKE_PROMPTS), 1, 2, ("clip",))
+        run(out, draw_sprites(0), ("kite",), arguments.base, Effort(1, recipes, drawn, ("steps=2",)))
     else:
+        drawn = Drawn(str(PROMPTS), arguments.seeds, None, ("imagenet",))
         sprites = have_sprites(Folders(arguments.data))
-        run(
-            out, sprites, read_halves()[HALF], arguments.base, Drawn(str(PROMPTS), arguments.seeds, None, ("imagenet",))
-        )
+        run(out, sprites, read_halves()[HALF], arguments.base, Effort(arguments.objects, recipes, drawn))
 
 
 if __name__ == "__main__":

@@ -312,11 +312,11 @@ def _is_nearest(right: str, nearness: Mapping[str, float]) -> float | None:
     return float(max(nearness, key=lambda one: nearness[one]) == right)
 
 
-def cut_windows(pixels: Tensor) -> Tensor:
-    """(N * W, 3, R, R): the `WINDOWS` of pictures (N, 3, R, R), at their size."""
+def cut_windows(pixels: Tensor, windows: Sequence[tuple[float, float, float]] = WINDOWS) -> Tensor:
+    """(N * W, 3, R, R): W windows (left, top, side) of pictures (N, 3, R, R), at their size."""
     edge = pixels.shape[-1]
     cuts = []
-    for left, top, side in WINDOWS:
+    for left, top, side in windows:
         x, y, size = (round(value * edge) for value in (left, top, side))
         part = pixels[..., y : y + size, x : x + size]
         cuts.append(part if size == edge else F.interpolate(part, size=(edge, edge), mode="bicubic").clamp(0, 1))

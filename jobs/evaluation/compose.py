@@ -31,8 +31,7 @@ PHOTO_CONTEXTS = ("on concrete", "on pebbles", "on marble", "on a tiled floor", 
 _PHOTO_EDGE = 256
 _PHOTO_FILL = (0.55, 0.7)
 _EDGES = {"": (0.55, 0.8), "small": (0.3, 0.42), "large": (0.86, 0.94)}
-_PAIR_EDGE = (0.4, 0.48)
-_PAIR_PLACES = (0.26, 0.74)
+_SIDE_BY_SIDE = {2: ((0.26, 0.74), (0.4, 0.48)), 3: ((0.19, 0.5, 0.81), (0.27, 0.31))}
 _TURN = 6
 _FAMILIES = {pack.name: pack.family for pack in PACKS}
 
@@ -155,9 +154,32 @@ def compose_photo(
     usual = rng.uniform(*_PHOTO_FILL)
     centre = (0.5 + 0.1 * rng.uniform(-1, 1), 0.5 + 0.1 * rng.uniform(-1, 1))
     canvas = _canvas(context, rng, _PHOTO_EDGE) if ground is None else np.full((_PHOTO_EDGE, _PHOTO_EDGE, 3), ground)
-    canvas, cover = put(canvas, Thing(sprite, edge or usual, centre, rng.uniform(-_TURN, _TURN)))
-    mask = Image.fromarray((cover[..., 0] * 255).round().astype(np.uint8))
-    return Image.fromarray(render(canvas, 0)), mask
+    image, (mask,) = _photo(canvas, [Thing(sprite, edge or usual, centre, rng.uniform(-_TURN, _TURN))])
+    return image, mask
+
+
+def compose_group(
+    sprites: Sequence[Image.Image], key: str, *, context: str | None = None, resolution: int = _PHOTO_EDGE
+) -> tuple[Image.Image, list[Image.Image]]:
+    """(image, masks): two or three drawings side by side.
+
+    Args:
+        sprites: the drawings.
+        key: decides on what is not given.
+        context: where they are; default: where photos are taken.
+        resolution: edge of the picture.
+    """
+    rng = np.random.default_rng(seed_of(f"group:{key}"))
+    context = context or PHOTO_CONTEXTS[int(rng.integers(len(PHOTO_CONTEXTS)))]
+    return _photo(_canvas(context, rng, resolution), _side_by_side(sprites, rng))
+
+
+def _photo(canvas: np.ndarray, things: Sequence[Thing]) -> tuple[Image.Image, list[Image.Image]]:
+    masks = []
+    for thing in things:
+        canvas, cover = put(canvas, thing)
+        masks.append(Image.fromarray((cover[..., 0] * 255).round().astype(np.uint8)))
+    return Image.fromarray(render(canvas, 0)), masks
 
 
 def compose_prompt(
@@ -175,8 +197,7 @@ def compose_prompt(
     canvas = _canvas(shown.context, rng, resolution)
     if shown.beside:
         other = beside[int(rng.integers(len(beside)))]
-        places = rng.permutation(_PAIR_PLACES)
-        things = [_beside(each, place, rng) for each, place in zip((sprite, other), places, strict=True)]
+        things = _side_by_side((sprite, other), rng)
     else:
         edge = rng.uniform(*_EDGES[shown.size])
         reach = 0.2 * (1 - edge)
@@ -187,9 +208,15 @@ def compose_prompt(
     return render(canvas, STYLES.index(shown.style) if shown.style else 0)
 
 
-def _beside(sprite: Image.Image, across: float, rng: Rng) -> Thing:
+def _side_by_side(sprites: Sequence[Image.Image], rng: Rng) -> list[Thing]:
+    """Two or three drawings next to each other, in any order."""
+    places, edges = _SIDE_BY_SIDE[len(sprites)]
+    return [_beside(sprite, place, edges, rng) for sprite, place in zip(sprites, rng.permutation(places), strict=True)]
+
+
+def _beside(sprite: Image.Image, across: float, edges: tuple[float, float], rng: Rng) -> Thing:
     centre = (0.5 + rng.uniform(-0.13, 0.13), across + rng.uniform(-0.03, 0.03))
-    return Thing(_flipped(sprite, rng), rng.uniform(*_PAIR_EDGE), centre, rng.uniform(-_TURN, _TURN))
+    return Thing(_flipped(sprite, rng), rng.uniform(*edges), centre, rng.uniform(-_TURN, _TURN))
 
 
 def _flipped(sprite: Image.Image, rng: Rng) -> Image.Image:

@@ -276,6 +276,17 @@ class TestDrawing:
         expect(page.get_by_role("dialog")).to_be_hidden()
         expect(figure(page, "drawn").get_by_role("button", name="Code")).to_be_focused()
 
+    def test_more_objects_leave_the_keyboard_its_place(self, shop, visit):
+        page = visit(shop)
+        expect(objects(page)).to_have_count(48)
+        objects(page).first.focus()
+        # The button comes into view, which brings the rest of the catalog.
+        page.keyboard.press("Tab")
+        expect(objects(page)).to_have_count(57)
+        expect(objects(page).nth(48)).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(objects(page).nth(48)).to_have_attribute("aria-selected", "true")
+
     def test_on_a_phone(self, shop, visit):
         page = visit(shop, width=360, height=740)
         expect(objects(page)).to_have_count(48)

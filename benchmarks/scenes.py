@@ -1,0 +1,266 @@
+"""Two and three objects of one photo, in drawn pictures: is each of them there, with its own features?
+
+Usage: ``python benchmarks/scenes.py --out FOLDER`` (``--smoke`` tries it out in minutes, on plain shapes).
+
+Objects of the test half are photographed together, and fine-tuned together as scenes. Pictures with all of them are
+looked at through windows of several sizes. An object has its *identity* if, of all designs of its class, it is the one
+that agrees most with some window. A picture *shows all* if for each of its objects there is a window to which nothing
+in the gallery, of whatever class, is nearer: features of one object on another, or an object that is left out, fail it.
+"""
+
+import argparse
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from comparing import (
+    HALF,
+    RESOLUTION,
+    SMOKE_PROMPTS,
+    Contender,
+    cell,
+    fine_tune,
+    have_cluster,
+    have_gallery,
+)
+from PIL import Image
+
+from jobs.evaluation.compose import MANIFEST_FILE, PROMPTS, Subject, choose_subjects, compose_group, read_halves
+from jobs.evaluation.pages import SHEET_FILE
+from jobs.evaluation.pictures import BASE_ALONE, SCENES, Pool
+from jobs.evaluation.scoring import Scorer, read_gallery
+from jobs.pretrain.settings import Folders
+from jobs.pretrain.sprites import Sprites, draw_sprites, have_sprites
+from objdrive.adapter import parse_adapter
+from objdrive.bank import AdapterBank
+from objdrive.base import Base
+from objdrive.class_pictures import seed_of
+from objdrive.encoders import Encoder
+from objdrive.evaluate import EvaluationPrompt, Gallery, cut_windows, embed, read_prompts
+from objdrive.images import encode_picture
+from objdrive.plots import plot_sheet
+from objdrive.recipe import make_recipe
+from objdrive.sampler import Request, draw_pictures, marked_phrase
+from objdrive.scores import Array
+from objdrive.store import ArtifactStore
+from objdrive.summary import figure
+from objdrive.views import as_pixels
+
+RECIPES = ("paper", "objdrive")
+SIZES = (2, 3)
+WINDOWS = (
+    (0.0, 0.0, 1.0),
+    *((left, top, 0.6) for left, top in product((0.0, 0.2, 0.4), (0.1, 0.3))),
+    *((left, top, 0.42) for left, top in product((0.0, 0.29, 0.58), (0.1, 0.29, 0.48))),
+)
+"""Where one of several objects may be: (left, top, side) in parts of a picture's edge."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Objects that are photographed together."""
+
+    name: str
+    subjects: tuple[Subject, ...]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is done: groups of each size, recipes with their overrides, drawing steps, the prompts, the encoder."""
+
+    groups: int
+    recipes: tuple[str, ...]
+    overrides: tuple[str, ...]
+    sample_steps: int
+    prompts: tuple[EvaluationPrompt, ...]
+    encoder: str
+
+
+class Judge:
+    """Tells which objects of a group a picture shows."""
+
+    def __init__(self, encoder: Encoder, gallery: Gallery) -> None:
+        self._encoder, self._gallery = encoder, gallery
+        self._classes = np.array([design.class_name for design in gallery.designs])
+
+    def measure(self, pictures: Sequence[Image.Image], group: Group, prompts: Sequence[EvaluationPrompt]) -> Array:
+        """(2,): mean identity of the group's objects, and share of pictures that show all of them."""
+        pixels = as_pixels(np.stack([np.asarray(picture) for picture in pictures]))
+        features = embed(self._encoder, cut_windows(pixels, WINDOWS)).reshape(len(pictures), len(WINDOWS), -1)
+        found = [self._look(some, group, prompt) for some, prompt in zip(features, prompts, strict=True)]
+        return np.array([np.mean([own for own, _ in found]), np.mean([there.all() for _, there in found])])
+
+    def _look(self, windows: Array, group: Group, prompt: EvaluationPrompt) -> tuple[np.ndarray, np.ndarray]:
+        """Of each object of the group: has it its identity, and is it the nearest of all in some window."""
+        nearness = windows @ self._gallery.centres[:, self._gallery.prompts.index(prompt.id)].T
+        rows = np.array([self._gallery.row(one.object_id) for one in group.subjects])
+        best = nearness.max(axis=0)
+        own = [
+            self._nearest_of_class(best, one.class_name) == row for one, row in zip(group.subjects, rows, strict=True)
+        ]
+        return np.array(own), np.isin(rows, nearness.argmax(axis=1))
+
+    def _nearest_of_class(self, best: Array, class_name: str) -> int:
+        return int(np.where(self._classes == class_name, best, -np.inf).argmax())
+
+
+class Studio:
+    """Draws the groups of one size, in every way that is compared."""
+
+    def __init__(self, base: Base, sprites: Sprites, groups: Sequence[Group], effort: Effort) -> None:
+        self._base, self._sprites, self._groups, self._effort = base, sprites, groups, effort
+        self._recipe = make_recipe(tuning=base.files.tuning)
+
+    def composed(self, group: Group) -> list[Image.Image]:
+        """The most that can be reached."""
+        drawings = [Image.fromarray(self._sprites.pictures[one.row]) for one in group.subjects]
+        prompts = self._effort.prompts
+        contexts = [(prompt.id, prompt.shows.context if prompt.shows else None) for prompt in prompts]
+        return [
+            compose_group(drawings, f"{group.name}:{name}", context=context, resolution=RESOLUTION)[0]
+            for name, context in contexts
+        ]
+
+    def base_alone(self, group: Group) -> list[Image.Image]:
+        words = [one.class_name for one in group.subjects]
+        return draw_pictures(self._base, [self._request(group, prompt, words) for prompt in self._effort.prompts])
+
+    def personalized(self, group: Group, store: ArtifactStore) -> list[Image.Image]:
+        read = [store.read(one.object_id) for one in group.subjects]
+        adapters = [parse_adapter(files, token=artifact.token) for artifact, files in read]
+        phrases = [marked_phrase(artifact) for artifact, _ in read]
+        embeddings = [adapter.embedding for adapter in adapters]
+        # All objects of a scene have the same LoRA.
+        with AdapterBank(self._base.unet, slots=1, rank=adapters[0].rank) as bank:
+            bank.load(0, adapters[0].lora)
+            requests = [self._request(group, prompt, phrases, embeddings, {0: 1.0}) for prompt in self._effort.prompts]
+            return draw_pictures(self._base, requests, bank=bank)
+
+    def _request(
+        self,
+        group: Group,
+        prompt: EvaluationPrompt,
+        phrases: Sequence[str],
+        embeddings: Sequence[torch.Tensor] = (),
+        slots: Mapping[int, float] | None = None,
+    ) -> Request:
+        text = prompt.text.replace("{}", " and ".join(["{}"] * len(phrases)))
+        seed = seed_of(f"{group.name}:{prompt.id}")
+        how = {"steps": self._effort.sample_steps, "guidance_scale": self._recipe.guidance_scale}
+        return Request(text, seed, phrases, embeddings, slots or {}, **how)
+
+
+def run(out: Path, sprites: Sprites, class_names: Sequence[str], base: Base, effort: Effort) -> None:
+    """Fine-tune what is not fine-tuned yet, draw, look, and write ``results.md`` and sheets of pictures."""
+    gallery_file = have_gallery(out / "set", sprites, class_names, effort.prompts)
+    gallery, encoder = _judge_by(gallery_file, base, effort)
+    judge = Judge(encoder, gallery)
+    subjects = choose_subjects(sprites, class_names)
+    lines = ["# Several objects in a picture", "", _describe(base, effort), ""]
+    lines += ["| objects | method | identity in its class | shows all | scenes |", "|---" * 5 + "|"]
+    for size in SIZES:
+        groups = list(group_subjects(subjects, size))[: effort.groups]
+        manifest = photograph(groups, sprites, out / "photos" / f"{size}")
+        contenders = [Contender(f"{recipe} {size}", manifest, recipe, effort.overrides) for recipe in effort.recipes]
+        stores = [ArtifactStore(fine_tune(out, one, base.name)) for one in contenders]
+        studio = Studio(base, sprites, groups, effort)
+        drawn = {BASE_ALONE: {group.name: studio.base_alone(group) for group in groups}}
+        for recipe, store in zip(effort.recipes, stores, strict=True):
+            there = set(store.object_ids())
+            whole = [group for group in groups if all(one.object_id in there for one in group.subjects)]
+            drawn[recipe] = {group.name: studio.personalized(group, store) for group in whole}
+        drawn[SCENES] = {group.name: studio.composed(group) for group in groups}
+        (out / f"{size}-{SHEET_FILE}").write_bytes(_sheet(groups, drawn, manifest.parent, effort.prompts))
+        for method, pictures in drawn.items():
+            means = {
+                one.name: judge.measure(pictures[one.name], one, effort.prompts)
+                for one in groups
+                if one.name in pictures
+            }
+            identity, shown = (figure({name: values[[axis]] for name, values in means.items()}) for axis in (0, 1))
+            lines.append(f"| {size} | {method} | {cell(identity)} | {cell(shown)} | {len(means)} |")
+    (out / "results.md").write_text("\n".join(lines) + "\n")
+    print(f"results {out / 'results.md'}")
+
+
+def group_subjects(subjects: Sequence[Subject], size: int) -> Iterator[Group]:
+    """Neighbours in the list, each in one group."""
+    for first in range(0, len(subjects) - size + 1, size):
+        members = tuple(subjects[first : first + size])
+        yield Group("-".join(one.object_id.removesuffix("-held") for one in members), members)
+
+
+def photograph(groups: Sequence[Group], sprites: Sprites, folder: Path) -> Path:
+    """The manifest of photos of groups, a scene each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [("object_id", "image", "mask", "class_name", "scene")]
+    for group in groups:
+        drawings = [Image.fromarray(sprites.pictures[one.row]) for one in group.subjects]
+        image, masks = compose_group(drawings, group.name)
+        image.save(folder / f"{group.name}.png")
+        for one, mask in zip(group.subjects, masks, strict=True):
+            rows.append((one.object_id, f"{group.name}.png", f"{one.object_id}-mask.png", one.class_name, group.name))
+            mask.save(folder / rows[-1][2])
+    with (folder / MANIFEST_FILE).open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return folder / MANIFEST_FILE
+
+
+def _judge_by(gallery: Path, base: Base, effort: Effort) -> tuple[Gallery, Encoder]:
+    pool = Pool(workers=max(1, torch.get_num_threads()), gpus=0.0)
+    scorer = Scorer(effort.encoder, base.name, None, base.fingerprint)
+    return read_gallery(gallery, effort.prompts, scorer, pool), scorer.load(pool)
+
+
+def _sheet(
+    groups: Sequence[Group],
+    drawn: Mapping[str, Mapping[str, Sequence[Image.Image]]],
+    photos: Path,
+    prompts: Sequence[EvaluationPrompt],
+) -> bytes:
+    """Every group by every method, each in another prompt."""
+    rows = []
+    for number, group in enumerate(groups):
+        place = number % len(prompts)
+        title = prompts[place].naming(" and ".join(one.class_name for one in group.subjects))
+        pictures = [encode_picture(of[group.name][place], "PNG") if group.name in of else b"" for of in drawn.values()]
+        rows.append((title, [(photos / f"{group.name}.png").read_bytes(), *pictures]))
+    return plot_sheet(["photo", *drawn], rows)
+
+
+def _describe(base: Base, effort: Effort) -> str:
+    return (
+        f"Base `{base.name}`, a picture in each of {len(effort.prompts)} contexts, judged by {effort.encoder}. "
+        "Intervals: 95%, bootstrap over scenes. `base` is the base alone with the class words, `scenes` are composed "
+        "pictures."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything; a rerun goes on in it")
+    parser.add_argument("--data", type=Path, default=Path("icons"), help="folder with the icons; fetched if none")
+    parser.add_argument("--base", default="tiny64")
+    parser.add_argument("--groups", type=int, default=11, help="scenes of each size (11)")
+    parser.add_argument("--smoke", action="store_true", help="plain shapes, two steps: tries it all out")
+    arguments = parser.parse_args()
+    have_cluster()
+    base = Base.load(arguments.base, device="cpu")
+    out = arguments.out.absolute()
+    steps = make_recipe(tuning=base.files.tuning).sample_steps
+    if arguments.smoke:
+        sprites = draw_sprites(0)
+        effort = Effort(1, RECIPES[1:], ("steps=2",), 2, read_prompts(SMOKE_PROMPTS), "clip")
+        run(out, sprites, ("apple", "book", "kite"), base, effort)
+    else:
+        sprites = have_sprites(Folders(arguments.data))
+        contexts = tuple(prompt for prompt in read_prompts(PROMPTS) if prompt.kind == "context")
+        run(out, sprites, read_halves()[HALF], base, Effort(arguments.groups, RECIPES, (), steps, contexts, "imagenet"))
+
+
+if __name__ == "__main__":
+    main()
