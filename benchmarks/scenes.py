@@ -90,13 +90,14 @@ class Judge:
     def measure(self, pictures: Sequence[Image.Image], group: Group, prompts: Sequence[EvaluationPrompt]) -> Array:
         """(2,): mean identity of the group's objects, and share of pictures that show all of them."""
         pixels = as_pixels(np.stack([np.asarray(picture) for picture in pictures]))
-        features = embed(self._encoder, cut_windows(pixels, WINDOWS)).reshape(len(pictures), len(WINDOWS), -1)
-        found = [self._look(some, group, prompt) for some, prompt in zip(features, prompts, strict=True)]
+        features, _ = embed(self._encoder, cut_windows(pixels, WINDOWS))
+        windows = features.reshape(len(pictures), len(WINDOWS), -1)
+        found = [self._look(some, group, prompt) for some, prompt in zip(windows, prompts, strict=True)]
         return np.array([np.mean([own for own, _ in found]), np.mean([there.all() for _, there in found])])
 
     def _look(self, windows: Array, group: Group, prompt: EvaluationPrompt) -> tuple[np.ndarray, np.ndarray]:
         """Of each object of the group: has it its identity, and is it the nearest of all in some window."""
-        nearness = windows @ self._gallery.centres[:, self._gallery.prompts.index(prompt.id)].T
+        nearness = windows @ self._gallery.objects[:, self._gallery.prompts.index(prompt.id)].T
         rows = np.array([self._gallery.row(one.object_id) for one in group.subjects])
         best = nearness.max(axis=0)
         own = [

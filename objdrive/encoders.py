@@ -24,9 +24,16 @@ _DINO_EDGE = 224
 
 
 class Encoder(Protocol):
-    """Turns pictures, and texts if it reads any, into features that are alike where their meanings are."""
+    """Turns pictures, and texts if it reads any, into features that are alike where their meanings are.
+
+    Attributes:
+        reads_text: whether it does.
+        object_width: how many of its features, the first ones, tell objects; the others tell backdrops and styles.
+            None: all of them tell both.
+    """
 
     reads_text: bool
+    object_width: int | None
 
     def images(self, pixels: Tensor) -> Tensor:
         """(N, D) features of pictures (N, 3, H, H) in [0, 1]."""
@@ -69,6 +76,7 @@ def identify(name: str, base_fingerprint: str) -> str:
 
 class _WithoutText:
     reads_text = False
+    object_width: int | None = None
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         raise ObjdriveError(f"this encoder reads no text: {texts[0]!r}")
@@ -76,6 +84,7 @@ class _WithoutText:
 
 class _BaseClip:
     reads_text = True
+    object_width: int | None = None
 
     def __init__(self, base: Base) -> None:
         self._base = base
@@ -89,15 +98,18 @@ class _BaseClip:
 
 
 class _ImageNet(_WithoutText):
+    object_width: int | None = ImageNetEncoder.width
+
     def __init__(self, device: str) -> None:
         self._network = ImageNetEncoder(device)
 
     def images(self, pixels: Tensor) -> Tensor:
-        return self._network(pixels)
+        return self._network.of_all_depths(pixels)
 
 
 class _Clip:
     reads_text = True
+    object_width: int | None = None
 
     def __init__(self, source: str, device: str) -> None:
         self._device = device

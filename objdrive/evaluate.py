@@ -139,16 +139,18 @@ class Gallery:
     Attributes:
         designs: in the order of the first axis.
         prompts: ids, in the order of the second.
-        centres: (designs, prompts, D), unit length.
+        objects: (designs, prompts, W), features that tell objects; unit length.
+        backdrops: (designs, prompts, V), features that tell backdrops and styles; unit length.
     """
 
     designs: tuple[Design, ...]
     prompts: tuple[str, ...]
-    centres: Array
+    objects: Array
+    backdrops: Array
 
     @classmethod
-    def of(cls, shown: Sequence[tuple[Design, str]], features: Array) -> "Gallery":
-        """Average the features (N, D) of N pictures, each of a design as a prompt asks for it.
+    def of(cls, shown: Sequence[tuple[Design, str]], objects: Array, backdrops: Array) -> "Gallery":
+        """Average the features (N, W) and (N, V) of N pictures, each of a design as a prompt asks for it.
 
         Raises:
             ObjdriveError: there is no picture of some design for some prompt.
@@ -156,18 +158,16 @@ class Gallery:
         designs = tuple(dict.fromkeys(design for design, _ in shown))
         prompts = tuple(dict.fromkeys(prompt for _, prompt in shown))
         rows, columns = ({one: index for index, one in enumerate(axis)} for axis in (designs, prompts))
-        sums = np.zeros((len(designs), len(prompts), features.shape[1]))
+        cells = np.array([(rows[design], columns[prompt]) for design, prompt in shown])
         counts = np.zeros((len(designs), len(prompts)), int)
-        for (design, prompt), one in zip(shown, unit(features), strict=True):
-            sums[rows[design], columns[prompt]] += one
-            counts[rows[design], columns[prompt]] += 1
+        np.add.at(counts, tuple(cells.T), 1)
         if not counts.all():
             row, column = np.argwhere(counts == 0)[0]
             raise ObjdriveError(
                 f"the gallery has no picture of {designs[row].name!r} for the prompt {prompts[column]!r}: "
                 "compose it again with these prompts"
             )
-        return cls(designs, prompts, unit(sums).astype(np.float32))
+        return cls(designs, prompts, *(_centres(part, cells, counts.shape) for part in (objects, backdrops)))
 
     def row(self, object_id: str) -> int:
         """Where an object's design stands."""
@@ -260,10 +260,12 @@ class Ruler:
 
     def measure(self, encoder: Encoder, pixels: Tensor, asked: Sequence[Asked]) -> list[Score]:
         """Score pictures (N, 3, R, R) in [0, 1], by the encoder that the ruler was made with."""
-        windows = embed(encoder, cut_windows(pixels)).reshape(len(pixels), len(WINDOWS), -1)
-        return [self._score(features, one) for features, one in zip(windows, asked, strict=True)]
+        objects, backdrops = embed(encoder, cut_windows(pixels))
+        windows = objects.reshape(len(pixels), len(WINDOWS), -1)
+        wholes = backdrops[:: len(WINDOWS)]
+        return [self._score(parts, whole, one) for parts, whole, one in zip(windows, wholes, asked, strict=True)]
 
-    def _score(self, windows: Array, asked: Asked) -> Score:
+    def _score(self, windows: Array, backdrop: Array, asked: Asked) -> Score:
         known = self._known[asked.object_id]
         text = self._texts.get((known.class_name, asked.prompt_id))
         return Score(
@@ -272,7 +274,7 @@ class Ruler:
             text=None if text is None else float(windows[0] @ text),
             identity_class=_is_nearest(asked.object_id, self._rivals(windows, asked, known.class_name)),
             identity_all=_is_nearest(asked.object_id, self._rivals(windows, asked)),
-            context=_is_nearest(asked.prompt_id, self._contexts(windows[0], asked)),
+            context=_is_nearest(asked.prompt_id, self._contexts(backdrop, asked)),
         )
 
     def _rivals(self, windows: Array, asked: Asked, class_name: str | None = None) -> dict[str, float]:
@@ -284,25 +286,23 @@ class Ruler:
                 if class_name in (None, known.class_name)
             }
         column = self._gallery.prompts.index(asked.prompt_id)
-        nearness = self._gallery.centres[:, column] @ windows[0]
+        nearness = self._gallery.objects[:, column] @ windows[0]
         return {
             design.object_id or f"design:{design.name}": float(value)
             for design, value in zip(self._gallery.designs, nearness, strict=True)
             if (design.object_id if class_name is None else design.class_name == class_name)
         }
 
-    def _contexts(self, picture: Array, asked: Asked) -> dict[str, float]:
+    def _contexts(self, backdrop: Array, asked: Asked) -> dict[str, float]:
         """How near the prompts of the asked one's kind are: as texts if the encoder reads them, else as pictures."""
         kind = self._kinds[asked.prompt_id]
         if self._texts:
             word = self._known[asked.object_id].class_name
-            return {prompt: float(picture @ self._texts[word, prompt]) for prompt in kind}
+            return {prompt: float(backdrop @ self._texts[word, prompt]) for prompt in kind}
         if self._gallery is None:
             return {}
-        row = self._gallery.row(asked.object_id)
-        return {
-            prompt: float(picture @ self._gallery.centres[row, self._gallery.prompts.index(prompt)]) for prompt in kind
-        }
+        row = self._gallery.backdrops[self._gallery.row(asked.object_id)]
+        return {prompt: float(backdrop @ row[self._gallery.prompts.index(prompt)]) for prompt in kind}
 
 
 def _is_nearest(right: str, nearness: Mapping[str, float]) -> float | None:
@@ -323,15 +323,30 @@ def cut_windows(pixels: Tensor, windows: Sequence[tuple[float, float, float]] = 
     return torch.stack(cuts, dim=1).flatten(0, 1)
 
 
-def embed(encoder: Encoder, pixels: Tensor) -> Array:
-    """(N, D) features of unit length of pictures (N, 3, R, R) in [0, 1]."""
-    features = torch.cat([encoder.images(some) for some in pixels.split(_CHUNK)])
-    return unit(features.float().cpu().numpy())
+def embed(encoder: Encoder, pixels: Tensor) -> tuple[Array, Array]:
+    """Features of pictures (N, 3, R, R) in [0, 1], of unit length.
+
+    Returns:
+        (N, W), which tell objects, and (N, V), which tell backdrops and styles; the same if the encoder has but one
+        kind.
+    """
+    features: Array = torch.cat([encoder.images(some) for some in pixels.split(_CHUNK)]).float().cpu().numpy()
+    width = encoder.object_width
+    if width is None:
+        return unit(features), unit(features)
+    return unit(features[:, :width]), unit(features[:, width:])
+
+
+def _centres(features: Array, cells: NDArray[np.intp], shape: tuple[int, ...]) -> Array:
+    """(rows, columns, D): directions of the means of features (N, D) in their cells (N, 2) of a table."""
+    sums = np.zeros((*shape, features.shape[1]), np.float32)
+    np.add.at(sums, tuple(cells.T), features)
+    return unit(sums)
 
 
 def _know(encoder: Encoder, reference: Reference) -> _Known:
     views = np.stack([reference.whole, reference.crop, *reference.alone])
-    features = embed(encoder, as_pixels(views))
+    features, _ = embed(encoder, as_pixels(views))
     return _Known(reference.class_name, features[0], features[1:], features[2:])
 
 

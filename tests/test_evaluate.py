@@ -35,6 +35,7 @@ from objdrive.views import as_pixels
 
 CATALOG = Path(__file__).parents[1] / "examples" / "catalog"
 CONTEXTS = ("grass", "night", "cloth")
+ALIKE = ("snow", "water", "night", "sunset", "flowers", "hills")
 TOYS = ("drum-01", "skateboard-01", "rocket-01", "sailboat-01")
 
 
@@ -42,7 +43,7 @@ class Bench:
     """A half of an evaluation set with its ruler, and what the ruler makes of pictures."""
 
     def __init__(self, sprites, class_names, prompt_ids, encoder, folder):
-        self.encoder = encoder
+        self.encoder, self.sprites = encoder, sprites
         self.prompts = [prompt for prompt in read_prompts(PROMPTS) if prompt.id in prompt_ids]
         write_half(sprites, class_names, self.prompts, folder, resolution=64, scenes=3)
         with (folder / MANIFEST_FILE).open() as file:
@@ -54,7 +55,7 @@ class Bench:
         designs = [Design(*(self.shown[row][key] for key in ("design", "class_name", "object_id"))) for row in known]
         features = embed(encoder, as_pixels(self.pictures[known]))
         names = [self.shown[row]["prompt_id"] for row in known]
-        self.gallery = Gallery.of(list(zip(designs, names, strict=True)), features)
+        self.gallery = Gallery.of(list(zip(designs, names, strict=True)), *features)
         self.ruler = Ruler(encoder, self.references, self.prompts, self.gallery)
 
     @staticmethod
@@ -66,16 +67,17 @@ class Bench:
     @functools.cached_property
     def scenes(self):
         """Scores of composed pictures of the objects themselves."""
-        return self._composed(lambda one: one["object_id"])
+        return self.composed(lambda one: one["number"] == 0 and one["object_id"])
 
     @functools.cached_property
     def rivals(self):
         """Scores of composed pictures of other designs of the objects' classes."""
-        return self._composed(lambda one: not one["object_id"])
+        return self.composed(lambda one: one["number"] == 0 and not one["object_id"])
 
-    def _composed(self, wanted):
-        rows = [row for row, one in enumerate(self.shown) if one["number"] == 0 and wanted(one)]
-        objects = {one.class_name: one.object_id for one in self.references}
+    def composed(self, wanted, objects=None):
+        """Scores of some composed pictures, as if they were drawn for each class's object."""
+        rows = [row for row, one in enumerate(self.shown) if wanted(one)]
+        objects = objects or {one.class_name: one.object_id for one in self.references}
         asked = [Asked(objects[self.shown[row]["class_name"]], self.shown[row]["prompt_id"]) for row in rows]
         return self.ruler.measure(self.encoder, as_pixels(self.pictures[rows]), asked)
 
@@ -140,6 +142,14 @@ def test_the_context_is_recognised_whatever_the_design(bench):
     assert mean(bench.rivals, "context") >= 0.9
 
 
+def test_the_context_is_recognised_where_something_else_is_drawn(toys, tmp_path):
+    """The better part of a method's pictures are of things that resemble the object, and not of the object."""
+    bench = Bench(toys.sprites, ("toy", "ride"), ALIKE, toys.encoder, tmp_path)
+    first, second = bench.references
+    others = {first.class_name: second.object_id, second.class_name: first.object_id}
+    assert mean(bench.composed(lambda one: one["number"] == 0, others), "context") >= 0.9
+
+
 def test_copying_the_input_is_faithful_and_never_in_context(bench):
     copied = bench.of_each(lambda one: one.whole)
     assert mean(copied, "whole") > mean(bench.scenes, "whole") + 0.2
@@ -173,6 +183,7 @@ def test_pictures_of_noise_have_chance_identity_and_context():
 
     class Blind:
         reads_text = True
+        object_width = None
         rng = np.random.default_rng(0)
 
         def images(self, pixels):
@@ -187,7 +198,8 @@ def test_pictures_of_noise_have_chance_identity_and_context():
     designs = [Design(f"design {n}", f"class {n % 3}", f"{n}" if n < 12 else "") for n in range(24)]
     shown = [(design, prompt.id) for design in designs for prompt in prompts]
     encoder = Blind()
-    ruler = Ruler(encoder, references, prompts, Gallery.of(shown, encoder.images(shown).numpy()))
+    features = encoder.images(shown).numpy()
+    ruler = Ruler(encoder, references, prompts, Gallery.of(shown, features, features))
     asked = [Asked(one.object_id, prompt.id) for one in references for prompt in prompts] * 30
     scores = ruler.measure(encoder, as_pixels(np.stack([blank] * len(asked))), asked)
     # Of 1080 pictures the share is within four standard errors of chance.
@@ -223,7 +235,7 @@ def test_a_gallery_that_lacks_what_is_asked_is_refused(shapes):
         Ruler(shapes.encoder, shapes.references, prompts, shapes.gallery)
     designs = [Design(name, "mug", "") for name in "ab"]
     with pytest.raises(ObjdriveError, match=r"no picture of 'b' for the prompt 'sand'"):
-        Gallery.of([(designs[0], "grass"), (designs[0], "sand"), (designs[1], "grass")], np.eye(3))
+        Gallery.of([(designs[0], "grass"), (designs[0], "sand"), (designs[1], "grass")], np.eye(3), np.eye(3))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from objdrive.encoders import identify, load_encoder
 from objdrive.evaluate import METRICS, Asked, Design, EvaluationPrompt, Gallery, Reference, Ruler, embed
 from objdrive.views import as_pixels
 
+_FEATURES = ["objects", "backdrops"]
 _KEPT = ("method", "object_id", "class_name", "prompt_id", "kind", "number")
 SCHEMA = pa.schema(
     [(name, pa.int64() if name == "number" else pa.string()) for name in (*_KEPT, "encoder")]
@@ -48,7 +49,10 @@ class Embed:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """The rows with features in place of pictures."""
         features = embed(self._encoder, as_pixels(decode_pictures(batch["picture"])))
-        return batch.drop_columns("picture").append_column("features", pa.array(list(features.astype(np.float32))))
+        table = batch.drop_columns("picture")
+        for name, part in zip(_FEATURES, features, strict=True):
+            table = table.append_column(name, pa.array(list(part.astype(np.float32))))
+        return table
 
 
 class Measure:
@@ -119,18 +123,18 @@ def read_gallery(path: Path, prompts: Sequence[EvaluationPrompt], scorer: Scorer
     table = pq.read_table(features, filters=[("number", ">", 0)])
     rows = [
         (Design(row["design"], row["class_name"], row["object_id"]), row["prompt_id"])
-        for row in table.drop_columns("features").to_pylist()
+        for row in table.drop_columns(_FEATURES).to_pylist()
     ]
     kept = [index for index, (_, prompt) in enumerate(rows) if prompt in wanted]
-    values = np.stack(table["features"].to_numpy())[kept]
-    return Gallery.of([rows[index] for index in kept], values)
+    objects, backdrops = (np.stack(table[name].to_numpy())[kept] for name in _FEATURES)
+    return Gallery.of([rows[index] for index in kept], objects, backdrops)
 
 
 def _features(path: Path, scorer: Scorer, pool: Pool) -> Path:
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     name = identify(scorer.name, scorer.fingerprint)
-    key = hashlib.sha256(f"{content}:{name}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{content}:{name}:{_FEATURES}".encode()).hexdigest()[:12]
     out = path.with_name(f"{path.stem}-{re.sub(r'[^A-Za-z0-9]+', '-', scorer.name)}-{key}.parquet")
     if not out.is_file():
         embedded = read_table(path).map_batches(
