@@ -196,10 +196,9 @@ def control_pictures(
     return [row for row in rows if row["object_id"] in known]
 
 
-def read_table(path: Path) -> ray.data.Dataset:
-    """A Parquet file as a dataset: a block for each batch, at hand (see `_drawn`)."""
-    with pq.ParquetFile(path) as file:
-        return ray.data.from_arrow([pa.Table.from_batches([some]) for some in file.iter_batches(_ROWS_PER_BATCH)])
+def as_dataset(table: pa.Table) -> ray.data.Dataset:
+    """A table as a dataset of blocks at hand: tasks that made them would wait for the cores that the pool holds."""
+    return ray.data.from_arrow([table.slice(n, _ROWS_PER_BATCH) for n in range(0, table.num_rows, _ROWS_PER_BATCH)])
 
 
 def _batches(rows: int) -> int:
@@ -277,11 +276,7 @@ def _drawn(rows: Sequence[dict[str, Any]], drawing: Drawing, pool: Pool) -> Iter
     if not rows:
         return
     asked = pa.Table.from_pylist(list(rows), pa.schema(list(SCHEMA)[:-1]))
-    # Blocks at hand: tasks that made them would wait for the cores that the pool holds.
-    blocks = [asked.slice(first, _ROWS_PER_BATCH) for first in range(0, len(rows), _ROWS_PER_BATCH)]
-    drawn = ray.data.from_arrow(blocks).map_batches(
-        Draw, fn_constructor_args=(drawing, pool), **pool.options(len(rows))
-    )
+    drawn = as_dataset(asked).map_batches(Draw, fn_constructor_args=(drawing, pool), **pool.options(len(rows)))
     for table in drawn.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield table.select(SCHEMA.names).cast(SCHEMA)
 

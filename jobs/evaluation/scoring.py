@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from jobs.evaluation.pictures import Pool, decode_pictures, read_table
+from jobs.evaluation.pictures import Pool, as_dataset, decode_pictures
 from objdrive.encoders import identify, load_encoder
 from objdrive.evaluate import METRICS, Asked, Design, EvaluationPrompt, Gallery, Reference, Ruler, embed
 from objdrive.views import as_pixels
@@ -95,6 +95,7 @@ def score(
     out: Path,
 ) -> None:
     """Score the table `pictures` by every scorer, and write the table `out`."""
+    drawn = pq.read_table(pictures)
     partial = out.with_suffix(".partial")
     with pq.ParquetWriter(partial, SCHEMA) as writer:
         for scorer in scorers:
@@ -103,10 +104,8 @@ def score(
             ruler = make_ruler.options(**options).remote(scorer, pool, references, prompts, shown)
             # Waited for here: it would hold a core that the pool's workers wait for.
             ray.wait([ruler], fetch_local=False)
-            scored = read_table(pictures).map_batches(
-                Measure,
-                fn_constructor_args=(scorer, pool, [ruler]),
-                **pool.options(pq.read_metadata(pictures).num_rows),
+            scored = as_dataset(drawn).map_batches(
+                Measure, fn_constructor_args=(scorer, pool, [ruler]), **pool.options(drawn.num_rows)
             )
             for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
                 writer.write_table(table.select(SCHEMA.names).cast(SCHEMA))
@@ -120,7 +119,7 @@ def read_gallery(path: Path, prompts: Sequence[EvaluationPrompt], scorer: Scorer
     """
     features = _features(path, scorer, pool)
     wanted = {prompt.id for prompt in prompts}
-    table = pq.read_table(features, filters=[("number", ">", 0)])
+    table = pq.read_table(features)
     rows = [
         (Design(row["design"], row["class_name"], row["object_id"]), row["prompt_id"])
         for row in table.drop_columns(_FEATURES).to_pylist()
@@ -137,8 +136,9 @@ def _features(path: Path, scorer: Scorer, pool: Pool) -> Path:
     key = hashlib.sha256(f"{content}:{name}:{_FEATURES}".encode()).hexdigest()[:12]
     out = path.with_name(f"{path.stem}-{re.sub(r'[^A-Za-z0-9]+', '-', scorer.name)}-{key}.parquet")
     if not out.is_file():
-        embedded = read_table(path).map_batches(
-            Embed, fn_constructor_args=(scorer, pool), **pool.options(pq.read_metadata(path).num_rows)
+        shown = pq.read_table(path, filters=[("number", ">", 0)])
+        embedded = as_dataset(shown).map_batches(
+            Embed, fn_constructor_args=(scorer, pool), **pool.options(shown.num_rows)
         )
         tables = list(embedded.iter_batches(batch_size=None, batch_format="pyarrow"))
         partial = out.with_suffix(".partial")
