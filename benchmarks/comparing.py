@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import ray
 
+from jobs.cluster import connect
 from jobs.evaluation.compose import GALLERY_FILE, write_half
 from jobs.evaluation.pages import SCORES_FILE
 from jobs.pretrain.sprites import Sprites
@@ -107,10 +108,10 @@ def job(script: str, *options: str, may_lose_rows: bool = False) -> None:
 
 
 def have_cluster() -> None:
-    """One cluster for all jobs: the one that ``RAY_ADDRESS`` names, else a local one for the time of this process."""
-    if "RAY_ADDRESS" not in os.environ:
-        context = ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
+    """One cluster for this process and its jobs: the one that ``RAY_ADDRESS`` names, else a local one."""
+    connect()
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def cell(one: Figure | None) -> str:
