@@ -264,7 +264,7 @@ class _Material:
 
         views = []
         for _ in range(recipe.views):
-            zoomed = float(torch.rand((), generator=self.generator)) < recipe.zoom
+            zoomed = len(self.views) > 1 and float(torch.rand((), generator=self.generator)) < recipe.zoom
             views.append(self.views[1 + below(len(self.views) - 1) if zoomed else 0])
         template = recipe.prompts[below(len(recipe.prompts))]
         samples = recipe.class_samples if recipe.ccr_weight else 0

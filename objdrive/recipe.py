@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from objdrive.errors import ObjdriveError
 
-METHOD_VERSION = 2
+METHOD_VERSION = 3
 """Part of every artifact's digest: raise it when the same recipe no longer yields the same adapter."""
 
 
@@ -46,13 +46,17 @@ class Recipe(BaseModel):
 
     views: int = Field(default=2, ge=1, description="noised views of the picture per scene and step")
     view_pool: int = Field(default=5, ge=1, description="views encoded per object, once; zoom needs at least 2")
-    zoom: float = Field(default=0.6, ge=0, le=1, description="share of views that are zoomed in on the object")
+    zoom: float = Field(
+        default=0.6, ge=0, le=1, description="share of views zoomed in on small or neighbouring objects"
+    )
     backdrop: float = Field(
         default=0.5, ge=0, le=1, description="share of zoomed views cut out onto a plain colour, which the prompt names"
     )
     masked: bool = Field(default=True, description="object-specific loss; False: plain loss on the whole picture")
     soft_mask: bool = Field(default=True, description="area-averaged masks; False: cut at one half")
-    outside_weight: float = Field(default=0.2, ge=0, le=1, description="least weight of what is not the object")
+    outside_weight: float = Field(
+        default=0.2, ge=0, le=1, description="least weight of what is not the object, where the prompt names a colour"
+    )
 
     snr_gamma: float | None = Field(default=5.0, gt=0, description="Min-SNR weighting of timesteps; null: all alike")
 

@@ -26,6 +26,8 @@ BACKDROPS = {
 
 # As large as things usually are in pictures of them: what is shown larger here is drawn larger than prompts ask for.
 _LARGEST_FILL = 0.7
+# An object with an edge of half the picture's is seen well enough; zoomed views of it only cost context.
+_SMALL = 0.5
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ class _Cut:
 def make_views(base: Base, scene: Scene, recipe: Recipe, generator: torch.Generator) -> list[View]:
     """Cut and encode views of a scene: first the whole picture, then ``view_pool - 1`` zoomed ones of each object.
 
-    Zooming shows tiny objects at a size that the latents can hold. Some zoomed views are cut out onto a plain colour
-    that the prompt names, so that the outline is learned too, without learning the picture's background.
+    Zooming shows small objects at a size that the latents can hold, and objects of one picture apart; an object that
+    is alone and large has no zoomed views. Some are cut out onto a plain colour that the prompt names, so that the
+    outline is learned too, without learning the picture's background.
     """
     cuts = list(_cuts(base, scene, recipe, generator))
     # Large pictures go through the autoencoder one by one: its activations are the largest of all.
@@ -115,18 +118,20 @@ def _cuts(base: Base, scene: Scene, recipe: Recipe, generator: torch.Generator) 
     picture, mask, inside = cut(scene.image, together, whole, base.resolution)
     yield _Cut(tuple(range(len(scene.objects))), "", picture, _loss_weights(base, mask, inside, recipe))
     for index, one in enumerate(scene.objects):
-        for _ in range(recipe.view_pool - 1 if recipe.zoom else 0):
-            window = _zoomed_window(one.mask, whole, generator)
+        natural = _natural_fill(one.mask, whole)
+        helps = recipe.zoom > 0 and (natural < _SMALL or len(scene.objects) > 1)
+        for _ in range(recipe.view_pool - 1 if helps else 0):
+            window = _zoomed_window(one.mask, natural, generator)
             picture, mask, inside = cut(scene.image, one.mask, window, base.resolution)
             # A prompt that names this object alone must not be taught what the others look like.
             others = _union(scene, without=one)
             inside = inside * (1 - cut(scene.image, others, window, base.resolution)[1])
-            context = ""
+            context, outside = "", 0.0
             if float(torch.rand((), generator=generator)) < recipe.backdrop:
                 colour = list(BACKDROPS)[int(torch.randint(len(BACKDROPS), (), generator=generator))]
-                context = f" on a {colour} background"
+                context, outside = f" on a {colour} background", recipe.outside_weight
                 picture, inside = _on_backdrop(picture, mask, BACKDROPS[colour]), np.ones_like(inside)
-            yield _Cut((index,), context, picture, _loss_weights(base, mask, inside, recipe))
+            yield _Cut((index,), context, picture, _loss_weights(base, mask, inside, recipe, outside))
 
 
 def _union(scene: Scene, without: SceneObject | None = None) -> np.ndarray:
@@ -138,10 +143,15 @@ def _union(scene: Scene, without: SceneObject | None = None) -> np.ndarray:
     return union
 
 
-def _zoomed_window(mask: np.ndarray, whole: Window, generator: torch.Generator) -> Window:
-    """A window on the object, from its size in the whole picture to the usual size of things in pictures."""
+def _natural_fill(mask: np.ndarray, whole: Window) -> float:
+    """The object's longer edge in parts of the whole picture's."""
     left, top, right, bottom = bounding_box(mask)
-    natural = min(max(right - left, bottom - top) / whole.side, _LARGEST_FILL)
+    return max(right - left, bottom - top) / whole.side
+
+
+def _zoomed_window(mask: np.ndarray, natural: float, generator: torch.Generator) -> Window:
+    """A window on the object, from its size in the whole picture to the usual size of things in pictures."""
+    natural = min(natural, _LARGEST_FILL)
     u, x, y = torch.rand(3, generator=generator).tolist()
     return object_window(mask, natural + (_LARGEST_FILL - natural) * u, (2 * x - 1, 2 * y - 1))
 
@@ -152,11 +162,13 @@ def _on_backdrop(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, int, 
     return np.round(blended).astype(np.uint8)
 
 
-def _loss_weights(base: Base, mask: np.ndarray, inside: np.ndarray, recipe: Recipe) -> Tensor:
+def _loss_weights(
+    base: Base, mask: np.ndarray, inside: np.ndarray, recipe: Recipe, outside_weight: float = 0.0
+) -> Tensor:
     """(h, h) weights of one view's loss; nothing is learned from outside of the picture."""
     size = base.latent_size
     within = latent_mask(torch.from_numpy(inside)[None], size)[0]
     if not recipe.masked:
         return within
     objects = latent_mask(torch.from_numpy(mask)[None], size, soft=recipe.soft_mask)[0]
-    return objects.clamp(min=recipe.outside_weight) * within
+    return objects.clamp(min=outside_weight) * within
