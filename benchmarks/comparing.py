@@ -116,4 +116,4 @@ def have_cluster() -> None:
 
 def cell(one: Figure | None) -> str:
     """A figure with its interval, as tables show it."""
-    return f"{one.value:.3f} ({one.low:.3f} to {one.high:.3f})" if one else "no object was left"
+    return str(one) if one else "no object was left"

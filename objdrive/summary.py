@@ -18,6 +18,9 @@ class Figure:
     high: float
     objects: int
 
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
 
 @dataclass(frozen=True)
 class Trade:

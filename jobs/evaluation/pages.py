@@ -175,7 +175,7 @@ def _tables(summary: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def _cell(row: Mapping[str, Any]) -> str:
-    return f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+    return str(Figure(row["value"], row["low"], row["high"], row["objects"]))
 
 
 def _grids(pictures: Path, prompts: Sequence[EvaluationPrompt], shown: int) -> list[ObjectGrid]:
