@@ -1,5 +1,6 @@
 """What benchmarks of quality share: fine-tune objects in several ways, draw the same prompts of each, score them."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -105,6 +106,15 @@ def job(script: str, *options: str, may_lose_rows: bool = False) -> None:
     )
     if finished.returncode and not (may_lose_rows and finished.returncode == _ROWS_LOST):
         sys.exit(f"{script} failed with status {finished.returncode}; run this again to go on from here")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that all of these benchmarks have."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--out", type=Path, required=True, help="folder for everything; a rerun goes on in it")
+    options.add_argument("--data", type=Path, default=Path("icons"), help="folder with the icons; fetched if none")
+    options.add_argument("--base", default="tiny64")
+    return options
 
 
 def have_cluster() -> None:

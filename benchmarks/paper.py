@@ -9,14 +9,13 @@ half. For each of the three there are the table, the plots and the page of an ev
 and the differences. An interrupted run goes on where it stopped.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparing import SMOKE_PROMPTS, Contender, Drawn, cell, have_cluster, job, measure
+from comparing import SMOKE_PROMPTS, Contender, Drawn, cell, have_cluster, job, measure, parser
 
 from jobs.evaluation.compose import GALLERY_FILE, MANIFEST_FILE, PROMPTS
 from jobs.evaluation.pages import by_method, choose_trades, trade_figures
@@ -245,17 +244,16 @@ def _value(figure: Figure | None) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything; a rerun goes on in it")
-    parser.add_argument("--data", type=Path, default=Path("icons"), help="folder with the icons; fetched if none")
-    parser.add_argument("--base", default="tiny64")
-    parser.add_argument("--seeds", type=int, default=Effort.seeds, help="pictures of each object and prompt (2)")
-    parser.add_argument("--tuned-on", type=int, default=Effort.tuned_on, metavar="N",
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--seeds", type=int, default=Effort.seeds, help="pictures of each object and prompt (2)")
+    options.add_argument("--tuned-on", type=int, default=Effort.tuned_on, metavar="N",
                         help="objects of the development half that learning rates are chosen on (22)")  # fmt: skip
-    parser.add_argument("--reported-on", type=int, default=Effort.reported_on, metavar="N",
+    options.add_argument("--reported-on", type=int, default=Effort.reported_on, metavar="N",
                         help="objects of the test half that methods are compared on (22)")  # fmt: skip
-    parser.add_argument("--smoke", action="store_true", help="plain shapes, three methods, two steps: tries it all out")
-    arguments = parser.parse_args()
+    options.add_argument(
+        "--smoke", action="store_true", help="plain shapes, three methods, two steps: tries it all out"
+    )
+    arguments = options.parse_args()
     effort = (
         SMOKE
         if arguments.smoke

@@ -7,7 +7,6 @@ are too small, too large or jagged. No context and hardly a drawing is magenta, 
 pictures tells how much of the ground was learnt.
 """
 
-import argparse
 import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from comparing import HALF, RESOLUTION, SMOKE_PROMPTS, Contender, Drawn, cell, have_cluster, have_gallery, measure
+from comparing import (
+    HALF,
+    RESOLUTION,
+    SMOKE_PROMPTS,
+    Contender,
+    Drawn,
+    cell,
+    have_cluster,
+    have_gallery,
+    measure,
+    parser,
+)
 from PIL import Image, ImageFilter
 
 from jobs.evaluation.compose import (
@@ -175,16 +185,13 @@ def _describe(base: str, drawn: Drawn, objects: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything; a rerun goes on in it")
-    parser.add_argument("--data", type=Path, default=Path("icons"), help="folder with the icons; fetched if none")
-    parser.add_argument("--base", default="tiny64")
-    parser.add_argument("--seeds", type=int, default=1, help="pictures of each object and prompt (1)")
-    parser.add_argument("--objects", type=int, default=22, metavar="N", help="of the half, the first ones (22)")
-    parser.add_argument("--recipe", action="append", metavar="NAME",
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--seeds", type=int, default=1, help="pictures of each object and prompt (1)")
+    options.add_argument("--objects", type=int, default=22, metavar="N", help="of the half, the first ones (22)")
+    options.add_argument("--recipe", action="append", metavar="NAME",
                         help=f"preset or YAML file; again for each ({', '.join(RECIPES)})")  # fmt: skip
-    parser.add_argument("--smoke", action="store_true", help="a plain shape, two steps: tries it all out")
-    arguments = parser.parse_args()
+    options.add_argument("--smoke", action="store_true", help="a plain shape, two steps: tries it all out")
+    arguments = options.parse_args()
     have_cluster()
     out, recipes = arguments.out.absolute(), tuple(arguments.recipe or RECIPES)
     if arguments.smoke:

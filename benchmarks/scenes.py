@@ -8,7 +8,6 @@ that agrees most with some window. A picture *shows all* if for each of its obje
 in the gallery, of whatever class, is nearer: features of one object on another, or an object that is left out, fail it.
 """
 
-import argparse
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from comparing import (
     fine_tune,
     have_cluster,
     have_gallery,
+    parser,
 )
 from PIL import Image
 
@@ -110,10 +110,10 @@ class Judge:
 
 
 class Studio:
-    """Draws the groups of one size, in every way that is compared."""
+    """Draws groups in every way that is compared."""
 
-    def __init__(self, base: Base, sprites: Sprites, groups: Sequence[Group], effort: Effort) -> None:
-        self._base, self._sprites, self._groups, self._effort = base, sprites, groups, effort
+    def __init__(self, base: Base, sprites: Sprites, effort: Effort) -> None:
+        self._base, self._sprites, self._effort = base, sprites, effort
         self._recipe = make_recipe(tuning=base.files.tuning)
 
     def composed(self, group: Group) -> list[Image.Image]:
@@ -163,12 +163,12 @@ def run(out: Path, sprites: Sprites, class_names: Sequence[str], base: Base, eff
     subjects = choose_subjects(sprites, class_names)
     lines = ["# Several objects in a picture", "", _describe(base, effort), ""]
     lines += ["| objects | method | identity in its class | shows all | scenes |", "|---" * 5 + "|"]
+    studio = Studio(base, sprites, effort)
     for size in SIZES:
         groups = list(group_subjects(subjects, size))[: effort.groups]
         manifest = photograph(groups, sprites, out / "photos" / f"{size}")
         contenders = [Contender(f"{recipe} {size}", manifest, recipe, effort.overrides) for recipe in effort.recipes]
         stores = [ArtifactStore(fine_tune(out, one, base.name)) for one in contenders]
-        studio = Studio(base, sprites, groups, effort)
         drawn = {BASE_ALONE: {group.name: studio.base_alone(group) for group in groups}}
         for recipe, store in zip(effort.recipes, stores, strict=True):
             there = set(store.object_ids())
@@ -242,13 +242,10 @@ def _describe(base: Base, effort: Effort) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything; a rerun goes on in it")
-    parser.add_argument("--data", type=Path, default=Path("icons"), help="folder with the icons; fetched if none")
-    parser.add_argument("--base", default="tiny64")
-    parser.add_argument("--groups", type=int, default=11, help="scenes of each size (11)")
-    parser.add_argument("--smoke", action="store_true", help="plain shapes, two steps: tries it all out")
-    arguments = parser.parse_args()
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--groups", type=int, default=11, help="scenes of each size (11)")
+    options.add_argument("--smoke", action="store_true", help="plain shapes, two steps: tries it all out")
+    arguments = options.parse_args()
     have_cluster()
     base = Base.load(arguments.base, device="cpu")
     out = arguments.out.absolute()

@@ -333,7 +333,8 @@ def embed(encoder: Encoder, pixels: Tensor) -> tuple[Array, Array]:
     features: Array = torch.cat([encoder.images(some) for some in pixels.split(_CHUNK)]).float().cpu().numpy()
     width = encoder.object_width
     if width is None:
-        return unit(features), unit(features)
+        whole = unit(features)
+        return whole, whole
     return unit(features[:, :width]), unit(features[:, width:])
 
 
