@@ -266,15 +266,7 @@ def _plain(part: nn.Module) -> dict[str, Tensor]:
 
 
 def load_matching(part: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Take over the weights of the same names.
-
-    Where one has grown, its corner is taken over and the rest is nothing: what was added has no effect at first.
-    """
+    """Take over the weights of the same names and shapes."""
     mine = part.state_dict()
-    for name, value in weights.items():
-        if name in mine and mine[name].dim() == value.dim():
-            grown = torch.zeros_like(mine[name])
-            corner = tuple(slice(min(sizes)) for sizes in zip(grown.shape, value.shape, strict=True))
-            grown[corner] = value[corner].float()
-            mine[name] = grown
-    part.load_state_dict(mine)
+    fitting = {name: value for name, value in weights.items() if name in mine and mine[name].shape == value.shape}
+    part.load_state_dict(mine | fitting)

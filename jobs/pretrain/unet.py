@@ -103,15 +103,6 @@ def build_unet(config: Config) -> UNet2DConditionModel:
     )
 
 
-def start_from(unet: UNet2DConditionModel, weights: dict[str, Tensor]) -> None:
-    """Take over another denoiser's weights, so that at first this one does what the other did."""
-    load_matching(unet, weights)
-    added = unet.add_embedding
-    if added is not None and not any(name.startswith("add_embedding") for name in weights):
-        nn.init.zeros_(added.norm2.weight)
-        nn.init.zeros_(added.norm2.bias)
-
-
 def snr_weights(alphas: Tensor, bound: float = _SNR_BOUND) -> Tensor:
     """(T,): weight of the noise-prediction loss at each timestep.
 
@@ -156,7 +147,7 @@ class UnetStage:
         self.part = build_unet(config)
         if config.start:
             started = UNet2DConditionModel.from_pretrained(find_base(config.start).snapshot / "unet")
-            start_from(self.part, started.state_dict())
+            load_matching(self.part, started.state_dict())
         self.part.to(device, memory_format=torch.channels_last)
         if device.type == "cpu":
             # Attention over so few cells is quick as plain products; torch's flash kernel for CPUs is not, backwards.

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from jobs.pretrain.config import Config
 from jobs.pretrain.data import read_rows
-from jobs.pretrain.loop import load_matching
 from jobs.pretrain.pictures import grid
 from jobs.pretrain.settings import Folders
 from objdrive.base_files import find_base
+from objdrive.errors import ObjdriveError
 
 _KL = 1e-5
 _SHOWN = 16
@@ -34,33 +34,24 @@ def build_vae(config: Config) -> AutoencoderKL:
     )
 
 
-def widen_latents(narrow: dict[str, Tensor], fresh: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of an autoencoder of few latent channels for one of more, which at first does what the other did.
+def take_over(vae: AutoencoderKL, base: str) -> None:
+    """Take over the autoencoder of another base, and leave its encoder for good.
 
-    The first channels are the other's. The encoder's part of the new ones is fresh, the decoder's is nothing.
+    What the denoiser of that base was trained on stays what it is: only the decoder has anything to learn.
+
+    Raises:
+        ObjdriveError: it is of other sizes.
     """
-    weights = dict(narrow)
-    for name in ("encoder.conv_out", "quant_conv"):
-        # Rows: the means of all channels, then their logarithmic variances. Columns of the second: the same.
-        for kind in ("weight", "bias"):
-            ours, theirs = fresh[f"{name}.{kind}"].clone(), narrow[f"{name}.{kind}"]
-            few, many = len(theirs) // 2, len(ours) // 2
-            rows = [*range(few), *range(many, many + few)]
-            if name == "quant_conv" and kind == "weight":
-                ours[rows] = 0
-                ours[torch.tensor(rows)[:, None], torch.tensor(rows)[None, :]] = theirs
-            else:
-                ours[rows] = theirs
-            weights[f"{name}.{kind}"] = ours
-    few = len(narrow["post_quant_conv.bias"])
-    for name in ("post_quant_conv.weight", "post_quant_conv.bias"):
-        weights[name] = fresh[name].clone()
-    weights["post_quant_conv.weight"][:few] = 0
-    weights["post_quant_conv.weight"][:few, :few] = narrow["post_quant_conv.weight"]
-    weights["post_quant_conv.bias"][:few] = narrow["post_quant_conv.bias"]
-    weights["decoder.conv_in.weight"] = torch.zeros_like(fresh["decoder.conv_in.weight"])
-    weights["decoder.conv_in.weight"][:, :few] = narrow["decoder.conv_in.weight"]
-    return weights
+    started = AutoencoderKL.from_pretrained(find_base(base).snapshot / "vae", torch_dtype=torch.float32)
+    try:
+        vae.load_state_dict(started.state_dict())
+    except RuntimeError as error:
+        raise ObjdriveError(
+            f"the autoencoder of {base} is of other sizes than the configuration's: give it the same, or no `start`"
+        ) from error
+    vae.register_to_config(scaling_factor=started.config["scaling_factor"])
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
 
 
 def edges(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,8 +96,7 @@ class VaeStage:
         self._generator = torch.Generator().manual_seed(config.seed + 1 + rank)
         vae = build_vae(config)
         if config.start:
-            started = AutoencoderKL.from_pretrained(find_base(config.start).snapshot / "vae")
-            load_matching(vae, widen_latents(started.state_dict(), vae.state_dict()))
+            take_over(vae, config.start)
         self.part = vae.to(device, memory_format=torch.channels_last)
         self.objective = VaeObjective(self.part)
 
@@ -155,14 +145,17 @@ def normalise_latents(vae: AutoencoderKL, means: Tensor, deviations: Tensor) -> 
 
 
 def export_vae(config: Config, folders: Folders, weights: dict[str, Tensor]) -> AutoencoderKL:
-    """Write the autoencoder into the snapshot, with latents of unit deviation, in half precision."""
+    """Write the autoencoder into the snapshot, in half precision; latents made from nothing get unit deviation."""
     vae = build_vae(config)
+    if config.start:
+        take_over(vae, config.start)
     vae.load_state_dict(weights)
     vae.eval()
-    rows = read_rows(folders.judged, config.resolution)
-    with torch.inference_mode():
-        latents = vae.encode(rows.images(torch.arange(min(256, len(rows.labels)))) * 2 - 1).latent_dist.mode()
-    normalise_latents(vae, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
+    if not config.start:
+        rows = read_rows(folders.judged, config.resolution)
+        with torch.inference_mode():
+            latents = vae.encode(rows.images(torch.arange(min(256, len(rows.labels)))) * 2 - 1).latent_dist.mode()
+        normalise_latents(vae, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
     folder: Path = folders.snapshot / "vae"
     vae.half().save_pretrained(folder)
     return vae.float()

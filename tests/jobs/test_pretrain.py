@@ -23,8 +23,8 @@ from jobs.pretrain.loop import average_decay, learning_rate, load_matching
 from jobs.pretrain.packs import EDGE, Icons, Pack
 from jobs.pretrain.scenes import Composer, Mix
 from jobs.pretrain.sprites import Sprites, draw_sprites, near_held
-from jobs.pretrain.unet import build_unet, snr_weights, start_from
-from jobs.pretrain.vae import build_vae, normalise_latents, psnr, widen_latents
+from jobs.pretrain.unet import build_unet, snr_weights
+from jobs.pretrain.vae import build_vae, normalise_latents, psnr, take_over
 from jobs.pretrain_base import main as pretrain
 from objdrive.base_files import EMBEDDED
 from objdrive.errors import ObjdriveError
@@ -203,22 +203,23 @@ def old():
     return EMBEDDED / "tiny64"
 
 
-def test_an_autoencoder_given_more_channels_first_does_what_it_did_and_then_uses_them(old):
+def test_an_autoencoder_that_goes_on_from_a_base_keeps_its_latents(old):
     config = read_config("tiny64")
-    few = AutoencoderKL.from_pretrained(old / "vae", torch_dtype=torch.float32)
-    channels = few.config["latent_channels"]
-    more = config.model_copy(
-        update={"vae": config.vae.model_copy(update={"model": {**config.vae.model, "latent_channels": channels + 4}})}
-    )
-    many = build_vae(more)
-    load_matching(many, widen_latents(few.state_dict(), many.state_dict()))
+    vae = build_vae(config)
+    take_over(vae, "tiny64")
+    theirs = AutoencoderKL.from_pretrained(old / "vae", torch_dtype=torch.float32)
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
-    latents = many.encode(pixels).latent_dist.mode()
-    assert torch.allclose(latents[:, :channels], few.encode(pixels).latent_dist.mode(), atol=1e-4)
-    made = many.decode(latents).sample
-    assert torch.allclose(made, few.decode(few.encode(pixels).latent_dist.mode()).sample, atol=1e-4)
-    (made - pixels).square().mean().backward()
-    assert many.decoder.conv_in.weight.grad[:, channels:].abs().max() > 0
+    latents = theirs.encode(pixels).latent_dist.mode()
+    (vae.decode(vae.encode(pixels).latent_dist.mode()).sample - pixels).square().mean().backward()
+    torch.optim.SGD([one for one in vae.parameters() if one.requires_grad], lr=1.0).step()
+    assert torch.equal(vae.encode(pixels).latent_dist.mode(), latents)
+    assert not torch.allclose(vae.decode(latents).sample, theirs.decode(latents).sample, atol=1e-3)
+    assert vae.config["scaling_factor"] == theirs.config["scaling_factor"]
+
+
+def test_an_autoencoder_of_other_sizes_cannot_go_on_from_a_base():
+    with pytest.raises(ObjdriveError, match="the autoencoder of tiny64 is of other sizes"):
+        take_over(build_vae(read_config("small128")), "tiny64")
 
 
 def test_normalised_latents_have_unit_deviation_and_give_the_same_pictures(old):
@@ -236,21 +237,17 @@ def test_normalised_latents_have_unit_deviation_and_give_the_same_pictures(old):
     assert torch.allclose(vae.decode(after.mode()).sample, made, atol=1e-4)
 
 
-def test_a_denoiser_of_more_channels_first_does_what_the_other_did(old):
+def test_only_weights_of_the_same_shape_are_taken_over(old):
     config = read_config("tiny64")
-    few = UNet2DConditionModel.from_pretrained(old / "unet", torch_dtype=torch.float32).eval()
-    channels = few.config["in_channels"]
-    more = config.model_copy(
-        update={"vae": config.vae.model_copy(update={"model": {**config.vae.model, "latent_channels": channels + 4}})}
-    )
-    many = build_unet(more).eval()
-    start_from(many, few.state_dict())
-    latents, states = torch.randn(2, channels + 4, 16, 16), torch.randn(2, 32, 128)
-    with torch.no_grad():
-        ours = many(latents, torch.tensor([3, 700]), states).sample
-        theirs = few(latents[:, :channels], torch.tensor([3, 700]), states).sample
-    assert torch.allclose(ours[:, :channels], theirs, atol=1e-5)
-    assert not ours[:, channels:].any()
+    text = config.clip.model["text"] | {"hidden_size": 64}
+    clip = config.clip.model_copy(update={"model": config.clip.model | {"text": text}})
+    theirs = UNet2DConditionModel.from_pretrained(old / "unet", torch_dtype=torch.float32)
+    unet = build_unet(config.model_copy(update={"clip": clip}))
+    load_matching(unet, theirs.state_dict())
+    assert torch.equal(unet.conv_in.weight, theirs.conv_in.weight)
+    narrower = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight
+    assert narrower.shape[1] == 64
+    assert narrower.std() > 0
 
 
 def test_binary_columns_are_read_across_chunks_and_slices():
