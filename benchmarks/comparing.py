@@ -22,7 +22,7 @@ from objdrive.summary import Figure
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 SMOKE_PROMPTS = Path(__file__).resolve().parent / "smoke_prompts.yaml"
-HALF = "test"
+DEVELOPMENT, TEST = "development", "test"
 RESOLUTION = 64
 SCENES = 4
 _ROWS_LOST = 3
@@ -115,6 +115,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--data", type=Path, default=Path("icons"), help="folder with the icons; fetched if none")
     options.add_argument("--base", default="tiny64")
     return options
+
+
+def add_choices(options: argparse.ArgumentParser, recipes: Sequence[str]) -> None:
+    """The options that tell which objects a benchmark takes, and how it fine-tunes them."""
+    options.add_argument("--half", choices=(DEVELOPMENT, TEST), default=TEST,
+                         help="of the classes; choices are made on development, figures of test (test)")  # fmt: skip
+    options.add_argument("--recipe", action="append", metavar="NAME",
+                        help=f"preset or YAML file; again for each ({', '.join(recipes)})")  # fmt: skip
 
 
 def have_cluster() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparing import SMOKE_PROMPTS, Contender, Drawn, cell, have_cluster, job, measure, parser
+from comparing import DEVELOPMENT, SMOKE_PROMPTS, TEST, Contender, Drawn, cell, have_cluster, job, measure, parser
 
 from jobs.evaluation.compose import GALLERY_FILE, MANIFEST_FILE, PROMPTS
 from jobs.evaluation.pages import by_method, choose_trades, trade_figures
@@ -25,7 +25,6 @@ from objdrive.recipe import make_recipe
 from objdrive.scores import pareto_front, scalarise
 from objdrive.summary import Figure, Trade, difference, per_object
 
-DEVELOPMENT, TEST = "development", "test"
 FACTORS = (1.0, 3.0, 10.0)
 SHARES = (0.25, 0.5, 2.0)
 PAPER, DEFAULT = "paper", "objdrive"

@@ -2,9 +2,9 @@
 
 Usage: ``python benchmarks/robustness.py --out FOLDER`` (``--smoke`` tries it out in minutes, on plain shapes).
 
-Objects of the test half are photographed again: smaller and smaller, and before a plain magenta ground with masks that
-are too small, too large or jagged. No context and hardly a drawing is magenta, so that the share of magenta in drawn
-pictures tells how much of the ground was learnt.
+Objects are photographed again: smaller and smaller, and before a plain magenta ground with masks that are too small,
+too large or jagged. No context and hardly a drawing is magenta, so that the share of magenta in drawn pictures tells
+how much of the ground was learnt.
 """
 
 import csv
@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 from comparing import (
-    HALF,
     RESOLUTION,
     SMOKE_PROMPTS,
     Contender,
     Drawn,
+    add_choices,
     cell,
     have_cluster,
     have_gallery,
@@ -186,10 +186,9 @@ def _describe(base: str, drawn: Drawn, objects: int) -> str:
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
+    add_choices(options, RECIPES)
     options.add_argument("--seeds", type=int, default=1, help="pictures of each object and prompt (1)")
     options.add_argument("--objects", type=int, default=22, metavar="N", help="of the half, the first ones (22)")
-    options.add_argument("--recipe", action="append", metavar="NAME",
-                        help=f"preset or YAML file; again for each ({', '.join(RECIPES)})")  # fmt: skip
     options.add_argument("--smoke", action="store_true", help="a plain shape, two steps: tries it all out")
     arguments = options.parse_args()
     have_cluster()
@@ -200,7 +199,7 @@ def main() -> None:
     else:
         drawn = Drawn(str(PROMPTS), arguments.seeds, None, ("imagenet",))
         sprites = have_sprites(Folders(arguments.data))
-        run(out, sprites, read_halves()[HALF], arguments.base, Effort(arguments.objects, recipes, drawn))
+        run(out, sprites, read_halves()[arguments.half], arguments.base, Effort(arguments.objects, recipes, drawn))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 Usage: ``python benchmarks/scenes.py --out FOLDER`` (``--smoke`` tries it out in minutes, on plain shapes).
 
-Objects of the test half are photographed together, and fine-tuned together as scenes. Pictures with all of them are
-looked at through windows of several sizes. An object has its *identity* if, of all designs of its class, it is the one
-that agrees most with some window. A picture *shows all* if for each of its objects there is a window to which nothing
+Objects are photographed together, and fine-tuned together as scenes. Pictures with all of them are looked at through
+windows of several sizes. An object has its *identity* if, of all designs of its class, it is the one that agrees most
+with some window. A picture *shows all* if for each of its objects there is a window to which nothing
 in the gallery, of whatever class, is nearer: features of one object on another, or an object that is left out, fail it.
 """
 
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from comparing import (
-    HALF,
     RESOLUTION,
     SMOKE_PROMPTS,
     Contender,
+    add_choices,
     cell,
     fine_tune,
     have_cluster,
@@ -184,7 +184,7 @@ def run(out: Path, sprites: Sprites, class_names: Sequence[str], base: Base, eff
             }
             identity, shown = (figure({name: values[[axis]] for name, values in means.items()}) for axis in (0, 1))
             lines.append(f"| {size} | {method} | {cell(identity)} | {cell(shown)} | {len(means)} |")
-    (out / "results.md").write_text("\n".join(lines) + "\n")
+        (out / "results.md").write_text("\n".join(lines) + "\n")
     print(f"results {out / 'results.md'}")
 
 
@@ -243,12 +243,13 @@ def _describe(base: Base, effort: Effort) -> str:
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
+    add_choices(options, RECIPES)
     options.add_argument("--groups", type=int, default=11, help="scenes of each size (11)")
     options.add_argument("--smoke", action="store_true", help="plain shapes, two steps: tries it all out")
     arguments = options.parse_args()
     have_cluster()
     base = Base.load(arguments.base, device="cpu")
-    out = arguments.out.absolute()
+    out, recipes = arguments.out.absolute(), tuple(arguments.recipe or RECIPES)
     steps = make_recipe(tuning=base.files.tuning).sample_steps
     if arguments.smoke:
         sprites = draw_sprites(0)
@@ -257,7 +258,8 @@ def main() -> None:
     else:
         sprites = have_sprites(Folders(arguments.data))
         contexts = tuple(prompt for prompt in read_prompts(PROMPTS) if prompt.kind == "context")
-        run(out, sprites, read_halves()[HALF], base, Effort(arguments.groups, RECIPES, (), steps, contexts, "imagenet"))
+        effort = Effort(arguments.groups, recipes, (), steps, contexts, "imagenet")
+        run(out, sprites, read_halves()[arguments.half], base, effort)
 
 
 if __name__ == "__main__":
