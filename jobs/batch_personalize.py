@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="batch_personalize.py",
         description="Turn every row of a manifest into an adapter.",
-        epilog="Exit status: 0 every row is in the store, 3 rows were rejected or failed, 2 nothing could start.",
+        epilog="Exit status: 0 every row is in the store, 3 rows were rejected or failed, "
+        "2 the run could not start or broke off.",
     )
     parser.add_argument(
         "manifest",
@@ -119,14 +120,17 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         if arguments.dry_run:
             run.plan_only()
+            _print_summary(run, store, time.monotonic() - started, dry=True)
         else:
-            run.work_off()
-        seconds = time.monotonic() - started
-        if not arguments.dry_run:
-            ledger.write(store, run.id)
-            facts = [("manifest", arguments.manifest), ("base", base.name), ("recipe", _describe(recipe))]
-            store.write_run_file(run.id, REPORT_FILE, _report(run, store, facts, seconds).encode())
-        _print_summary(run, store, seconds, dry=arguments.dry_run)
+            try:
+                run.work_off()
+            finally:
+                # However a run ends, what became of its rows until then is told.
+                seconds = time.monotonic() - started
+                ledger.write(store, run.id)
+                facts = [("manifest", arguments.manifest), ("base", base.name), ("recipe", _describe(recipe))]
+                store.write_run_file(run.id, REPORT_FILE, _report(run, store, facts, seconds).encode())
+                _print_summary(run, store, seconds, dry=False)
         lost = ledger.counts["rejected"] + ledger.counts["failed"]
     return _EXIT_ROWS_LOST if lost and not arguments.allow_rejects else _EXIT_OK
 
@@ -156,23 +160,24 @@ def _report(run: BatchRun, store: ArtifactStore, facts: list[tuple[str, str]], s
     ledger = run.ledger
     objects = []
     for line in ledger.results(_REPORTED_OBJECTS):
-        artifact = store.metadata(line["object_id"], line["digest"]) if line["digest"] else None
-        pictures = (
-            [Picture(p.caption, store.read_file(artifact, p.file)) for p in artifact.previews] if artifact else []
-        )
+        warning, pictures = line["warning"], []
+        try:
+            pictures = _previews(store, line["object_id"], line["digest"])
+        except ObjdriveError as error:
+            warning = f"{warning} its previews can't be shown: {error}".strip()
         objects.append(
-            ReportedObject(
-                line["object_id"],
-                line["class_name"],
-                line["status"],
-                line["digest"],
-                line["warning"],
-                pictures,
-            )
+            ReportedObject(line["object_id"], line["class_name"], line["status"], line["digest"], warning, pictures)
         )
     facts = [*facts, ("store", store.url), ("run", f"{run.id}, {seconds:.0f} s")]
     failures = [Failure(**line) for line in ledger.rejects(_REPORTED_FAILURES)]
     return render(Report("objdrive: what came out", facts, _counts(ledger), objects, failures))
+
+
+def _previews(store: ArtifactStore, object_id: str, digest: str) -> list[Picture]:
+    if not digest:
+        return []
+    artifact = store.metadata(object_id, digest)
+    return [Picture(preview.caption, store.read_file(artifact, preview.file)) for preview in artifact.previews]
 
 
 def _counts(ledger: Ledger) -> dict[str, int]:

@@ -1,11 +1,11 @@
 """What the jobs' commands share."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from objdrive.base_files import EMBEDDED
 from objdrive.errors import ObjdriveError
 
 
@@ -26,8 +26,8 @@ def absolute(address: str) -> str:
 
 def absolute_model(name: str) -> str:
     """A base or CLIP that means the same to workers: a folder's address; a name or hub id as it is."""
-    # Hub ids have the form of a relative path.
-    return absolute(name) if os.sep in name and Path(name).is_dir() else name
+    # As `find_base` looks for it: an embedded base, else a folder, else a hub id, which may look like one.
+    return absolute(name) if Path(name).is_dir() and not (EMBEDDED / name).is_dir() else name
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:

@@ -40,7 +40,7 @@ class Checked:
     """A row that can be used.
 
     `digest` and `members` (object ids) name the artifact that is committed for exactly this row and target; both are
-    empty if there is none.
+    empty if there is none. `outdated`: the store takes another artifact for the object's current one.
     """
 
     row: Row
@@ -48,6 +48,7 @@ class Checked:
     mask: SourceMark | None
     digest: str = ""
     members: tuple[str, ...] = ()
+    outdated: bool = False
 
 
 def ingest(pieces: list[Piece], target: Target) -> Iterator[Checked | Reject]:
@@ -116,8 +117,8 @@ def check_row(row: Row, store: ArtifactStore, target: Target) -> Checked | Rejec
         member = read_photo(row, image, mask)[1]
         digest = adapter_digest([member], **digest_inputs(target))
         if not row.scene and store.has(row.object_id, digest):
-            store.point(row.object_id, digest)
-            return Checked(row, image, mask, digest, (row.object_id,))
+            outdated = current is None or current.digest != digest
+            return Checked(row, image, mask, digest, (row.object_id,), outdated)
         return Checked(row, image, mask)
     except RowError as error:
         return Reject(row.object_id, row.where, error.code, f"{row.where}: {error}")
@@ -152,6 +153,8 @@ def _made_from(
         and artifact.method_version == METHOD_VERSION
         and artifact.class_name == row.class_name
         and artifact.scene == row.scene
+        # Of equal size alone, another picture would do.
+        and all(mark.mark for mark in (image, mask) if mark)
         and artifact.sources.image == source_record(image)
         and artifact.sources.mask == (source_record(mask) if mask else None)
     )
@@ -186,4 +189,5 @@ def _unpack_checked(fields: dict[str, Any]) -> Checked:
         mask=SourceMark(**mask) if mask else None,
         digest=fields["digest"],
         members=tuple(fields["members"]),
+        outdated=fields["outdated"],
     )

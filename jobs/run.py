@@ -16,6 +16,7 @@ from jobs.outcomes import fail_row
 from jobs.plan import plan
 from jobs.progress import Progress, Standing
 from objdrive.manifest import Piece, Reject
+from objdrive.store import ArtifactStore, StoreError
 
 
 class BatchRun:
@@ -48,6 +49,7 @@ class BatchRun:
         self.ledger = ledger
         self._pieces = pieces
         self._target = target
+        self._store = ArtifactStore(target.store_url)
         self._make_work = make_work
         self._workers = workers
         self._limit = limit
@@ -59,26 +61,37 @@ class BatchRun:
     def plan_only(self) -> None:
         """Check every row; count those that `work_off` would train."""
         with Progress(self._standing):
-            for task in self._tasks():
+            for task in self._tasks(self.ledger.committed_before):
                 self.ledger.counts["to train"] += len(task.payload.rows)
 
     def work_off(self) -> None:
         """Have every row in the store, or in the ledger with the reason why not."""
         with Progress(self._standing):
-            tasks = self._tasks()
+            tasks = self._tasks(self._have_current)
             # Starting workers takes a while: not for a manifest that is committed already.
             first = next(tasks, None)
             if first is not None:
                 self._fan_out(chain([first], tasks))
 
-    def _tasks(self) -> Iterator[Task]:
+    def _tasks(self, on_committed: Callable[[Checked], None]) -> Iterator[Task]:
         return plan(
             self._records(),
             previews=self._previews,
             on_reject=self.ledger.reject,
-            on_committed=self.ledger.committed_before,
+            on_committed=on_committed,
             on_repeat=self.ledger.repeated,
         )
+
+    def _have_current(self, record: Checked) -> None:
+        """What the row asks for is committed; see that it is also what is served."""
+        row = record.row
+        try:
+            if record.outdated:
+                self._store.point(row.object_id, record.digest)
+        except StoreError as error:
+            self.ledger.reject(Reject(row.object_id, row.where, "store_failed", f"{row.where}: {error}"))
+        else:
+            self.ledger.committed_before(record)
 
     def _records(self) -> Iterator[Checked | Reject]:
         for record in islice(ingest(self._pieces, self._target), self._limit):

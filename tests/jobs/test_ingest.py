@@ -1,7 +1,9 @@
 """Checking rows against real files and a real store; records as text."""
 
 import os
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -173,13 +175,47 @@ def test_another_class_recipe_or_base_makes_the_row_to_be_trained(shop):
     assert shop.check(row, Target(shop.store.url, "r" * 32, "another base")).digest == ""
 
 
-def test_going_back_to_an_earlier_recipe_makes_its_artifact_current_again(shop):
+def test_going_back_to_an_earlier_recipe_finds_its_artifact_and_leaves_the_store_as_it_is(shop):
     row = shop.row()
     first = shop.commit(row)
     second = shop.commit(row, shop.with_recipe("another"))
     assert shop.store.current("mug").digest == second
-    assert shop.check(row).digest == first
-    assert shop.store.current("mug").digest == first
+    checked = shop.check(row)
+    assert (checked.digest, checked.outdated) == (first, True)
+    assert not shop.check(row, shop.with_recipe("another")).outdated
+    assert shop.store.current("mug").digest == second
+
+
+def test_sources_of_which_storage_tells_the_size_alone_are_read_again(shop):
+    class Bare(BaseHTTPRequestHandler):
+        """Answers without a time and without an ETag."""
+
+        def do_GET(self):
+            content = (shop.folder / self.path.strip("/")).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Bare) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            at = f"http://127.0.0.1:{server.server_port}"
+            picture = shop.folder / "mug.png"
+            photo(seed=0).save(picture, compress_level=0)
+            size = picture.stat().st_size
+            shop.write("mask.png", disc())
+            row = shop.row(image=f"{at}/mug.png", mask=f"{at}/mask.png")
+            digest = shop.commit(row)
+            assert shop.check(row).digest == digest
+            photo(seed=1).save(picture, compress_level=0)
+            assert picture.stat().st_size == size
+            assert shop.check(row).digest == ""
+        finally:
+            server.shutdown()
 
 
 def test_a_committed_row_of_a_scene_names_the_scene_s_members(shop):

@@ -13,6 +13,9 @@ def test_a_folder_of_a_model_becomes_absolute_and_names_stay(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bases" / "mine").mkdir(parents=True)
     assert absolute_model("bases/mine") == str(tmp_path / "bases" / "mine")
+    (tmp_path / "mine").mkdir()
+    assert absolute_model("mine") == str(tmp_path / "mine")
+    (tmp_path / "tiny64").mkdir()
     assert (
         absolute_model("stable-diffusion-v1-5/stable-diffusion-v1-5") == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     )
