@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib import resources
 from typing import Annotated, Any, TypeVar
+from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, Path, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -136,7 +137,9 @@ async def _authenticated(
     request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
 ) -> ApiKey:
     gate = _services(request).gate
-    if gate.open and not (request.client and is_loopback(request.client.host)):
+    # By its name too: a page of another site may have a name of its own lead to this machine.
+    hosts = (request.client.host if request.client else "", request.url.hostname or "")
+    if gate.open and not all(map(is_loopback, hosts)):
         raise ApiError("invalid_api_key", "this server has no API keys, and so answers its own machine only")
     return await asyncio.to_thread(gate.key, request.headers.get("authorization"))
 
@@ -165,7 +168,7 @@ def _add_images(app: FastAPI) -> None:
         """Draw pictures of an object, of several, or of none."""
         services = _services(request)
         artifacts = await _visible(services, key, object_ids(asked.model))
-        base = await services.generators.describe()
+        base = await _described(services.generators, services.draw_seconds)
         requests = plan(asked, artifacts, base)
         services.gate.spend(key, len(requests))
         headers = _origin(requests, base)
@@ -210,7 +213,7 @@ def _add_images(app: FastAPI) -> None:
             [picture] = await _unless_gone(request, _draw_all(services, [one]))
             png = picture.png
             results.keep(token, png)
-        base = await services.generators.describe()
+        base = await _described(services.generators, services.draw_seconds)
         headers = _origin([one], base) | {"cache-control": "private, max-age=3600"}
         return Response(png, media_type="image/png", headers=headers)
 
@@ -287,10 +290,7 @@ def _add_operations(app: FastAPI) -> None:
     @app.get("/readyz", tags=["operations"], responses=error_responses(503))
     async def ready(request: Request) -> Health:
         """Whether it can draw, and with what."""
-        try:
-            base = await asyncio.wait_for(_services(request).generators.describe(), _READY_SECONDS)
-        except TimeoutError:
-            raise ApiError("unavailable", "no generator answers") from None
+        base = await _described(_services(request).generators, _READY_SECONDS)
         return Health(base=BaseRef(id=base.id, fingerprint=base.fingerprint), resolution=base.resolution)
 
     meter = app.state.services.meter
@@ -342,6 +342,13 @@ async def _page(
     return await services.objects.find_all(ids), ids[-1] if len(ids) == limit else None
 
 
+async def _described(generators: Generators, seconds: float) -> BaseInfo:
+    try:
+        return await asyncio.wait_for(generators.describe(), seconds)
+    except TimeoutError:
+        raise ApiError("unavailable", "no generator answers") from None
+
+
 async def _finished(services: Services, one: DrawRequest) -> FinishedPicture:
     async with aclosing(_drawn(services, one)) as events:
         async for event in events:
@@ -375,6 +382,9 @@ async def _drawn(services: Services, one: DrawRequest) -> AsyncGenerator[Event, 
                 yield event
     except ApiError as error:
         outcome = error.code
+        raise
+    except Exception:
+        outcome = "internal_error"
         raise
     finally:
         services.meter.count("pictures", outcome=outcome)
@@ -455,7 +465,7 @@ def _origin(requests: Sequence[DrawRequest], base: BaseInfo) -> dict[str, str]:
         "x-objdrive-model": model_id(requests[0]),
         "x-objdrive-digest": ",".join(key.digest for key in requests[0].objects),
         "x-objdrive-seed": ",".join(str(one.seed) for one in requests),
-        "x-objdrive-base": f"{base.id}@{base.fingerprint}",
+        "x-objdrive-base": f"{quote(base.id)}@{base.fingerprint}",
     }
 
 

@@ -76,7 +76,7 @@ def read_keys(path: Path) -> list[ApiKey]:
     """
     try:
         keys = _KeyFile.model_validate(yaml.safe_load(path.read_text())).keys
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ObjdriveError(f"the key file {path} can't be used: {error}") from error
     names = [key.name for key in keys]
     twice = {name for name in names if names.count(name) > 1}

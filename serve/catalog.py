@@ -121,6 +121,9 @@ class Catalog:
                 self.refresh()
             except ObjdriveError as error:
                 logger.warning("the catalog stays as it is: %s", error)
+            except Exception:
+                # Whatever it was, it may be over by the next time.
+                logger.exception("the catalog stays as it is")
             took = time.monotonic() - started
             if self._stop.wait(max(self._refresh_seconds, 10 * took)):
                 return

@@ -44,7 +44,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     values: dict[str, Any] = {
         name: getattr(arguments, name) for name in ("store", "base", "clip", "api_keys", "no_auth")
     }
-    settings = Settings.of(**values, **dict(_pair(text) for text in arguments.set))
+    others = dict(_pair(text) for text in arguments.set)
+    for name in values.keys() & others.keys():
+        raise ObjdriveError(f"--set {name}={others[name]}: give the option --{name.replace('_', '-')} instead")
+    settings = Settings.of(**values, **others)
     run_server(settings, arguments.host, arguments.port)
     return 0
 

@@ -58,6 +58,10 @@ class Guard:
                 await error_response(refusal)(scope, receive, answer)
             else:
                 await self._app(scope, _limited(scope, receive), answer)
+        except Exception:
+            # Answered further out.
+            status = status or 500
+            raise
         finally:
             # A request that never was answered: its client went away.
             self._count(scope, status or 499, time.monotonic() - started)

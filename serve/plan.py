@@ -59,18 +59,20 @@ def plan(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata], base: 
                 f"({artifact.base.fingerprint}), this server draws with {base.id!r} ({base.fingerprint})",
             )
     usual = defaults(artifacts)
+    steps = usual.steps if asked.steps is None else asked.steps
     seed = secrets.randbits(_RANDOM_SEED_BITS) if asked.seed is None else asked.seed
     return [
         DrawRequest(
             prompt=asked.prompt,
             seed=seed + number,
             objects=tuple(ArtifactKey(artifact.object_id, artifact.digest) for artifact in artifacts),
-            steps=usual.steps if asked.steps is None else asked.steps,
+            steps=steps,
             guidance_scale=usual.guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
             adapter_scale=asked.adapter_scale,
             negative_prompt=asked.negative_prompt,
             scheduler=asked.scheduler,
-            partial_images=(asked.partial_images or 0) if asked.stream else 0,
+            # A picture may be done before there are so many of them.
+            partial_images=min(asked.partial_images or 0, max(0, steps)) if asked.stream else 0,
         )
         for number in range(asked.n or 1)
     ]

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,12 +176,21 @@ class FireClient:
         return drawn(answer)
 
     def _hang_up(self, asked: dict[str, Any]) -> None:
-        self.hung_up += 1
         if self._dice.random() < 0.5:
-            with self._application.stream(**asked):
-                return
-        with suppress(httpx2.ReadTimeout):
+            with self._application.stream(**asked) as answer:
+                self._count_as_hung_up(hung_up=answer.status_code == 200)
+            return
+        try:
             self._application.ask(timeout=httpx2.Timeout(PATIENCE, read=0.05), **asked)
+        except httpx2.ReadTimeout:
+            self._count_as_hung_up(hung_up=True)
+        else:
+            self._count_as_hung_up(hung_up=False)
+
+    def _count_as_hung_up(self, *, hung_up: bool) -> None:
+        """Unless the answer, or a refusal, came first."""
+        self.hung_up += hung_up
+        self.too_late += not hung_up
 
 
 def test_every_picture_is_the_one_drawn_alone(application: Application) -> None:
@@ -199,7 +208,7 @@ def test_every_picture_is_the_one_drawn_alone(application: Application) -> None:
         for done in [threads.submit(client.draw, requests // clients) for client in fire]:
             done.result()
     answers = [one for client in fire for one in client.answers]
-    assert len(answers) + sum(client.hung_up for client in fire) == requests
+    assert len(answers) + sum(client.hung_up + client.too_late for client in fire) == requests
     assert sum(client.hung_up for client in fire) > requests * 0.05
     assert catalog.retrainings > requests * 0.05
     digests = {digest for _, answer in answers for digest in answer.headers["x-objdrive-digest"].split(",")}

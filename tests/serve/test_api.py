@@ -1,3 +1,4 @@
+import asyncio
 import base64
 import io
 import json
@@ -5,7 +6,8 @@ import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import urlsplit
+from dataclasses import replace
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from conftest import serving
@@ -16,6 +18,7 @@ from starlette.testclient import TestClient
 from objdrive.artifact import METADATA_FILE
 from objdrive.engine import ArtifactKey, DrawRequest, Engine
 from objdrive.store import ArtifactStore
+from serve.api import create_app
 from serve.local import local_app
 from serve.settings import Settings
 
@@ -133,6 +136,22 @@ class TestDrawing:
         with open_server.client() as client:
             whole = png(open_server.draw(client, model="acme-mug-1", prompt="{}", seed=1, steps=4))
         assert base64.b64decode(events[-1]["b64_json"]) == whole
+
+    def test_a_stream_has_no_more_partial_pictures_than_steps(self, open_server):
+        asked = {"model": "acme-mug-1", "prompt": "{}", "seed": 1, "stream": True, "partial_images": 3, "steps": 1}
+        with open_server.client() as client:
+            answer = client.post("/v1/images/generations", json=asked)
+        assert answer.status_code == 200, answer.text
+        assert answer.text.count("event: image_generation.partial_image") <= 1
+        assert answer.text.count("event: image_generation.completed") == 1
+
+    def test_a_base_in_a_folder_of_any_name(self, sd15, filled, tmp_path):
+        folder = shutil.copytree(sd15[0], tmp_path / "モデル")
+        settings = Settings.of(store=filled.url, base=str(folder), clip=str(sd15[1]), no_auth=True)
+        with local_app(settings) as (app, _), TestClient(app, "http://127.0.0.1", client=("127.0.0.1", 4711)) as client:
+            drawn = client.post("/v1/images/generations", json={"prompt": "a mug", "steps": 1})
+        assert drawn.status_code == 200, drawn.text
+        assert unquote(drawn.headers["x-objdrive-base"]).startswith(f"{folder}@")
 
 
 class TestRefusals:
@@ -267,7 +286,7 @@ class TestChanges:
             commit(ArtifactStore(str(folder)), small_base, object_id)
         snapshot, clip = map(str, sd15)
         settings = Settings.of(store=str(folder), base=snapshot, clip=clip, no_auth=True, refresh_seconds=0.2)
-        with local_app(settings) as (app, _), TestClient(app, client=("127.0.0.1", 4711)) as client:
+        with local_app(settings) as (app, _), TestClient(app, "http://127.0.0.1", client=("127.0.0.1", 4711)) as client:
 
             def draw(model):
                 return client.post("/v1/images/generations", json={"model": model, "prompt": "{}", "seed": 1})
@@ -512,10 +531,47 @@ class TestOperations:
             assert name in text
 
     def test_without_keys_only_this_machine_is_answered(self, open_server):
-        from starlette.testclient import TestClient
+        app = create_app(open_server.services)
+        away = TestClient(app, "http://127.0.0.1", client=("192.0.2.7", 4711))
+        # What a page of another site sees once the site's name leads here.
+        under_another_name = TestClient(app, "http://shop.example", client=("127.0.0.1", 4711))
+        for client in (away, under_another_name):
+            assert error(client.get("/objects/acme-mug-1"), 401) == "invalid_api_key"
+            assert client.get("/healthz").status_code == 200
+        for name in ("127.0.0.1:8000", "localhost:8000", "[::1]:8000"):
+            here = TestClient(app, f"http://{name}", client=("127.0.0.1", 4711))
+            assert here.get("/objects/acme-mug-1").status_code == 200
 
-        from serve.api import create_app
+    def test_what_breaks_is_counted_as_broken(self, open_server, monkeypatch):
+        def broken(*_, **__):
+            raise RuntimeError("the index is gone")
 
-        away = TestClient(create_app(open_server.services), client=("192.0.2.7", 4711))
-        assert error(away.get("/objects/acme-mug-1"), 401) == "invalid_api_key"
-        assert away.get("/healthz").status_code == 200
+        app = create_app(open_server.services)
+        client = TestClient(app, "http://127.0.0.1", client=("127.0.0.1", 4711), raise_server_exceptions=False)
+        monkeypatch.setattr(open_server.services.catalog, "page", broken)
+        assert client.get("/objects").status_code == 500
+        assert 'objdrive_http_requests_total{route="/objects",status="500"} 1.0' in client.get("/metrics").text
+
+    def test_a_drawing_that_breaks_is_counted_as_broken(self, open_server):
+        class Broken:
+            async def describe(self):
+                return await open_server.services.generators.describe()
+
+            async def draw(self, request):
+                raise RuntimeError("the generator is gone")
+                yield
+
+        services = replace(open_server.services, generators=Broken())
+        app = create_app(services)
+        client = TestClient(app, "http://127.0.0.1", client=("127.0.0.1", 4711), raise_server_exceptions=False)
+        assert client.post("/v1/images/generations", json={"prompt": "a mug"}).status_code == 500
+        assert 'objdrive_pictures_total{outcome="internal_error"} 1.0' in client.get("/metrics").text
+
+    def test_without_a_generator_a_drawing_is_refused_in_time(self, open_server):
+        class Starting:
+            async def describe(self):
+                await asyncio.Event().wait()
+
+        services = replace(open_server.services, generators=Starting(), draw_seconds=0.05)
+        client = TestClient(create_app(services), "http://127.0.0.1", client=("127.0.0.1", 4711))
+        assert error(client.post("/v1/images/generations", json={"prompt": "a mug"}), 503) == "unavailable"

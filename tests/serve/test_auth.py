@@ -38,6 +38,8 @@ def test_keys_differ():
 @pytest.mark.parametrize(
     "text",
     [
+        b"keys: \xff",
+        "keys: [{name: 2024-02-30}]",
         "",
         "keys",
         "keys: 3",
@@ -50,7 +52,7 @@ def test_keys_differ():
     ],
 )
 def test_a_file_that_is_not_right_is_refused(tmp_path, text):
-    (tmp_path / "keys.yaml").write_text(text)
+    (tmp_path / "keys.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ObjdriveError, match=r"keys\.yaml"):
         read_keys(tmp_path / "keys.yaml")
 

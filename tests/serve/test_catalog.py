@@ -1,5 +1,7 @@
 import io
 import shutil
+import threading
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -115,4 +117,24 @@ def test_stays_as_it_is_while_the_store_s_folder_is_away(store, tmp_path):
     with pytest.raises(StoreError):
         catalog.refresh()
     assert catalog.page(10) == ["a"]
+    catalog.close()
+
+
+def test_follows_the_store_on_whatever_befalls_a_refresh(store, monkeypatch):
+    failed = threading.Event()
+    object_ids = store.object_ids
+
+    def once():
+        monkeypatch.setattr(store, "object_ids", object_ids)
+        failed.set()
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(store, "object_ids", once)
+    catalog = Catalog(store, refresh_seconds=0.01)
+    commit(store, "a")
+    catalog.start()
+    assert failed.wait(30)
+    deadline = time.monotonic() + 30
+    while catalog.page(10) != ["a"]:
+        assert time.monotonic() < deadline
     catalog.close()

@@ -95,6 +95,7 @@ def test_answers_without_keys_only_on_loopback(capsys):
     [
         (["--set", "batch_size"], "NAME=VALUE"),
         (["--set", "batchsize=3"], "batchsize"),
+        (["--set", "no_auth=false"], "--no-auth"),
         (["--base", "no/such base"], "no/such base"),
     ],
 )
