@@ -71,7 +71,7 @@ class Base:
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
         files = find_base(name, clip=clip)
         image_encoder, text_projection = _load_towers(files)
-        scheduler = DDIMScheduler.from_pretrained(files.snapshot / "scheduler")
+        scheduler = DDIMScheduler.from_pretrained(files.snapshot / "scheduler", clip_sample=False)
         frozen = {
             "text_encoder": CLIPTextModel.from_pretrained(files.snapshot / "text_encoder", dtype=dtype),
             "unet": UNet2DConditionModel.from_pretrained(files.snapshot / "unet", torch_dtype=dtype),
@@ -179,7 +179,7 @@ class Base:
 
     def _encode_with(self, ids: Tensor, where: tuple[Tensor, Tensor], vectors: Tensor) -> Any:
         def put_in(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output.index_put(where, vectors.to(output.dtype))
+            return output.index_put(where, vectors.to(output))
 
         hook = self.text_encoder.get_input_embeddings().register_forward_hook(put_in)
         try:
