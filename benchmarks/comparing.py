@@ -79,7 +79,8 @@ def measure(
 def fine_tune(folder: Path, contender: Contender, base: str, *, objects: int | None = None) -> str:
     """Fine-tune a contender's objects, the first `objects` if that is given; the store in `folder` that has them."""
     print(f"{folder.name}: {contender.name}", flush=True)
-    store = str(folder / "stores" / contender.name.replace(" ", "-"))
+    # By how many there are: every object of a store is drawn.
+    store = str(folder / f"stores-{objects or 'all'}" / contender.name.replace(" ", "-"))
     options = [word for override in contender.overrides for word in ("--set", override)]
     options += ["--limit", str(objects)] if objects else []
     what = [str(contender.manifest), "--store", store, "--base", base, "--recipe", contender.preset]

@@ -192,14 +192,20 @@ def main() -> None:
     options.add_argument("--smoke", action="store_true", help="a plain shape, two steps: tries it all out")
     arguments = options.parse_args()
     have_cluster()
-    out, recipes = arguments.out.absolute(), tuple(arguments.recipe or RECIPES)
+    out, recipes = arguments.out.absolute() / arguments.half, tuple(arguments.recipe or RECIPES)
     if arguments.smoke:
         drawn = Drawn(str(SMOKE_PROMPTS), 1, 2, ("clip",))
         run(out, draw_sprites(0), ("kite",), arguments.base, Effort(1, recipes, drawn, ("steps=2",)))
     else:
         drawn = Drawn(str(PROMPTS), arguments.seeds, None, ("imagenet",))
         sprites = have_sprites(Folders(arguments.data))
-        run(out, sprites, read_halves()[arguments.half], arguments.base, Effort(arguments.objects, recipes, drawn))
+        run(
+            out / arguments.half,
+            sprites,
+            read_halves()[arguments.half],
+            arguments.base,
+            Effort(arguments.objects, recipes, drawn),
+        )
 
 
 if __name__ == "__main__":

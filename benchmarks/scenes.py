@@ -249,7 +249,7 @@ def main() -> None:
     arguments = options.parse_args()
     have_cluster()
     base = Base.load(arguments.base, device="cpu")
-    out, recipes = arguments.out.absolute(), tuple(arguments.recipe or RECIPES)
+    out, recipes = arguments.out.absolute() / arguments.half, tuple(arguments.recipe or RECIPES)
     steps = make_recipe(tuning=base.files.tuning).sample_steps
     if arguments.smoke:
         sprites = draw_sprites(0)
