@@ -1,7 +1,5 @@
-import copy
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +7,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import CLIPModel
 
 from objdrive.base import TOKEN_MARK, Base
@@ -278,22 +274,3 @@ class TestStableDiffusion15:
         path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "clip_sample"}))
         base = Base.load(str(copied[0]), clip=str(copied[1]), device="cpu")
         assert base.scheduler.config["clip_sample"] is False
-
-
-class OneDevice(TorchDispatchMode):
-    """Refuses what a GPU would: tensors of two devices in one operation. For the meta device, which takes them."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor) and one.dim()]
-        if func not in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            assert len({one.device for one in given}) < 2, f"{func} of tensors on several devices"
-        return func(*args, **kwargs)
-
-
-def test_a_base_on_another_device_takes_embeddings_from_the_cpu(tiny64):
-    parts = {name: copy.deepcopy(getattr(tiny64, name)) for name in ("text_encoder", "text_projection", "alphas")}
-    away = replace(tiny64, **{name: part.to("meta") for name, part in parts.items()})
-    with OneDevice():
-        states, embedded = away.encode_text([tiny64.tokenize(f"a photo of {TOKEN_MARK}")], [torch.zeros(128)])
-    assert states.device.type == embedded.device.type == "meta"

@@ -2,14 +2,16 @@
 
 import io
 import json
+import math
 import tarfile
+from statistics import NormalDist
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -23,7 +25,7 @@ from jobs.pretrain.loop import average_decay, learning_rate, load_matching
 from jobs.pretrain.packs import EDGE, Icons, Pack
 from jobs.pretrain.scenes import Composer, Mix
 from jobs.pretrain.sprites import Sprites, draw_sprites, near_held
-from jobs.pretrain.unet import build_unet, snr_weights
+from jobs.pretrain.unet import SCHEDULE, build_unet, timestep_odds
 from jobs.pretrain.vae import build_vae, normalise_latents, psnr, take_over
 from jobs.pretrain_base import main as pretrain
 from objdrive.base_files import EMBEDDED
@@ -139,12 +141,15 @@ def test_the_running_mean_forgets_its_start_first_and_then_hardly():
     assert average_decay(training, 10**6) == 0.999
 
 
-def test_weights_of_timesteps_are_min_snr():
-    alphas = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
-    weights = snr_weights(alphas, 5.0)
-    for timestep in (0, 10, 200, 999):
-        snr = float(alphas[timestep]) / (1 - float(alphas[timestep]))
-        assert float(weights[timestep]) == pytest.approx(min(snr, 5.0) / snr, rel=1e-4)
+def test_timesteps_are_drawn_so_that_noise_levels_are_log_normal():
+    alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod
+    odds = timestep_odds(alphas)
+    level = [math.log(math.sqrt((1 - alpha) / alpha)) for alpha in alphas.tolist()]
+    normal = NormalDist(0.5, 1.0)
+    inside = normal.cdf(level[-1]) - normal.cdf(level[0])
+    for low, high in ((0, 250), (250, 500), (500, 750), (750, 999)):
+        expected = (normal.cdf(level[high]) - normal.cdf(level[low])) / inside
+        assert float(odds[low:high].sum()) == pytest.approx(expected, abs=0.003)
 
 
 def test_contrast_is_the_mean_of_both_cross_entropies():
