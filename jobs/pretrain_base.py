@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
 from jobs.cluster import connect
-from jobs.command import exit_status
+from jobs.command import absolute_model, exit_status
 from jobs.pretrain.clip import export_clip, make_tokenizer
 from jobs.pretrain.config import Config, Part, read_config
 from jobs.pretrain.data import make_data
@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _pretrain(options: argparse.Namespace) -> None:
     config = read_config(options.config)
+    if config.start:
+        config = config.model_copy(update={"start": absolute_model(config.start)})
     folders = Folders(Path(options.out).resolve())
     stages = STAGES if options.stage == "all" else (options.stage,)
     if not options.resume:

@@ -57,7 +57,7 @@ class Config(_Strict):
         judged: scenes of held-out drawings, to judge every part by.
         vocabulary: tokens of the tokenizer, unless `start` gives one.
         length: tokens that the text encoder reads.
-        start: a base whose weights each part starts from wherever shapes match; its latents stay. None: from nothing.
+        start: a base whose weights each part starts from, its latents being kept; none: from nothing.
         drawn_sprites: make simple shapes instead of fetching icon packs (for trying the job out).
         seed: of the scenes and of the weights.
         vae: AutoencoderKL.

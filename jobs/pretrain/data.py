@@ -77,16 +77,10 @@ class Rows:
     Attributes:
         pixels: (N, 3, n, n) uint8.
         captions: N texts.
-        labels: (N,), classes of their first objects.
-        contexts: (N,), indices into `contexts.CONTEXTS`.
-        plain: (N,), one object in its own colours, as a photo.
     """
 
     pixels: Tensor
     captions: list[str]
-    labels: Tensor
-    contexts: Tensor
-    plain: Tensor
 
     def images(self, rows: Tensor) -> Tensor:
         """(B, 3, n, n) float32 in [0, 1]."""
@@ -97,13 +91,7 @@ def read_rows(folder: Path, resolution: int, *, rank: int = 0, world: int = 1) -
     """Read one worker's share of a folder of scenes."""
     table = read_share(folder, rank, world)
     pixels = as_array(table["pixels"], np.uint8).reshape(-1, resolution, resolution, 3)
-    return Rows(
-        torch.from_numpy(pixels).permute(0, 3, 1, 2),
-        table["caption"].to_pylist(),
-        torch.from_numpy(table["label"].to_numpy().copy()),
-        torch.from_numpy(table["context"].to_numpy().copy()),
-        torch.from_numpy(table["plain"].to_numpy().copy()),
-    )
+    return Rows(torch.from_numpy(pixels).permute(0, 3, 1, 2), table["caption"].to_pylist())
 
 
 def read_share(folder: Path, rank: int, world: int) -> pa.Table:

@@ -35,5 +35,6 @@ def finish_snapshot(config: Config, folders: Folders) -> None:
     sprites = Sprites.load(folders.sprites)
     held = sorted({sprites.classes[label] for label in sprites.only("held").labels})
     (snapshot / "classes.json").write_text(json.dumps({"classes": sprites.classes, "held": held}))
-    if config.start:
-        shutil.copy(find_base(config.start).snapshot / "recipe.yaml", snapshot / "recipe.yaml")
+    recipe = find_base(config.start).snapshot / "recipe.yaml" if config.start else None
+    if recipe and recipe.is_file():
+        shutil.copy(recipe, snapshot / "recipe.yaml")

@@ -19,6 +19,7 @@ from jobs.pretrain.config import Config
 from jobs.pretrain.data import as_array, pool, read_share
 from jobs.pretrain.loop import load_matching
 from jobs.pretrain.pictures import grid
+from jobs.pretrain.scenes import with_article
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites
 from objdrive.base_files import find_base
@@ -32,7 +33,8 @@ SCHEDULE: dict[str, Any] = {
     "steps_offset": 1,
 }
 """Stable Diffusion's."""
-_SNR_BOUND = 5.0
+# The middle and the width of the noise levels' logarithms.
+_LEVEL_MEAN, _LEVEL_DEVIATION = 0.5, 1.0
 _DROPPED = 0.1
 _SHOWN_STEPS = 25
 _SHOWN_GUIDANCE = 4.0
@@ -103,24 +105,27 @@ def build_unet(config: Config) -> UNet2DConditionModel:
     )
 
 
-def snr_weights(alphas: Tensor, bound: float = _SNR_BOUND) -> Tensor:
-    """(T,): weight of the noise-prediction loss at each timestep.
+def timestep_odds(alphas: Tensor) -> Tensor:
+    """(T,): how often each timestep is trained on, so that noise levels are log-normal.
 
-    Min-SNR-gamma, Hang et al., arXiv 2303.09556, equation 5 for noise prediction: ``min(SNR, bound) / SNR``.
+    Karras et al., arXiv 2206.00364, table 1, with levels in parts of the latents' deviation. With a plain loss of the
+    noise, strong noise would hardly count, and that is where it is decided what a picture shows.
+
+    Args:
+        alphas: (T,) cumulative products, the part of the latents' variance that is kept.
     """
-    snr = alphas / (1 - alphas)
-    return snr.clamp(max=bound) / snr
+    level = ((1 - alphas) / alphas).log() / 2
+    density = torch.exp(-(((level - _LEVEL_MEAN) / _LEVEL_DEVIATION) ** 2) / 2) * torch.gradient(level)[0]
+    return density / density.sum()
 
 
 class UnetObjective(nn.Module):
-    """Noise prediction over uniform timesteps, with min-SNR weights."""
+    """Noise prediction, each timestep weighted as Karras et al. weight it, which is as v-prediction does."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
-        alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod
-        self.register_buffer("alphas", alphas)
-        self.register_buffer("weights", snr_weights(alphas))
+        self.register_buffer("alphas", DDIMScheduler(**SCHEDULE).alphas_cumprod)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Loss of ``latents`` (B, C, h, h), text ``states`` (B, L, d), ``noise`` and ``timesteps`` (B,)."""
@@ -128,8 +133,8 @@ class UnetObjective(nn.Module):
         noised = kept.sqrt() * batch["latents"] + (1 - kept).sqrt() * batch["noise"]
         noised = noised.contiguous(memory_format=torch.channels_last)
         predicted = self.unet(noised, batch["timesteps"], batch["states"]).sample
-        error = (predicted.float() - batch["noise"]).square().mean(dim=(1, 2, 3))
-        return {"loss": (error * self.weights[batch["timesteps"]]).mean()}
+        error = (predicted.float() - batch["noise"]).square() / kept
+        return {"loss": error.mean()}
 
 
 class UnetStage:
@@ -153,6 +158,7 @@ class UnetStage:
             # Attention over so few cells is quick as plain products; torch's flash kernel for CPUs is not, backwards.
             self.part.set_attn_processor(AttnProcessor())
         self.objective = UnetObjective(self.part).to(device)
+        self._odds = timestep_odds(self.objective.alphas.cpu())
         self._latents, self._ids = self._read(folders, folders.scenes, rank, world)
         self._judged = self._fixed(*self._read(folders, folders.judged, 0, 1))
         self._words = Sprites.load(folders.sprites).classes
@@ -173,7 +179,7 @@ class UnetStage:
         every = max(1, len(self._words) // 40)
         words = self._words[::every][:40]
         prompts = [
-            f"a photo of {'an' if word[0] in 'aeiou' else 'a'} {word} {_SHOWN_CONTEXTS[i % len(_SHOWN_CONTEXTS)]}"
+            f"a photo of {with_article(word)} {_SHOWN_CONTEXTS[i % len(_SHOWN_CONTEXTS)]}"
             for i, word in enumerate(words)
         ]
         return {"held_loss": float(torch.stack(losses).mean())}, grid(
@@ -207,7 +213,7 @@ class UnetStage:
         return [self._with_noise(some, their, generator) for some, their in pairs]
 
     def _with_noise(self, latents: Tensor, ids: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        timesteps = torch.randint(len(self.objective.alphas), (len(latents),), generator=generator)
+        timesteps = torch.multinomial(self._odds, len(latents), replacement=True, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         return {
             "latents": latents.to(self._device),

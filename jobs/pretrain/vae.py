@@ -102,14 +102,14 @@ class VaeStage:
 
     def batch(self, size: int) -> dict[str, Tensor]:
         """Random scenes."""
-        rows = torch.randint(len(self._rows.labels), (size,), generator=self._generator)
+        rows = torch.randint(len(self._rows.captions), (size,), generator=self._generator)
         pixels = self._rows.images(rows).to(self._device)
         return {"pixels": pixels.contiguous(memory_format=torch.channels_last)}
 
     @torch.inference_mode()
     def judge(self, part: nn.Module) -> tuple[dict[str, float], Image.Image]:
         """PSNR on held-out scenes; and some of them, above what the autoencoder makes of them."""
-        real = self._judged.images(torch.arange(min(256, len(self._judged.labels)))).to(self._device)
+        real = self._judged.images(torch.arange(min(256, len(self._judged.captions)))).to(self._device)
         made = reconstruct(part, real)
         spread = part.encode(real[:_CHUNK] * 2 - 1).latent_dist.mode().std()
         pair = torch.stack([real[:_SHOWN], made[:_SHOWN]], dim=1).transpose(0, 1).flatten(0, 1)
@@ -154,7 +154,7 @@ def export_vae(config: Config, folders: Folders, weights: dict[str, Tensor]) -> 
     if not config.start:
         rows = read_rows(folders.judged, config.resolution)
         with torch.inference_mode():
-            latents = vae.encode(rows.images(torch.arange(min(256, len(rows.labels)))) * 2 - 1).latent_dist.mode()
+            latents = vae.encode(rows.images(torch.arange(min(256, len(rows.captions)))) * 2 - 1).latent_dist.mode()
         normalise_latents(vae, latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)))
     folder: Path = folders.snapshot / "vae"
     vae.half().save_pretrained(folder)
