@@ -157,6 +157,7 @@ class FireClient:
         self._dice = random.Random(number)
         self.answers: list[tuple[dict[str, Any], httpx2.Response]] = []
         self.hung_up = 0
+        self.too_late = 0
 
     def draw(self, count: int) -> None:
         for _ in range(count):
