@@ -14,7 +14,7 @@ from jobs.command import absolute_model, exit_status
 from jobs.pretrain.clip import export_clip, make_tokenizer
 from jobs.pretrain.config import Config, Part, read_config
 from jobs.pretrain.data import make_data
-from jobs.pretrain.export import finish_snapshot
+from jobs.pretrain.export import begin_snapshot, finish_snapshot
 from jobs.pretrain.loop import Run, checkpoints, train
 from jobs.pretrain.settings import Folders, StageSettings
 from jobs.pretrain.unet import export_unet, make_latents
@@ -60,6 +60,7 @@ def _run_stage(stage: str, config: Config, folders: Folders, options: argparse.N
     print(f"stage {stage}", flush=True)
     if stage == "data":
         make_data(config, folders)
+        begin_snapshot(config, folders)
         make_tokenizer(config, folders)
         return
     if stage == "unet":

@@ -14,8 +14,9 @@ from objdrive.errors import ObjdriveError
 
 EMBEDDED = Path(__file__).parent / "bases"
 
-_PARTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler", "image_encoder", "text_projection")
-_PATTERNS = [f"{part}/*.{suffix}" for part in _PARTS for suffix in ("json", "txt", "safetensors")]
+PARTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler", "image_encoder", "text_projection")
+"""Folders of a snapshot that a base is loaded from."""
+_PATTERNS = [f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "txt", "safetensors")]
 _HUB_IGNORE = ["*.fp16.*", "*non_ema*", "*.int8.*"]
 _MATCHING_CLIP = {768: "openai/clip-vit-large-patch14", 1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
 
@@ -68,12 +69,12 @@ def find_base(name: str, *, clip: str | None = None) -> BaseFiles:
         ObjdriveError: neither an embedded base nor a folder nor a reachable hub id, or parts are missing.
     """
     snapshot = _locate(name, [*_PATTERNS, "recipe.yaml", "classes.json"])
-    missing = [part for part in _PARTS[:5] if not (snapshot / part).is_dir()]
+    missing = [part for part in PARTS[:5] if not (snapshot / part).is_dir()]
     if missing:
         raise ObjdriveError(
             f"the base {name!r} at {snapshot} lacks {', '.join(missing)}: it must be in diffusers' layout"
         )
-    if all((snapshot / part).is_dir() for part in _PARTS[5:]):
+    if all((snapshot / part).is_dir() for part in PARTS[5:]):
         return BaseFiles(name, snapshot, None)
     width = json.loads((snapshot / "text_encoder" / "config.json").read_text())["hidden_size"]
     if clip is None and width not in _MATCHING_CLIP:

@@ -28,15 +28,10 @@ _SHOWN = 8
 
 
 def make_tokenizer(config: Config, folders: Folders) -> None:
-    """Put a tokenizer into the snapshot: the one of the base to start from, or one trained on the captions."""
+    """Put a tokenizer trained on the captions into the snapshot, unless it has one."""
     folder = folders.snapshot / "tokenizer"
-    if folder.exists():
-        return
-    if config.start:
-        tokenizer = CLIPTokenizer.from_pretrained(find_base(config.start).snapshot / "tokenizer")
-    else:
-        tokenizer = train_tokenizer(read_rows(folders.scenes, config.resolution).captions, config)
-    tokenizer.save_pretrained(folder)
+    if not folder.exists():
+        train_tokenizer(read_rows(folders.scenes, config.resolution).captions, config).save_pretrained(folder)
 
 
 def train_tokenizer(captions: list[str], config: Config) -> CLIPTokenizer:

@@ -10,7 +10,7 @@ from jobs.pretrain.config import Config
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites
 from jobs.pretrain.unet import SCHEDULE
-from objdrive.base_files import find_base
+from objdrive.base_files import PARTS, find_base
 
 _INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -25,6 +25,15 @@ _INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+
+
+def begin_snapshot(config: Config, folders: Folders) -> None:
+    """Put the parts of the base to start from into the snapshot: any stage can then go on without the others."""
+    if config.start:
+        started = find_base(config.start).snapshot
+        for part in PARTS:
+            if (started / part).is_dir() and not (folders.snapshot / part).exists():
+                shutil.copytree(started / part, folders.snapshot / part)
 
 
 def finish_snapshot(config: Config, folders: Folders) -> None:

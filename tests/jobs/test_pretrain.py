@@ -20,15 +20,17 @@ from jobs.pretrain.clip import contrast, retrieval, tokenize, train_tokenizer
 from jobs.pretrain.config import CONFIGS, Training, read_config
 from jobs.pretrain.contexts import COLOURS, CONTEXTS
 from jobs.pretrain.data import Compose, as_array
+from jobs.pretrain.export import begin_snapshot
 from jobs.pretrain.judge import Effort, Judge, diversity
 from jobs.pretrain.loop import average_decay, learning_rate, load_matching
 from jobs.pretrain.packs import EDGE, Icons, Pack
 from jobs.pretrain.scenes import Composer, Mix
+from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, near_held
 from jobs.pretrain.unet import SCHEDULE, build_unet, timestep_odds
 from jobs.pretrain.vae import build_vae, normalise_latents, psnr, take_over
 from jobs.pretrain_base import main as pretrain
-from objdrive.base_files import EMBEDDED
+from objdrive.base_files import EMBEDDED, find_base
 from objdrive.errors import ObjdriveError
 
 
@@ -225,6 +227,18 @@ def test_an_autoencoder_that_goes_on_from_a_base_keeps_its_latents(old):
 def test_an_autoencoder_of_other_sizes_cannot_go_on_from_a_base():
     with pytest.raises(ObjdriveError, match="the autoencoder of tiny64 is of other sizes"):
         take_over(build_vae(read_config("small128")), "tiny64")
+
+
+def test_a_snapshot_begins_as_the_base_to_start_from(tmp_path):
+    folders = Folders(tmp_path)
+    begin_snapshot(read_config("smoke"), folders)
+    assert not folders.snapshot.exists()
+    begin_snapshot(read_config("tiny64"), folders)
+    assert find_base(str(folders.snapshot)).clip is None
+    trained = folders.snapshot / "unet" / "diffusion_pytorch_model.safetensors"
+    trained.write_bytes(b"trained on")
+    begin_snapshot(read_config("tiny64"), folders)
+    assert trained.read_bytes() == b"trained on"
 
 
 def test_normalised_latents_have_unit_deviation_and_give_the_same_pictures(old):
