@@ -138,7 +138,6 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, refuse_input)
     app.add_exception_handler(HTTPException, refuse_route)
     app.add_exception_handler(ObjdriveError, refuse)
-    app.add_exception_handler(Exception, refuse)
 
 
 def _invalid(errors: Sequence[Any]) -> ApiError:

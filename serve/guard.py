@@ -1,4 +1,4 @@
-"""What every request passes first: limits, refusal while draining, headers that keep browsers careful, counting."""
+"""What every request passes first: limits, refusal while draining, careful headers, errors answered, counting."""
 
 import time
 from collections.abc import MutableMapping
@@ -7,7 +7,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import ApiError, error_response
+from serve.errors import ApiError, api_error, error_response
 from serve.metrics import Meter
 
 MAX_BODY_BYTES = 64 * 1024
@@ -58,10 +58,10 @@ class Guard:
                 await error_response(refusal)(scope, receive, answer)
             else:
                 await self._app(scope, _limited(scope, receive), answer)
-        except Exception:
-            # Answered further out.
-            status = status or 500
-            raise
+        except Exception as error:
+            if status:
+                raise
+            await error_response(api_error(error))(scope, receive, answer)
         finally:
             # A request that never was answered: its client went away.
             self._count(scope, status or 499, time.monotonic() - started)

@@ -35,9 +35,6 @@ class Compose:
             {
                 "pixels": [scene.pixels.tobytes() for scene in scenes],
                 "caption": [scene.caption for scene in scenes],
-                "label": [scene.label for scene in scenes],
-                "context": [scene.context for scene in scenes],
-                "plain": [scene.plain for scene in scenes],
             }
         )
 

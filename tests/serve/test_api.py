@@ -546,10 +546,12 @@ class TestOperations:
         def broken(*_, **__):
             raise RuntimeError("the index is gone")
 
-        app = create_app(open_server.services)
-        client = TestClient(app, "http://127.0.0.1", client=("127.0.0.1", 4711), raise_server_exceptions=False)
+        client = TestClient(create_app(open_server.services), "http://127.0.0.1", client=("127.0.0.1", 4711))
         monkeypatch.setattr(open_server.services.catalog, "page", broken)
-        assert client.get("/objects").status_code == 500
+        answer = client.get("/objects")
+        assert error(answer, 500) == "internal_error"
+        assert "the index is gone" not in answer.text
+        assert answer.headers["x-content-type-options"] == "nosniff"
         assert 'objdrive_http_requests_total{route="/objects",status="500"} 1.0' in client.get("/metrics").text
 
     def test_a_drawing_that_breaks_is_counted_as_broken(self, open_server):
