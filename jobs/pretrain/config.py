@@ -25,7 +25,8 @@ class Training(_Strict):
         warmup: steps from nothing to the peak.
         cooldown: last part of the time, in which the learning rate falls to nearly nothing.
         ema: decay of the weights' running mean, which is what is exported.
-        bfloat16: products and convolutions in bfloat16 by autocast; weights and optimiser stay in float32.
+        bfloat16: products and convolutions in bfloat16 by autocast, if the device has instructions for it; weights
+            and optimiser stay in float32.
         compile: by torch.compile; needs a C++ compiler where there is no GPU, and some minutes to begin.
         share: part of the whole time when all parts are trained in one run.
     """

@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import platform
 import tarfile
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -22,7 +24,7 @@ from jobs.pretrain.contexts import COLOURS, CONTEXTS
 from jobs.pretrain.data import Compose, as_array
 from jobs.pretrain.export import begin_snapshot
 from jobs.pretrain.judge import Effort, Judge, diversity
-from jobs.pretrain.loop import average_decay, learning_rate, load_matching
+from jobs.pretrain.loop import average_decay, computes_bfloat16, learning_rate, load_matching
 from jobs.pretrain.packs import EDGE, Icons, Pack
 from jobs.pretrain.scenes import Composer, Mix
 from jobs.pretrain.settings import Folders
@@ -141,6 +143,15 @@ def test_the_running_mean_forgets_its_start_first_and_then_hardly():
     training = Training(batch=1, lr=1.0, ema=0.999, share=1)
     assert average_decay(training, 0) == pytest.approx(0.1)
     assert average_decay(training, 10**6) == 0.999
+
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.exists(), reason="asks Linux about an x86 processor")
+def test_bfloat16_is_for_processors_with_instructions_for_it():
+    flags = next(line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")).split()
+    assert computes_bfloat16(torch.device("cpu")) == bool({"amx_bf16", "avx512_bf16"} & set(flags))
 
 
 def test_timesteps_are_drawn_so_that_noise_levels_are_log_normal():
