@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,6 @@ from objdrive.summary import Figure
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 SMOKE_PROMPTS = Path(__file__).resolve().parent / "smoke_prompts.yaml"
 DEVELOPMENT, TEST = "development", "test"
-RESOLUTION = 64
 SCENES = 4
 _ROWS_LOST = 3
 
@@ -80,22 +80,22 @@ def fine_tune(folder: Path, contender: Contender, base: str, *, objects: int | N
     """Fine-tune a contender's objects, the first `objects` if that is given; the store in `folder` that has them."""
     print(f"{folder.name}: {contender.name}", flush=True)
     # By how many there are: every object of a store is drawn.
-    store = str(folder / f"stores-{objects or 'all'}" / contender.name.replace(" ", "-"))
+    store = str(folder / f"stores-{objects or 'all'}" / re.sub(r"[^A-Za-z0-9.]+", "-", contender.name))
     options = [word for override in contender.overrides for word in ("--set", override)]
     options += ["--limit", str(objects)] if objects else []
     what = [str(contender.manifest), "--store", store, "--base", base, "--recipe", contender.preset]
-    # A rate that is too high may lose rows; how many objects are left stands in every table.
+    # A rate that is too high may lose rows.
     job("batch_personalize.py", *what, *options, "--previews", "0", may_lose_rows=True)
     return store
 
 
 def have_gallery(
-    folder: Path, sprites: Sprites, class_names: Sequence[str], prompts: Sequence[EvaluationPrompt]
+    folder: Path, sprites: Sprites, class_names: Sequence[str], prompts: Sequence[EvaluationPrompt], resolution: int
 ) -> Path:
-    """The gallery of some classes; composed unless it is there."""
+    """The gallery of some classes, as large as the base's pictures; composed unless it is there."""
     gallery = folder / GALLERY_FILE
     if not gallery.is_file():
-        write_half(sprites, class_names, prompts, folder, resolution=RESOLUTION, scenes=SCENES)
+        write_half(sprites, class_names, prompts, folder, resolution=resolution, scenes=SCENES)
     return gallery
 
 

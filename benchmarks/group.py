@@ -58,7 +58,7 @@ def main() -> None:
     pictures = ClassPictures(base, recipe)
     scenes = catalog_scenes()[:16]
     pictures.draw({scene.objects[0].class_name for scene in scenes})
-    sizes = [1, *arguments.sizes]
+    sizes = sorted({1, *arguments.sizes})
     times: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(arguments.rounds):
         for size in sizes:

@@ -20,6 +20,7 @@ from comparing import DEVELOPMENT, SMOKE_PROMPTS, TEST, Contender, Drawn, cell, 
 from jobs.evaluation.compose import GALLERY_FILE, MANIFEST_FILE, PROMPTS
 from jobs.evaluation.pages import by_method, choose_trades, trade_figures
 from jobs.evaluation.pictures import CONTROLS
+from objdrive.base import Base
 from objdrive.base_files import BaseFiles, find_base
 from objdrive.recipe import make_recipe
 from objdrive.scores import pareto_front, scalarise
@@ -110,6 +111,7 @@ class Benchmark:
         if all((self._set / half / GALLERY_FILE).is_file() for half in (DEVELOPMENT, TEST)):
             return
         options = ["--drawn"] if self._effort.drawn else ["--data", str(self._data)]
+        options += ["--resolution", str(Base.load(self._base.name, device="cpu").resolution)]
         job("evaluation_set.py", "--out", str(self._set), "--prompts", self._effort.prompts, *options)
 
     def _tune(self) -> tuple[dict[str, float], dict[str, Figure | None], list[str]]:
@@ -125,11 +127,11 @@ class Benchmark:
             preset: max(self._effort.factors, key=lambda factor: _value(quality[preset, factor]))
             for preset in self._effort.presets
         }
-        lines = ["| preset | learning rates | scalarised recognition |", "|---|---|---|"]
+        lines = ["| preset | learning rates | scalarised recognition | objects |", "|---" * 4 + "|"]
         for (preset, factor), figure in quality.items():
             rates = ", ".join(one for one in swept[preset, factor].overrides if "_lr=" in one)
             mark = " (chosen)" if chosen[preset] == factor else ""
-            lines.append(f"| {preset} | {rates}{mark} | {cell(figure)} |")
+            lines.append(f"| {preset} | {rates}{mark} | {cell(figure)} | {_objects(figure)} |")
         return chosen, {preset: quality[preset, factor] for preset, factor in chosen.items()}, lines
 
     def _cut(self, factor: float, full: Figure | None) -> list[str]:
@@ -142,8 +144,10 @@ class Benchmark:
         figures = {self._steps: full} | {
             count: found.get(one.name) for count, one in zip(steps, contenders, strict=True)
         }
-        lines = [f"| {DEFAULT} | scalarised recognition |", "|---|---|"]
-        return lines + [f"| {count} steps | {cell(figures[count])} |" for count in sorted(figures)]
+        lines = [f"| {DEFAULT} | scalarised recognition | objects |", "|---" * 3 + "|"]
+        return lines + [
+            f"| {count} steps | {cell(figures[count])} | {_objects(figures[count])} |" for count in sorted(figures)
+        ]
 
     def _compare(self, chosen: Mapping[str, float]) -> list[str]:
         contenders = [self._contender(TEST, preset, preset, factor=factor) for preset, factor in chosen.items()]
@@ -239,7 +243,12 @@ def _differences(rows: Sequence[Mapping[str, Any]], trade: Trade) -> list[str]:
 
 
 def _value(figure: Figure | None) -> float:
-    return figure.value if figure else 0.0
+    """What a rate is chosen by: an object that it lost counts as nothing."""
+    return figure.value * figure.objects if figure else 0.0
+
+
+def _objects(figure: Figure | None) -> int:
+    return figure.objects if figure else 0
 
 
 def main() -> None:
@@ -259,7 +268,7 @@ def main() -> None:
         else Effort(seeds=arguments.seeds, tuned_on=arguments.tuned_on, reported_on=arguments.reported_on)
     )
     have_cluster()
-    out = arguments.out.absolute()
+    out = arguments.out.absolute() / ("smoke" if arguments.smoke else "")
     Benchmark(out, arguments.data, find_base(arguments.base), effort).run()
 
 

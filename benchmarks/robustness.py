@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 from comparing import (
-    RESOLUTION,
     SMOKE_PROMPTS,
     Contender,
     Drawn,
@@ -40,6 +39,7 @@ from jobs.evaluation.pages import PICTURES_FILE, by_method
 from jobs.evaluation.pictures import decode_pictures
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, have_sprites
+from objdrive.base import Base
 from objdrive.evaluate import read_prompts
 from objdrive.scores import Array
 from objdrive.summary import difference, figure, per_object
@@ -63,13 +63,13 @@ class Variant:
 
 
 def grown(mask: Image.Image, pixels: int) -> Image.Image:
-    """The mask, larger by so many of the base's pixels on every side; smaller if they are negative."""
-    reach = 2 * abs(pixels) * mask.width // RESOLUTION + 1
+    """The mask, larger by so many pixels of 64 on every side; smaller if they are negative."""
+    reach = 2 * abs(pixels) * mask.width // 64 + 1
     return mask.filter(ImageFilter.MaxFilter(reach) if pixels > 0 else ImageFilter.MinFilter(reach))
 
 
 def jagged(mask: Image.Image, pixels: int) -> Image.Image:
-    """The mask, in some squares too large and in some too small by so many of the base's pixels."""
+    """The mask, in some squares too large and in some too small by so many pixels of 64."""
     chosen = np.random.default_rng(0).integers(0, 2, (_JAGS, _JAGS), np.uint8) * 255
     squares = Image.fromarray(chosen).resize(mask.size, Image.Resampling.NEAREST)
     return Image.composite(grown(mask, pixels), grown(mask, -pixels), squares)
@@ -104,7 +104,8 @@ class Effort:
 def run(out: Path, sprites: Sprites, class_names: Sequence[str], base: str, effort: Effort) -> None:
     """Do what is not done yet, and write ``results.md``."""
     drawn = effort.drawn
-    gallery = have_gallery(out / "set", sprites, class_names, read_prompts(Path(drawn.prompts)))
+    resolution = Base.load(base, device="cpu").resolution
+    gallery = have_gallery(out / "set", sprites, class_names, read_prompts(Path(drawn.prompts)), resolution)
     subjects = choose_subjects(sprites, class_names)
     manifests = {one.name: photograph(one, sprites, subjects, out / "photos") for one in (*SIZED, *MASKED)}
     contenders = [
@@ -195,12 +196,12 @@ def main() -> None:
     out, recipes = arguments.out.absolute() / arguments.half, tuple(arguments.recipe or RECIPES)
     if arguments.smoke:
         drawn = Drawn(str(SMOKE_PROMPTS), 1, 2, ("clip",))
-        run(out, draw_sprites(0), ("kite",), arguments.base, Effort(1, recipes, drawn, ("steps=2",)))
+        run(out / "smoke", draw_sprites(0), ("kite",), arguments.base, Effort(1, recipes, drawn, ("steps=2",)))
     else:
         drawn = Drawn(str(PROMPTS), arguments.seeds, None, ("imagenet",))
         sprites = have_sprites(Folders(arguments.data))
         run(
-            out / arguments.half,
+            out,
             sprites,
             read_halves()[arguments.half],
             arguments.base,

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from comparing import (
-    RESOLUTION,
     SMOKE_PROMPTS,
     Contender,
     add_choices,
@@ -39,7 +38,7 @@ from objdrive.adapter import parse_adapter
 from objdrive.bank import AdapterBank
 from objdrive.base import Base
 from objdrive.class_pictures import seed_of
-from objdrive.encoders import Encoder
+from objdrive.encoders import Encoder, load_encoder
 from objdrive.evaluate import EvaluationPrompt, Gallery, cut_windows, embed, read_prompts
 from objdrive.images import encode_picture
 from objdrive.plots import plot_sheet
@@ -122,7 +121,7 @@ class Studio:
         prompts = self._effort.prompts
         contexts = [(prompt.id, prompt.shows.context if prompt.shows else None) for prompt in prompts]
         return [
-            compose_group(drawings, f"{group.name}:{name}", context=context, resolution=RESOLUTION)[0]
+            compose_group(drawings, f"{group.name}:{name}", context=context, resolution=self._base.resolution)[0]
             for name, context in contexts
         ]
 
@@ -157,7 +156,7 @@ class Studio:
 
 def run(out: Path, sprites: Sprites, class_names: Sequence[str], base: Base, effort: Effort) -> None:
     """Fine-tune what is not fine-tuned yet, draw, look, and write ``results.md`` and sheets of pictures."""
-    gallery_file = have_gallery(out / "set", sprites, class_names, effort.prompts)
+    gallery_file = have_gallery(out / "set", sprites, class_names, effort.prompts, base.resolution)
     gallery, encoder = _judge_by(gallery_file, base, effort)
     judge = Judge(encoder, gallery)
     subjects = choose_subjects(sprites, class_names)
@@ -214,7 +213,8 @@ def photograph(groups: Sequence[Group], sprites: Sprites, folder: Path) -> Path:
 def _judge_by(gallery: Path, base: Base, effort: Effort) -> tuple[Gallery, Encoder]:
     pool = Pool(workers=max(1, torch.get_num_threads()), gpus=0.0)
     scorer = Scorer(effort.encoder, base.name, None, base.fingerprint)
-    return read_gallery(gallery, effort.prompts, scorer, pool), scorer.load(pool)
+    # Not by the scorer: what draws and looks here may use every core.
+    return read_gallery(gallery, effort.prompts, scorer, pool), load_encoder(effort.encoder, base=base.name)
 
 
 def _sheet(
@@ -254,7 +254,7 @@ def main() -> None:
     if arguments.smoke:
         sprites = draw_sprites(0)
         effort = Effort(1, RECIPES[1:], ("steps=2",), 2, read_prompts(SMOKE_PROMPTS), "clip")
-        run(out, sprites, ("apple", "book", "kite"), base, effort)
+        run(out / "smoke", sprites, ("apple", "book", "kite"), base, effort)
     else:
         sprites = have_sprites(Folders(arguments.data))
         contexts = tuple(prompt for prompt in read_prompts(PROMPTS) if prompt.kind == "context")

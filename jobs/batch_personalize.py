@@ -4,7 +4,6 @@ Usage: ``python jobs/batch_personalize.py MANIFEST --store URL``, or the same be
 """
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from contextlib import closing
 from functools import partial
 
 from jobs.cluster import choose_workers, connect
-from jobs.command import absolute, add_base_options
+from jobs.command import absolute, add_base_options, number, positive
 from jobs.fanout import Workers
 from jobs.ingest import Target
 from jobs.ledger import REJECTS_FILE, Ledger
@@ -61,18 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field of the recipe"
     )
-    parser.add_argument(
-        "--group-size", type=_positive, metavar="K", help="scenes per forward pass (default: what fits)"
-    )
+    parser.add_argument("--group-size", type=positive, metavar="K", help="scenes per forward pass (default: what fits)")
     parser.add_argument(
         "--workers", metavar="MIN[:MAX]", help="Ray Train workers (default: one per GPU, else per core)"
     )
-    parser.add_argument("--gpus-per-worker", type=_number, metavar="G", help="(default: 1 if the cluster has any)")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows")
+    parser.add_argument("--gpus-per-worker", type=number, metavar="G", help="(default: 1 if the cluster has any)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
     parser.add_argument("--previews", type=int, default=_REPORTED_OBJECTS, metavar="N",
                         help="draw pictures for the first N objects (%(default)s)")  # fmt: skip
     parser.add_argument(
-        "--stall-seconds", type=partial(_number, least=2.0), default=_DEFAULT_STALL_SECONDS, metavar="S",
+        "--stall-seconds", type=partial(number, least=2.0), default=_DEFAULT_STALL_SECONDS, metavar="S",
         help="replace a worker that shows no progress for so long (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check every row, train and write nothing")
@@ -80,22 +77,6 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-rejects", action="store_true", help="exit with 0 although rows were rejected or failed"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _number(text: str, least: float = 0.0) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not least <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least {least:g}, got {text!r}")
-    return number
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """What the jobs' commands share."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,24 @@ def absolute_model(name: str) -> str:
     """A base or CLIP that means the same to workers: a folder's address; a name or hub id as it is."""
     # As `find_base` looks for it: an embedded base, else a folder, else a hub id, which may look like one.
     return absolute(name) if Path(name).is_dir() and not (EMBEDDED / name).is_dir() else name
+
+
+def positive(text: str) -> int:
+    """An option that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def number(text: str, least: float = 0.0) -> float:
+    """An option that measures something."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least {least:g}, got {text!r}")
+    return value
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:

@@ -7,13 +7,14 @@ or the same behind ``ray job submit --``.
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import ray
 from transformers.utils.logging import disable_progress_bar
 
 from jobs.cluster import choose_workers, connect
-from jobs.command import absolute, add_base_options, exit_status
+from jobs.command import absolute, absolute_model, add_base_options, exit_status, number, positive
 from jobs.evaluation.compose import PROMPTS
 from jobs.evaluation.pages import PICTURES_FILE, REPORT_FILE, SCORES_FILE, write_pages
 from jobs.evaluation.pictures import (
@@ -24,11 +25,13 @@ from jobs.evaluation.pictures import (
     control_pictures,
     draw,
     find_artifacts,
+    measured_by,
     plan_drawing,
     read_reference,
 )
-from jobs.evaluation.scoring import Scorer, score
+from jobs.evaluation.scoring import Scorer, by_chance, check_gallery, score
 from objdrive.base import Base
+from objdrive.encoders import load_encoder
 from objdrive.errors import ObjdriveError
 from objdrive.evaluate import EvaluationPrompt, Reference, read_prompts
 from objdrive.recipe import make_recipe
@@ -51,9 +54,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     prompts = read_prompts(options.prompts)
     base = Base.load(options.base, clip=options.clip, device="cpu")
     artifacts = find_artifacts(stores, base.fingerprint)
-    objects = {one: artifact for of_method in artifacts.values() for one, artifact in of_method.items()}
-    references = [read_reference(artifact, base.resolution) for _, artifact in sorted(objects.items())]
+    references = [read_reference(artifact, base.resolution) for artifact in measured_by(artifacts)]
     recipe = make_recipe(tuning=base.files.tuning)
+    names = options.encoder or ENCODERS
+    _look_ahead(names, references, prompts, options)
     drawing = Drawing(
         options.base,
         options.clip,
@@ -71,9 +75,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     pictures, scores = options.out / PICTURES_FILE, options.out / SCORES_FILE
     draw(rows, controls, drawing, pool, pictures)
-    scorers = [Scorer(name, options.base, options.clip, base.fingerprint) for name in options.encoder or ENCODERS]
+    scorers = [Scorer(name, options.base, options.clip, base.fingerprint) for name in names]
     score(pictures, scorers, references, prompts, options.gallery, pool, scores)
-    facts = _facts(stores, drawing, references, prompts, options.seeds)
+    facts = _facts(stores, drawing, references, prompts, options)
     write_pages(
         options.out,
         pictures,
@@ -84,6 +88,19 @@ def _evaluate(options: argparse.Namespace) -> None:
         shown=options.grids,
     )
     print(f"{len(rows) + len(controls)} pictures of {len(references)} objects: {options.out / REPORT_FILE}")
+
+
+def _look_ahead(
+    names: Sequence[str],
+    references: Sequence[Reference],
+    prompts: Sequence[EvaluationPrompt],
+    options: argparse.Namespace,
+) -> None:
+    """Find out what cannot be measured before anything is drawn."""
+    for name in names:
+        load_encoder(name, base=options.base, clip=options.clip)
+    if options.gallery:
+        check_gallery(options.gallery, [one.object_id for one in references], [prompt.id for prompt in prompts])
 
 
 def _stores(named: Sequence[str]) -> dict[str, str]:
@@ -97,18 +114,27 @@ def _stores(named: Sequence[str]) -> dict[str, str]:
     return stores
 
 
+def _encoder(name: str) -> str:
+    """An encoder's name, its folder as workers find it."""
+    kind, colon, source = name.partition(":")
+    return f"{kind}:{absolute_model(source)}" if colon else name
+
+
 def _facts(
     stores: Mapping[str, str],
     drawing: Drawing,
     references: Sequence[Reference],
     prompts: Sequence[EvaluationPrompt],
-    seeds: int,
+    options: argparse.Namespace,
 ) -> list[tuple[str, str]]:
+    ids = [one.object_id for one in references]
+    chance = [("identity in its class by chance", f"{by_chance(options.gallery, ids):.3f}")] if options.gallery else []
     return [
         *((f"method {name}", url) for name, url in stores.items()),
         ("base", f"{drawing.base}, {drawing.fingerprint}"),
-        ("drawn", f"{len(references)} objects, {len(prompts)} prompts, {seeds} seeds, {drawing.steps} steps, "
+        ("drawn", f"{len(references)} objects, {len(prompts)} prompts, {options.seeds} seeds, {drawing.steps} steps, "
                   f"guidance {drawing.guidance_scale:g}"),
+        *chance,
         ("intervals", "95%, bootstrap over objects"),
     ]  # fmt: skip
 
@@ -116,23 +142,22 @@ def _facts(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
     parser.add_argument("--store", action="append", required=True, metavar="NAME=URL",
-                        help="a method's name and the store with its artifacts; again for each method")  # fmt: skip
+                        help="a method's name and the store with its artifacts; again for each method; an object's "
+                        "reference is its photo in the first that has it")  # fmt: skip
     parser.add_argument("--base-alone", action="store_true", help="also draw by the base with the class word")
     parser.add_argument("--controls", action="store_true",
                         help="also score input photos and composed scenes, which calibrate the ruler")  # fmt: skip
     add_base_options(parser)
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="YAML list of prompts (the shipped one)")
     parser.add_argument("--gallery", type=Path, help="Parquet table of designs to tell objects from")
-    parser.add_argument("--encoder", action="append", metavar="NAME",
+    parser.add_argument("--encoder", action="append", type=_encoder, metavar="NAME",
                         help="clip, clip:ID, dino:ID or imagenet; again for each (imagenet and clip)")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=2, help="pictures of each object and prompt (2)")
-    parser.add_argument("--steps", type=int, help="of DDIM (what suits the base)")
-    parser.add_argument("--guidance-scale", type=float, help="(what suits the base)")
-    parser.add_argument("--grids", type=int, default=12, help="objects whose pictures the page shows (12)")
-    parser.add_argument("--workers", type=int, help="processes that draw and score (one per GPU, or per core)")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for tables, plots and page, which all nodes see"
-    )
+    parser.add_argument("--seeds", type=positive, default=2, help="pictures of each object and prompt (2)")
+    parser.add_argument("--steps", type=positive, help="of DDIM (what suits the base)")
+    parser.add_argument("--guidance-scale", type=partial(number, least=1.0), help="(what suits the base)")
+    parser.add_argument("--grids", type=positive, default=12, help="objects whose pictures the page shows (12)")
+    parser.add_argument("--workers", type=positive, help="processes that draw and score (one per GPU, or per core)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tables, plots and page")
     return parser
 
 

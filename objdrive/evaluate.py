@@ -179,8 +179,8 @@ class Gallery:
         Raises:
             ObjdriveError: one is not.
         """
-        there = {design.object_id for design in self.designs}.union(self.prompts)
-        lacking = sorted({*object_ids, *prompt_ids} - there)
+        lacking = sorted(set(object_ids).difference(design.object_id for design in self.designs))
+        lacking += sorted(set(prompt_ids).difference(self.prompts))
         if lacking:
             raise ObjdriveError(f"the gallery lacks {', '.join(lacking)}: compose it for these objects and prompts")
 

@@ -130,7 +130,10 @@ def write_half(
             mask.save(out / names[1])
             table.writerow((subject.object_id, *names, subject.class_name, sprites.sources[subject.row]))
     pictures = _gallery(sprites, subjects, prompts, resolution, scenes)
-    pq.write_table(pa.Table.from_pylist(list(pictures)), out / GALLERY_FILE)
+    # Under another name until it is whole: a gallery that is there is taken as complete.
+    partial = out / f"{GALLERY_FILE}.partial"
+    pq.write_table(pa.Table.from_pylist(list(pictures)), partial)
+    partial.replace(out / GALLERY_FILE)
     return len(subjects)
 
 

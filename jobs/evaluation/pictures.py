@@ -117,6 +117,14 @@ def find_artifacts(stores: Mapping[str, str], fingerprint: str) -> dict[str, dic
     return found
 
 
+def measured_by(artifacts: Mapping[str, Mapping[str, ArtifactMetadata]]) -> list[ArtifactMetadata]:
+    """The artifact of each object, by id, whose photo all methods are measured by: the first method's that has it."""
+    objects: dict[str, ArtifactMetadata] = {}
+    for of_method in artifacts.values():
+        objects = {**of_method, **objects}
+    return [artifact for _, artifact in sorted(objects.items())]
+
+
 def read_reference(artifact: ArtifactMetadata, size: int) -> Reference:
     """The object as its photo shows it, from where it was when it was personalized.
 
@@ -181,7 +189,11 @@ def _rows(
 def control_pictures(
     references: Sequence[Reference], prompts: Sequence[EvaluationPrompt], gallery: Path | None
 ) -> list[dict[str, Any]]:
-    """Rows with pictures of the methods that calibrate the ruler."""
+    """Rows with pictures of the methods that calibrate the ruler.
+
+    Raises:
+        ObjdriveError: the gallery's pictures are of another size than the references.
+    """
     rows = []
     texts = {prompt.id: prompt for prompt in prompts}
     for one in references:
@@ -191,9 +203,19 @@ def control_pictures(
         for shown in pq.read_table(gallery, filters=[("number", "==", 0), ("object_id", "!=", "")]).to_pylist():
             if prompt := texts.get(shown["prompt_id"]):
                 (row,) = _rows(SCENES, shown["object_id"], shown["class_name"], [prompt], 1, "", "")
+                _check_size(shown["picture"], references, gallery)
                 rows.append(row | {"picture": shown["picture"]})
     known = {one.object_id for one in references}
     return [row for row in rows if row["object_id"] in known]
+
+
+def _check_size(picture: bytes, references: Sequence[Reference], gallery: Path) -> None:
+    edge, expected = Image.open(io.BytesIO(picture)).width, references[0].whole.shape[1]
+    if edge != expected:
+        raise ObjdriveError(
+            f"the pictures of the gallery {gallery} are {edge} pixels wide, the base's {expected}: "
+            f"compose it with --resolution {expected}"
+        )
 
 
 def as_dataset(table: pa.Table) -> ray.data.Dataset:

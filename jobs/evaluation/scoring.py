@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import ray
 
 from jobs.evaluation.pictures import Pool, as_dataset, decode_pictures
 from objdrive.encoders import identify, load_encoder
+from objdrive.errors import ObjdriveError
 from objdrive.evaluate import METRICS, Asked, Design, EvaluationPrompt, Gallery, Reference, Ruler, embed
 from objdrive.views import as_pixels
 
@@ -110,6 +112,32 @@ def score(
             for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
                 writer.write_table(table.select(SCHEMA.names).cast(SCHEMA))
     partial.replace(out)
+
+
+def check_gallery(path: Path, object_ids: Iterable[str], prompt_ids: Iterable[str]) -> None:
+    """Make sure that the gallery shows these.
+
+    Raises:
+        ObjdriveError: there is no gallery, or it lacks some.
+    """
+    if not path.is_file():
+        raise ObjdriveError(f"no gallery {path}: jobs/evaluation_set.py composes one")
+    table = pq.read_table(path, columns=["object_id", "prompt_id"])
+    lacking = set(object_ids).difference(table["object_id"].to_pylist())
+    lacking |= set(prompt_ids).difference(table["prompt_id"].to_pylist())
+    if lacking:
+        raise ObjdriveError(
+            f"the gallery {path} lacks {', '.join(sorted(lacking))}: compose it for these objects and prompts"
+        )
+
+
+def by_chance(path: Path, object_ids: Sequence[str]) -> float:
+    """How often a design of an object's class, taken by chance, is the object's: the mean over objects."""
+    table = pq.read_table(path, columns=["object_id", "class_name", "design"])
+    shown = {(row["class_name"], row["design"]): row["object_id"] for row in table.to_pylist()}
+    rivals = Counter(class_name for class_name, _ in shown)
+    classes = {object_id: class_name for (class_name, _), object_id in shown.items() if object_id}
+    return sum(1 / rivals[classes[one]] for one in object_ids) / len(object_ids)
 
 
 def read_gallery(path: Path, prompts: Sequence[EvaluationPrompt], scorer: Scorer, pool: Pool) -> Gallery:

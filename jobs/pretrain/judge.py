@@ -62,7 +62,6 @@ class Judge:
     def __init__(self, sprites: Sprites, resolution: int, effort: Effort, *, seed: int = 0) -> None:
         """Compose the scenes and learn from them."""
         self._encoder = ImageNetEncoder()
-        self.classes = sprites.classes
         rng = np.random.default_rng((seed, 0))
         composer = Composer(sprites.only("train"), resolution, _PLAIN)
         scenes = _balanced(composer, rng, range(len(sprites.classes)), effort.taught)

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from jobs.evaluate import main as evaluate
 from jobs.evaluation.compose import PROMPTS, choose_subjects, read_halves, write_half
 from jobs.evaluation.pages import by_method, choose_trades, summarise, trade_figures, write_pages
 from jobs.evaluation.pictures import (
@@ -18,10 +19,12 @@ from jobs.evaluation.pictures import (
     control_pictures,
     draw,
     find_artifacts,
+    measured_by,
     plan_drawing,
     read_reference,
 )
 from jobs.evaluation.scoring import SCHEMA as SCORES
+from jobs.evaluation.scoring import by_chance
 from jobs.pretrain.packs import PACKS
 from jobs.pretrain.scenes import STYLES
 from jobs.pretrain.sprites import Sprites, draw_sprites
@@ -157,6 +160,44 @@ def test_stores_that_cannot_be_measured_are_named(store, tmp_path, tiny64):
         find_artifacts({"empty": str(tmp_path / "nothing")}, tiny64.fingerprint)
     with pytest.raises(ObjdriveError, match="name its base with --base"):
         find_artifacts({"other": store.url}, "f" * 32)
+
+
+def test_a_gallery_of_another_resolution_is_refused_before_its_pictures_stand_in_one_table(store, tmp_path, tiny64):
+    write_half(draw_sprites(0), ["kite"], TWO, tmp_path, resolution=32, scenes=2)
+    artifact = find_artifacts({"a": store.url}, tiny64.fingerprint)["a"]["kite-held"]
+    with pytest.raises(ObjdriveError, match="32 pixels wide, the base's 64: compose it with --resolution 64"):
+        control_pictures([read_reference(artifact, 64)], TWO, tmp_path / "gallery.parquet")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--encoder", "vgg"], "no encoder 'vgg'"),
+        (["--encoder", "clip", "--gallery", "HALF/gallery.parquet"], "lacks and-apple"),
+        (["--encoder", "clip", "--gallery", "HALF/none.parquet"], "no gallery"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is_drawn(options, said, store, half, tmp_path, capsys):
+    options = [option.replace("HALF", str(half)) for option in options]
+    assert evaluate(["--store", f"a={store.url}", "--out", str(tmp_path / "out"), *options]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_by_chance_an_object_is_one_of_the_designs_of_its_class(half):
+    assert by_chance(half / "gallery.parquet", ["apple-held", "kite-held"]) == pytest.approx(1 / 3)
+
+
+def test_objects_are_measured_by_the_photos_of_the_first_method_that_has_them(
+    store, half, tmp_path, tiny64, put_adapter
+):
+    other = ArtifactStore(str(tmp_path / "other"))
+    image = SourceRecord(uri=str(half / "images" / "apple-held.png"), size=1, mark="")
+    for name in ("kite-held", "another"):
+        put_adapter(other, tiny64, name, 5, class_name="kite", sources=Sources(image=image))
+    artifacts = find_artifacts({"first": store.url, "second": other.url}, tiny64.fingerprint)
+    first, second = artifacts["first"], artifacts["second"]
+    assert measured_by(artifacts) == [second["another"], first["apple-held"], first["kite-held"]]
 
 
 def test_controls_are_the_photo_and_a_scene_that_no_features_come_from(store, half, tiny64):
