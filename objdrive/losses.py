@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# The middle and the width of the noise levels' logarithms.
+_LEVEL_MEAN, _LEVEL_DEVIATION = 0.5, 1.0
+
 
 def latent_mask(mask: Tensor, size: int, *, soft: bool = True) -> Tensor:
     """Bring masks to the latents' size by area averaging, so that thin and tiny objects keep a weight.
@@ -54,6 +57,22 @@ def class_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square().mean(dim=(1, 2, 3))
 
 
+def background_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error around objects, ``||(1 - M) * (eps_theta - eps_base)||^2 / sum (1 - M)`` for each sample.
+
+    Args:
+        prediction: (N, C, H, W), the adapted network on views, with prompts that name the object.
+        target: (N, C, H, W), the base's prediction for the same input, with the class word in the object's place.
+        mask: (N, 1, H, W), weights in [0, 1].
+
+    Returns:
+        (N,) losses, averaged over channels; 0 where an object fills its view.
+    """
+    around = 1 - mask
+    error = (around * (prediction - target)).square().sum(dim=(1, 2, 3))
+    return error / (around.sum(dim=(1, 2, 3)).clamp(min=1) * prediction.shape[1])
+
+
 def prototype_loss(text: Tensor, targets: Tensor) -> Tensor:
     """Prototypical embedding loss, ``1 - cos(T(c_p), mean(I(x), I(x_m), T(c_c)))`` (arXiv 2401.15708).
 
@@ -71,21 +90,36 @@ def prototype_loss(text: Tensor, targets: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(text, prototype, dim=-1)
 
 
-def min_snr_weight(alphas: Tensor, gamma: float, *, velocity: bool) -> Tensor:
-    """Min-SNR weights ``min(SNR, gamma) / SNR``, or ``/ (SNR + 1)`` for v-prediction (arXiv 2303.09556).
+def timestep_odds(alphas: Tensor) -> Tensor:
+    """How often each timestep is trained on, so that noise levels are log-normal (arXiv 2206.00364, table 1).
 
-    They keep nearly clean latents, where only fine detail is left to learn, from outweighing the object's shape.
+    Levels are in parts of the latents' deviation; their logarithms have a mean of 0.5 and a deviation of 1. It is
+    strong noise that decides what a picture shows, and all timesteps alike hardly learn there.
+
+    Args:
+        alphas: (T,), the cumulative products of alpha at all timesteps.
+
+    Returns:
+        (T,), with a sum of 1.
+    """
+    level = ((1 - alphas) / alphas.clamp(min=1e-8)).log() / 2
+    density = torch.exp(-(((level - _LEVEL_MEAN) / _LEVEL_DEVIATION) ** 2) / 2) * torch.gradient(level)[0]
+    return density / density.sum()
+
+
+def velocity_weight(alphas: Tensor, *, velocity: bool) -> Tensor:
+    """What makes a loss one of the velocity (arXiv 2202.00512): ``1 / a_t`` for predicted noise, 1 for the velocity.
+
+    An error of the noise is ``sqrt(a_t)`` times the velocity's: a plain loss of it counts strong noise as nothing.
 
     Args:
         alphas: (N,), the cumulative products of alpha at each sample's timestep.
-        gamma: the SNR above which weights fall.
         velocity: whether the network predicts the velocity.
 
     Returns:
         (N,).
     """
-    snr = alphas / (1 - alphas)
-    return snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
+    return torch.ones_like(alphas) if velocity else 1 / alphas
 
 
 def add_noise(latents: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:

@@ -15,7 +15,15 @@ from objdrive.bank import AdapterBank
 from objdrive.base import TOKEN_MARK, Base
 from objdrive.class_pictures import ClassPictures, seed_of
 from objdrive.images import object_alone
-from objdrive.losses import add_noise, class_loss, min_snr_weight, object_loss, velocity
+from objdrive.losses import (
+    add_noise,
+    background_loss,
+    class_loss,
+    object_loss,
+    timestep_odds,
+    velocity,
+    velocity_weight,
+)
 from objdrive.prototype import class_prompt, optimise_prototypes, prototype_targets
 from objdrive.recipe import Recipe
 from objdrive.views import Scene, View, make_views, to_pixels, whole_picture
@@ -162,7 +170,7 @@ def _per_slot(vector: Tensor, like: Tensor) -> Tensor:
 def _losses(
     base: Base, bank: AdapterBank, embeddings: Tensor, materials: Sequence["_Material"], recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
-    """One step's object-specific and class losses, each (K,): every scene brings its views and class pictures."""
+    """One step's object-specific and class losses, each (K,): every scene brings its views and what is kept."""
     draws = [material.draw(recipe) for material in materials]
     count, views = len(draws), recipe.views
     clean, noise, timesteps = (
@@ -173,7 +181,7 @@ def _losses(
     states = torch.cat(
         [
             _learned_states(base, embeddings, draws, recipe).unflatten(0, (count, views)),
-            torch.stack([draw.class_states for draw in draws]),
+            torch.stack([draw.kept_states for draw in draws]),
         ],
         dim=1,
     ).flatten(0, 1)
@@ -189,8 +197,8 @@ def _losses(
 
     (viewed, class_drawn), (view_target, class_target) = split(prediction), split(target)
     timestep_weights = torch.ones_like(alphas)
-    if recipe.snr_gamma:
-        timestep_weights = min_snr_weight(alphas, recipe.snr_gamma, velocity=base.predicts_velocity)
+    if recipe.timesteps == "log-normal":
+        timestep_weights = velocity_weight(alphas, velocity=base.predicts_velocity)
     view_weights, class_weights = split(timestep_weights)
     object_losses = view_weights * object_loss(viewed, view_target, weights)
     object_losses = object_losses.view(count, views).mean(dim=1)
@@ -199,8 +207,14 @@ def _losses(
     if recipe.ccr_target == "base":
         with torch.no_grad():
             class_target = base.predict(split(noised)[1], split(timesteps)[1], split(states)[1])
-    class_losses = class_weights * class_loss(class_drawn, class_target)
-    return object_losses, class_losses.view(count, -1).mean(dim=1)
+    class_losses = (class_weights * class_loss(class_drawn, class_target)).view(count, -1).mean(dim=1)
+    if recipe.ccr_background:
+        words = torch.cat([draw.word_states for draw in draws])
+        with torch.no_grad():
+            around = base.predict(split(noised)[0], split(timesteps)[0], words)
+        background_losses = view_weights * background_loss(viewed, around, weights)
+        class_losses = class_losses + background_losses.view(count, views).mean(dim=1)
+    return object_losses, class_losses
 
 
 def _learned_states(base: Base, embeddings: Tensor, draws: Sequence["_Draw"], recipe: Recipe) -> Tensor:
@@ -218,7 +232,7 @@ def _learned_states(base: Base, embeddings: Tensor, draws: Sequence["_Draw"], re
 
 @dataclass(frozen=True)
 class _Draw:
-    """What one scene brings to one step: first its views, then its class pictures."""
+    """What one scene brings to one step: first its views, then what the regularization keeps."""
 
     clean: Tensor
     noise: Tensor
@@ -226,7 +240,8 @@ class _Draw:
     weights: Tensor
     texts: list[str]
     shown: list[tuple[int, ...]]
-    class_states: Tensor
+    word_states: Tensor
+    kept_states: Tensor
 
 
 @dataclass(frozen=True)
@@ -238,48 +253,67 @@ class _Material:
     phrases: list[str]
     class_latents: list[Tensor]
     class_states: Tensor
-    timesteps: int
+    word_states: Tensor
+    null_states: Tensor
+    odds: Tensor
 
     @classmethod
     def prepare(cls, base: Base, scene: Scene, recipe: Recipe, class_pictures: ClassPictures) -> "_Material":
         generator = torch.Generator().manual_seed(seed_of(f"{recipe.seed}:{scene.key}"))
         names = [o.class_name for o in scene.objects]
-        prompts = [base.tokenize(class_prompt(name)) for name in names]
+        views = make_views(base, scene, recipe, generator)
+        worded = [class_prompt(" and ".join(names[i] for i in view.shown)) + view.context for view in views]
         with torch.no_grad():
-            class_states, _ = base.encode_text(prompts)
+            class_states, _ = base.encode_text([base.tokenize(class_prompt(name)) for name in names])
+            word_states, _ = base.encode_text([base.tokenize(text) for text in worded])
+            null_states, _ = base.encode_text([base.tokenize("")])
+        alphas = base.alphas.cpu()
         return cls(
             generator=generator,
-            views=make_views(base, scene, recipe, generator),
+            views=views,
             phrases=[token_phrase(recipe, name) for name in names],
             class_latents=[class_pictures[name] for name in names] if recipe.ccr_weight else [],
             class_states=class_states,
-            timesteps=len(base.alphas),
+            word_states=word_states,
+            null_states=null_states[0],
+            odds=timestep_odds(alphas) if recipe.timesteps == "log-normal" else torch.ones_like(alphas),
         )
 
     def draw(self, recipe: Recipe) -> _Draw:
         """The next step's draw; it uses the scene's own generator only."""
-
-        def below(n: int) -> int:
-            return int(torch.randint(n, (), generator=self.generator))
-
-        views = []
-        for _ in range(recipe.views):
-            zoomed = len(self.views) > 1 and float(torch.rand((), generator=self.generator)) < recipe.zoom
-            views.append(self.views[1 + below(len(self.views) - 1) if zoomed else 0])
-        template = recipe.prompts[below(len(recipe.prompts))]
-        samples = recipe.class_samples if recipe.ccr_weight else 0
-        members = [below(len(self.class_states)) for _ in range(samples)]
-        pictures = [self.class_latents[m][below(len(self.class_latents[m]))] for m in members]
-        clean = torch.stack([view.latents for view in views] + pictures)
+        chosen = [self._view(recipe) for _ in range(recipe.views)]
+        views = [self.views[index] for index in chosen]
+        template = recipe.prompts[self._below(len(recipe.prompts))]
+        kept = [self._kept(recipe) for _ in range(recipe.class_samples if recipe.ccr_weight else 0)]
+        clean = torch.stack([view.latents for view in views] + [latents for latents, _ in kept])
         return _Draw(
             clean=clean,
             noise=torch.randn(clean.shape, generator=self.generator),
-            timesteps=torch.randint(self.timesteps, (len(clean),), generator=self.generator),
+            timesteps=torch.multinomial(self.odds, len(clean), replacement=True, generator=self.generator),
             weights=torch.stack([view.weights for view in views]),
             texts=[self._text(template, view) for view in views],
             shown=[view.shown for view in views],
-            class_states=self.class_states[members],
+            word_states=self.word_states[chosen],
+            kept_states=torch.stack([states for _, states in kept]) if kept else self.class_states[:0],
         )
+
+    def _view(self, recipe: Recipe) -> int:
+        zoomed = len(self.views) > 1 and self._chance() < recipe.zoom
+        return 1 + self._below(len(self.views) - 1) if zoomed else 0
+
+    def _kept(self, recipe: Recipe) -> tuple[Tensor, Tensor]:
+        """Latents and text states of a sample at which the base's prediction is kept."""
+        if self._chance() < recipe.ccr_unconditional:
+            return self.views[self._view(recipe)].latents, self.null_states
+        member = self._below(len(self.class_states))
+        pictures = self.class_latents[member]
+        return pictures[self._below(len(pictures))], self.class_states[member]
+
+    def _below(self, count: int) -> int:
+        return int(torch.randint(count, (), generator=self.generator))
+
+    def _chance(self) -> float:
+        return float(torch.rand((), generator=self.generator))
 
     def _text(self, template: str, view: View) -> str:
         return template.replace("{}", " and ".join(self.phrases[i] for i in view.shown)) + view.context

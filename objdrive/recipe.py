@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from objdrive.errors import ObjdriveError
 
-METHOD_VERSION = 3
+METHOD_VERSION = 4
 """Part of every artifact's digest: raise it when the same recipe no longer yields the same adapter."""
 
 
@@ -58,12 +58,24 @@ class Recipe(BaseModel):
         default=0.2, ge=0, le=1, description="least weight of what is not the object, where the prompt names a colour"
     )
 
-    snr_gamma: float | None = Field(default=5.0, gt=0, description="Min-SNR weighting of timesteps; null: all alike")
+    timesteps: Literal["uniform", "log-normal"] = Field(
+        default="log-normal",
+        description="uniform: all alike; log-normal: by noise levels (arXiv 2206.00364), weighted as for the velocity",
+    )
 
     ccr_weight: float = Field(default=0.3, ge=0, description="weight of the regularization; 0 switches it off")
     ccr_target: Literal["base", "noise"] = Field(
         default="base",
         description="base: the base's own prediction (CCR); noise: prior preservation (DreamBooth)",
+    )
+    ccr_unconditional: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of the regularization on views without a prompt, whose prediction guidance leads away from",
+    )
+    ccr_background: bool = Field(
+        default=True, description="the regularization also keeps what the base predicts around the object for the class"
     )
     class_samples: int = Field(default=1, ge=1, description="noised class pictures per scene and step")
     class_pool: int = Field(default=4, ge=1, description="class pictures drawn per class and base")
@@ -85,6 +97,11 @@ class Recipe(BaseModel):
     def _something_to_train(self) -> Self:
         if self.rank == 0 and self.embedding_lr == 0:
             raise ValueError("rank=0 and embedding_lr=0 leave nothing to train: raise one of them")
+        if self.ccr_unconditional > 0 and self.ccr_target == "noise":
+            raise ValueError(
+                f"ccr_unconditional={self.ccr_unconditional} keeps what the base predicts and needs ccr_target=base, "
+                "or set ccr_unconditional=0"
+            )
         if self.zoom > 0 and self.view_pool < 2:
             raise ValueError(f"zoom={self.zoom} needs view_pool >= 2 (got {self.view_pool}), or set zoom=0")
         return self
@@ -98,10 +115,12 @@ class Recipe(BaseModel):
 
 _PLAIN: dict[str, Any] = {
     "masked": False,
-    "snr_gamma": None,
+    "timesteps": "uniform",
     "zoom": 0.0,
     "backdrop": 0.0,
     "ccr_weight": 0.0,
+    "ccr_unconditional": 0.0,
+    "ccr_background": False,
     "embedding_start": "class",
 }
 
@@ -110,10 +129,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "zoom": 0.0,
         "backdrop": 0.0,
-        "snr_gamma": None,
+        "timesteps": "uniform",
         "soft_mask": False,
         "outside_weight": 0.0,
         "ccr_weight": 1.0,
+        "ccr_unconditional": 0.0,
+        "ccr_background": False,
     },
     "dreambooth": _PLAIN
     | {

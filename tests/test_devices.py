@@ -26,7 +26,9 @@ class OneDevice(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and given[0].is_meta:
             return 0
         if func is torch.ops.aten._to_copy.default and given[0].is_meta and kwargs.get("device") == torch.device("cpu"):
-            return torch.zeros(given[0].shape, dtype=kwargs.get("dtype") or given[0].dtype)
+            # Not zeros: a distribution may be made of it.
+            values = torch.linspace(0.9, 0.1, given[0].numel()).reshape(given[0].shape)
+            return values.to(kwargs.get("dtype") or given[0].dtype)
         if func not in _MOVES:
             # A single number goes with any device.
             devices = {one.device.type for one in given if one.dim()}

@@ -1,4 +1,5 @@
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -7,12 +8,14 @@ from diffusers import DDIMScheduler
 
 from objdrive.losses import (
     add_noise,
+    background_loss,
     class_loss,
     latent_mask,
-    min_snr_weight,
     object_loss,
     prototype_loss,
+    timestep_odds,
     velocity,
+    velocity_weight,
 )
 
 
@@ -105,6 +108,17 @@ class TestObjectLoss:
         assert losses.isnan().tolist() == [True, False]
 
 
+class TestBackgroundLoss:
+    def test_is_the_object_loss_of_what_is_not_the_object(self):
+        prediction, target = normal(3, 4, 5, 5), normal(3, 4, 5, 5, seed=1)
+        mask = torch.rand(3, 1, 5, 5, generator=torch.Generator().manual_seed(2))
+        expected = object_loss(prediction, target, 1 - mask)
+        torch.testing.assert_close(background_loss(prediction, target, mask), expected)
+
+    def test_of_an_object_that_fills_its_view_is_nothing(self):
+        assert background_loss(normal(1, 4, 4, 4), normal(1, 4, 4, 4, seed=1), torch.ones(1, 1, 4, 4)).tolist() == [0]
+
+
 def test_class_loss_is_the_mean_squared_error_of_each_sample():
     prediction, target = normal(3, 4, 5, 5), normal(3, 4, 5, 5, seed=1)
     expected = ((prediction - target).numpy() ** 2).reshape(3, -1).mean(axis=1)
@@ -147,10 +161,27 @@ class TestDiffusion:
         expected = self.scheduler.get_velocity(latents, noise, self.timesteps)
         torch.testing.assert_close(velocity(latents, noise, alphas), expected)
 
-    @pytest.mark.parametrize(("predicts_velocity", "divisor"), [(False, 0), (True, 1)])
-    def test_min_snr_weights(self, predicts_velocity, divisor):
-        alphas = [0.05, 0.5, 0.8, 0.9, 0.999]
-        snr = [a / (1 - a) for a in alphas]
-        expected = [min(s, 5.0) / (s + divisor) for s in snr]
-        weights = min_snr_weight(torch.tensor(alphas), 5.0, velocity=predicts_velocity)
-        np.testing.assert_allclose(weights, expected, rtol=1e-4)
+    def test_a_weighted_error_of_the_noise_is_that_of_the_velocity(self):
+        latents, noise, guess = normal(4, 4, 3, 3), normal(4, 4, 3, 3, seed=1), normal(4, 4, 3, 3, seed=2)
+        alphas = self.scheduler.alphas_cumprod[self.timesteps]
+        a = alphas.view(-1, 1, 1, 1)
+        guessed_latents = (add_noise(latents, noise, alphas) - (1 - a).sqrt() * guess) / a.sqrt()
+        expected = (velocity(guessed_latents, guess, alphas) - velocity(latents, noise, alphas)).square()
+        weights = velocity_weight(alphas, velocity=False).view(-1, 1, 1, 1)
+        torch.testing.assert_close(weights * (guess - noise).square(), expected, rtol=1e-3, atol=1e-4)
+        assert velocity_weight(alphas, velocity=True).tolist() == [1, 1, 1, 1]
+
+    def test_timesteps_are_drawn_so_that_noise_levels_are_log_normal(self):
+        alphas = self.scheduler.alphas_cumprod
+        odds = timestep_odds(alphas)
+        level = [math.log(math.sqrt((1 - alpha) / alpha)) for alpha in alphas.tolist()]
+        normal_levels = NormalDist(0.5, 1.0)
+        inside = normal_levels.cdf(level[-1]) - normal_levels.cdf(level[0])
+        for low, high in ((0, 250), (250, 500), (500, 750), (750, 999)):
+            expected = (normal_levels.cdf(level[high]) - normal_levels.cdf(level[low])) / inside
+            assert float(odds[low:high].sum()) == pytest.approx(expected, abs=0.003)
+
+    def test_no_timestep_is_drawn_at_which_nothing_is_kept(self):
+        odds = timestep_odds(torch.cat([self.scheduler.alphas_cumprod, torch.zeros(1)]))
+        assert odds.isfinite().all()
+        assert float(odds[-1]) < 1e-6

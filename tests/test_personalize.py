@@ -208,6 +208,20 @@ class TestLearning:
         assert (after < before).all()
         assert after.mean() < 0.9 * before.mean()
 
+    @pytest.mark.parametrize(
+        ("field", "least", "most", "prompt", "around"),
+        [("ccr_unconditional", 0.0, 1.0, "", False), ("ccr_background", False, True, f"a photo of {TOKEN_MARK}", True)],
+    )
+    def test_the_regularization_keeps(self, tiny64, catalog_scene, field, least, most, prompt, around):
+        scene = catalog_scene("drum-01")
+        base_recipe = RECIPE.model_copy(update={"steps": 25, "ccr_weight": 1.0, "ccr_unconditional": 0.0})
+        base_recipe = base_recipe.model_copy(update={"ccr_background": False})
+        changes = []
+        for value in (least, most):
+            (adapter,) = personalize(tiny64, [scene], base_recipe.model_copy(update={field: value}))[0].adapters
+            changes.append(change_of_the_base(tiny64, scene, adapter, prompt, around=around))
+        assert changes[1] < 0.6 * changes[0]
+
     def test_no_steps_leave_the_prototype(self, tiny64, catalog_scene):
         scene = catalog_scene("jeans-01", "high-heel-01")
         result = personalize(tiny64, [scene], RECIPE.model_copy(update={"steps": 0}))[0]
@@ -221,6 +235,30 @@ class TestLearning:
         after = tiny64.unet.state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def change_of_the_base(base, scene, adapter, prompt, *, around):
+    """Mean square of what an adapter changes of predictions of the noised picture, all over it or around the object.
+
+    The base alone is given the class word in the token's place.
+    """
+    timesteps = torch.arange(50, 1000, 50)
+    latents = base.encode_latents(to_pixels(base, [whole_picture(base, scene)])).repeat(len(timesteps), 1, 1, 1)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    noised = add_noise(latents, noise, base.alphas[timesteps])
+
+    def predict(text, vectors=()):
+        states = base.encode_text([base.tokenize(text)], list(vectors))[0]
+        return base.predict(noised, timesteps, states.expand(len(timesteps), -1, -1))
+
+    with AdapterBank(base.unet, slots=1, rank=RECIPE.rank) as bank, torch.no_grad():
+        alone = predict(prompt.replace(TOKEN_MARK, scene.objects[0].class_name))
+        bank.load(0, adapter.lora)
+        with bank.active([0]):
+            change = (predict(prompt, [adapter.embedding] if TOKEN_MARK in prompt else []) - alone).square().mean(1)
+    mask = torch.from_numpy(cut(scene.image, scene.objects[0].mask, whole_window(scene.objects[0].mask), 64)[1])
+    outside = 1 - latent_mask(mask[None], 16)
+    return float((change * outside).sum() / outside.sum() if around else change.mean())
 
 
 def fixed_noise_losses(base, scene, embedding, lora):

@@ -20,7 +20,8 @@ def test_presets_differ_in_what_makes_the_method():
     assert not any(recipes[name].masked for name in ("dreambooth", "textual_inversion", "lora"))
     paper = recipes["paper"]
     assert (paper.embedding_start, paper.masked, paper.soft_mask, paper.outside_weight) == ("prototype", True, False, 0)
-    assert (paper.ccr_target, paper.ccr_weight > 0, paper.zoom, paper.snr_gamma) == ("base", True, 0, None)
+    assert (paper.ccr_target, paper.ccr_weight > 0, paper.zoom, paper.timesteps) == ("base", True, 0, "uniform")
+    assert (paper.ccr_unconditional, paper.ccr_background) == (0, False)
 
 
 class TestLayers:
@@ -53,9 +54,8 @@ class TestLayers:
         ("lora_lr = 0.5", "lora_lr", 0.5),
         ("masked=False", "masked", False),
         ("soft_mask=no", "soft_mask", False),
-        ("snr_gamma=null", "snr_gamma", None),
+        ("timesteps=uniform", "timesteps", "uniform"),
         ("embedding_start=random", "embedding_start", "random"),
-        ("ccr_target=noise", "ccr_target", "noise"),
         ("phrase={token}", "phrase", "{token}"),
         ("phrase={token} {class}", "phrase", "{token} {class}"),
         ('prompts=["a rendering of {}", "{} there"]', "prompts", ("a rendering of {}", "{} there")),
@@ -81,6 +81,7 @@ def test_overrides_read_as_people_write_them(override, field, value):
         (["prompts=['{} and {}']"], r"'{} and {}' must hold {} exactly once"),
         (["rank=0", "embedding_lr=0"], "nothing to train: raise one of them"),
         (["view_pool=1", "zoom=0.5"], r"zoom=0.5 needs view_pool >= 2 \(got 1\)"),
+        (["ccr_target=noise"], "ccr_unconditional=0.5 keeps what the base predicts and needs ccr_target=base"),
         (["preset=paper"], r"'preset=paper' comes too late"),
     ],
 )
@@ -134,17 +135,21 @@ class TestDigest:
             "masked": False,
             "soft_mask": False,
             "outside_weight": 0.125,
-            "snr_gamma": None,
+            "timesteps": "uniform",
             "ccr_weight": 0.125,
             "ccr_target": "noise",
+            "ccr_unconditional": 0.25,
+            "ccr_background": False,
             "class_samples": 9,
             "class_pool": 9,
             "sample_steps": 9,
             "guidance_scale": 1.5,
         }
         assert set(changed) == set(Recipe.model_fields) - {"preset"}
-        digests = {Recipe(**{field: value}).digest for field, value in changed.items()}
-        assert len(digests | {Recipe().digest}) == len(changed) + 1
+        # Without it, the regularization's target can't be another.
+        start = {"ccr_unconditional": 0.0}
+        digests = {Recipe(**start | {field: value}).digest for field, value in changed.items()}
+        assert len(digests | {Recipe(**start).digest}) == len(changed) + 1
         assert make_recipe(overrides=["ccr_weight=2", "steps=1e2"]).digest == Recipe(ccr_weight=2.0, steps=100).digest
 
     def test_does_not_depend_on_the_presets_name(self):

@@ -23,6 +23,7 @@ from jobs.pretrain.scenes import with_article
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites
 from objdrive.base_files import find_base
+from objdrive.losses import add_noise, timestep_odds, velocity_weight
 
 SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -33,8 +34,6 @@ SCHEDULE: dict[str, Any] = {
     "steps_offset": 1,
 }
 """Stable Diffusion's."""
-# The middle and the width of the noise levels' logarithms.
-_LEVEL_MEAN, _LEVEL_DEVIATION = 0.5, 1.0
 _DROPPED = 0.1
 _SHOWN_STEPS = 25
 _SHOWN_GUIDANCE = 4.0
@@ -105,20 +104,6 @@ def build_unet(config: Config) -> UNet2DConditionModel:
     )
 
 
-def timestep_odds(alphas: Tensor) -> Tensor:
-    """(T,): how often each timestep is trained on, so that noise levels are log-normal.
-
-    Karras et al., arXiv 2206.00364, table 1, with levels in parts of the latents' deviation. With a plain loss of the
-    noise, strong noise would hardly count, and that is where it is decided what a picture shows.
-
-    Args:
-        alphas: (T,) cumulative products, the part of the latents' variance that is kept.
-    """
-    level = ((1 - alphas) / alphas).log() / 2
-    density = torch.exp(-(((level - _LEVEL_MEAN) / _LEVEL_DEVIATION) ** 2) / 2) * torch.gradient(level)[0]
-    return density / density.sum()
-
-
 class UnetObjective(nn.Module):
     """Noise prediction, each timestep weighted as Karras et al. weight it, which is as v-prediction does."""
 
@@ -129,12 +114,12 @@ class UnetObjective(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Loss of ``latents`` (B, C, h, h), text ``states`` (B, L, d), ``noise`` and ``timesteps`` (B,)."""
-        kept = self.alphas[batch["timesteps"]].view(-1, 1, 1, 1)
-        noised = kept.sqrt() * batch["latents"] + (1 - kept).sqrt() * batch["noise"]
+        alphas = self.alphas[batch["timesteps"]]
+        noised = add_noise(batch["latents"], batch["noise"], alphas)
         noised = noised.contiguous(memory_format=torch.channels_last)
         predicted = self.unet(noised, batch["timesteps"], batch["states"]).sample
-        error = (predicted.float() - batch["noise"]).square() / kept
-        return {"loss": error.mean()}
+        error = (predicted.float() - batch["noise"]).square().mean(dim=(1, 2, 3))
+        return {"loss": (velocity_weight(alphas, velocity=False) * error).mean()}
 
 
 class UnetStage:

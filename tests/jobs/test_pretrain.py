@@ -2,18 +2,16 @@
 
 import io
 import json
-import math
 import platform
 import tarfile
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -29,7 +27,7 @@ from jobs.pretrain.packs import EDGE, Icons, Pack
 from jobs.pretrain.scenes import Composer, Mix
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, near_held
-from jobs.pretrain.unet import SCHEDULE, build_unet, timestep_odds
+from jobs.pretrain.unet import build_unet
 from jobs.pretrain.vae import build_vae, normalise_latents, psnr, take_over
 from jobs.pretrain_base import main as pretrain
 from objdrive.base_files import EMBEDDED, find_base
@@ -152,17 +150,6 @@ CPUINFO = Path("/proc/cpuinfo")
 def test_bfloat16_is_for_processors_with_instructions_for_it():
     flags = next(line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")).split()
     assert computes_bfloat16(torch.device("cpu")) == bool({"amx_bf16", "avx512_bf16"} & set(flags))
-
-
-def test_timesteps_are_drawn_so_that_noise_levels_are_log_normal():
-    alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod
-    odds = timestep_odds(alphas)
-    level = [math.log(math.sqrt((1 - alpha) / alpha)) for alpha in alphas.tolist()]
-    normal = NormalDist(0.5, 1.0)
-    inside = normal.cdf(level[-1]) - normal.cdf(level[0])
-    for low, high in ((0, 250), (250, 500), (500, 750), (750, 999)):
-        expected = (normal.cdf(level[high]) - normal.cdf(level[low])) / inside
-        assert float(odds[low:high].sum()) == pytest.approx(expected, abs=0.003)
 
 
 def test_contrast_is_the_mean_of_both_cross_entropies():
