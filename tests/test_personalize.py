@@ -214,7 +214,7 @@ class TestLearning:
     )
     def test_the_regularization_keeps(self, tiny64, catalog_scene, field, least, most, prompt, around):
         scene = catalog_scene("drum-01")
-        base_recipe = RECIPE.model_copy(update={"steps": 25, "ccr_weight": 1.0, "ccr_unconditional": 0.0})
+        base_recipe = RECIPE.model_copy(update={"steps": 12, "ccr_weight": 1.0, "ccr_unconditional": 0.0})
         base_recipe = base_recipe.model_copy(update={"ccr_background": False})
         changes = []
         for value in (least, most):
