@@ -179,10 +179,19 @@ class Gallery:
         Raises:
             ObjdriveError: one is not.
         """
-        lacking = sorted(set(object_ids).difference(design.object_id for design in self.designs))
-        lacking += sorted(set(prompt_ids).difference(self.prompts))
-        if lacking:
-            raise ObjdriveError(f"the gallery lacks {', '.join(lacking)}: compose it for these objects and prompts")
+        shown = [design.object_id for design in self.designs]
+        check_shown("the gallery", (object_ids, prompt_ids), (shown, self.prompts))
+
+
+def check_shown(gallery: str, asked: Sequence[Iterable[str]], shown: Sequence[Iterable[str]]) -> None:
+    """Make sure that a gallery shows what is asked for, kind by kind: objects and prompts, by id.
+
+    Raises:
+        ObjdriveError: it lacks some.
+    """
+    lacking = [one for ids, there in zip(asked, shown, strict=True) for one in sorted(set(ids).difference(there))]
+    if lacking:
+        raise ObjdriveError(f"{gallery} lacks {', '.join(lacking)}: compose it for these objects and prompts")
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,7 @@ def object_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (N,) losses, averaged over channels.
     """
-    error = (mask * (prediction - target)).square().sum(dim=(1, 2, 3))
-    return error / (mask.sum(dim=(1, 2, 3)) * prediction.shape[1])
+    return _masked_square(prediction, target, mask) / (mask.sum(dim=(1, 2, 3)) * prediction.shape[1])
 
 
 def class_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -69,8 +68,12 @@ def background_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         (N,) losses, averaged over channels; 0 where an object fills its view.
     """
     around = 1 - mask
-    error = (around * (prediction - target)).square().sum(dim=(1, 2, 3))
-    return error / (around.sum(dim=(1, 2, 3)).clamp(min=1) * prediction.shape[1])
+    weight = around.sum(dim=(1, 2, 3)).clamp(min=1)
+    return _masked_square(prediction, target, around) / (weight * prediction.shape[1])
+
+
+def _masked_square(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    return (mask * (prediction - target)).square().sum(dim=(1, 2, 3))
 
 
 def prototype_loss(text: Tensor, targets: Tensor) -> Tensor:

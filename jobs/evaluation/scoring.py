@@ -16,7 +16,7 @@ import ray
 from jobs.evaluation.pictures import Pool, as_dataset, decode_pictures
 from objdrive.encoders import identify, load_encoder
 from objdrive.errors import ObjdriveError
-from objdrive.evaluate import METRICS, Asked, Design, EvaluationPrompt, Gallery, Reference, Ruler, embed
+from objdrive.evaluate import METRICS, Asked, Design, EvaluationPrompt, Gallery, Reference, Ruler, check_shown, embed
 from objdrive.views import as_pixels
 
 _FEATURES = ["objects", "backdrops"]
@@ -123,12 +123,8 @@ def check_gallery(path: Path, object_ids: Iterable[str], prompt_ids: Iterable[st
     if not path.is_file():
         raise ObjdriveError(f"no gallery {path}: jobs/evaluation_set.py composes one")
     table = pq.read_table(path, columns=["object_id", "prompt_id"])
-    lacking = set(object_ids).difference(table["object_id"].to_pylist())
-    lacking |= set(prompt_ids).difference(table["prompt_id"].to_pylist())
-    if lacking:
-        raise ObjdriveError(
-            f"the gallery {path} lacks {', '.join(sorted(lacking))}: compose it for these objects and prompts"
-        )
+    shown = table["object_id"].to_pylist(), table["prompt_id"].to_pylist()
+    check_shown(f"the gallery {path}", (object_ids, prompt_ids), shown)
 
 
 def by_chance(path: Path, object_ids: Sequence[str]) -> float:
