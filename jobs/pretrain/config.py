@@ -1,7 +1,7 @@
 """The sizes of a base and of the training of its parts, read from YAML."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,8 +20,10 @@ class Training(_Strict):
 
     Attributes:
         batch: scenes in a step, over all workers.
-        lr: peak learning rate of AdamW.
-        weight_decay: of AdamW.
+        optimizer: AdamW for all weights, or Muon for those inside the network and AdamW for the rest. Muon's own
+            products are in bfloat16: it is for devices that have instructions for that.
+        lr: peak learning rate.
+        weight_decay: of the weights, in parts of the learning rate.
         warmup: steps from nothing to the peak.
         cooldown: last part of the time, in which the learning rate falls to nearly nothing.
         ema: decay of the weights' running mean, which is what is exported.
@@ -32,6 +34,7 @@ class Training(_Strict):
     """
 
     batch: int = Field(gt=0)
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(gt=0)
     weight_decay: float = Field(default=1e-3, ge=0)
     warmup: int = Field(default=100, gt=0)

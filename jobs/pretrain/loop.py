@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jobs.pretrain.config import Training
+from jobs.pretrain.optimizers import make_optimizers
 from jobs.pretrain.pictures import draw_curve
 from objdrive.errors import ObjdriveError
 
@@ -164,13 +165,7 @@ class _Worker:
         if run.training.compile:
             self._model = torch.compile(self._model)
         self._mean = copy.deepcopy(stage.part).eval().requires_grad_(False)
-        self._optimizer = torch.optim.AdamW(
-            [p for p in stage.part.parameters() if p.requires_grad],
-            lr=run.training.lr,
-            betas=(0.9, 0.99),
-            weight_decay=run.training.weight_decay,
-            fused=True,
-        )
+        self._optimizers = make_optimizers(stage.part, run.training)
         self._progress = Progress()
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
@@ -180,8 +175,9 @@ class _Worker:
             folder = Path(path)
             self._stage.part.load_state_dict(load_file(folder / "part.safetensors"))
             self._mean.load_state_dict(load_file(folder / "ema.safetensors"))
-            optimizer = torch.load(folder / "optimizer.pt", map_location=self._device, weights_only=True)
-            self._optimizer.load_state_dict(optimizer)
+            states = torch.load(folder / "optimizers.pt", map_location=self._device, weights_only=True)
+            for optimizer, state in zip(self._optimizers, states, strict=True):
+                optimizer.load_state_dict(state)
             self._progress = Progress(**json.loads((folder / "progress.json").read_text()))
 
     def work(self) -> None:
@@ -214,15 +210,16 @@ class _Worker:
         self._save()
 
     def _step(self, size: int, lr: float) -> dict[str, float]:
-        for group in self._optimizer.param_groups:
+        for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         batch = self._stage.batch(size)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._mixed):
             figures = self._model(batch)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._stage.part.zero_grad(set_to_none=True)
         figures["loss"].backward()
         nn.utils.clip_grad_norm_(self._stage.part.parameters(), 1.0)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         with torch.no_grad():
             keep = average_decay(self._run.training, self._progress.step)
             torch._foreach_lerp_(list(self._mean.parameters()), list(self._stage.part.parameters()), 1 - keep)
@@ -264,7 +261,7 @@ class _Worker:
             folder = Path(name)
             save_file(_plain(self._stage.part), folder / "part.safetensors")
             save_file(_plain(self._mean), folder / "ema.safetensors")
-            torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
+            torch.save([optimizer.state_dict() for optimizer in self._optimizers], folder / "optimizers.pt")
             (folder / "progress.json").write_text(json.dumps(vars(progress)))
             report = {"step": progress.step, "samples": progress.samples, **figures}
             ray.train.report(report, checkpoint=Checkpoint.from_directory(folder))
