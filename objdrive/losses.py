@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Channels and places; what is before them are samples.
+_SAMPLE = (-3, -2, -1)
 # The middle and the width of the noise levels' logarithms.
 _LEVEL_MEAN, _LEVEL_DEVIATION = 0.5, 1.0
 
@@ -33,47 +35,47 @@ def object_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     loss depends on its neighbours in the batch.
 
     Args:
-        prediction: (N, C, H, W), the network's output.
-        target: (N, C, H, W), the noise, or the velocity for v-prediction bases.
-        mask: (N, 1, H, W), weights in [0, 1]; for several objects the sum of their masks. An empty mask yields NaN.
+        prediction: (..., C, H, W), the network's output.
+        target: (..., C, H, W), the noise, or the velocity for v-prediction bases.
+        mask: (..., 1, H, W), weights in [0, 1]; for several objects the sum of their masks. An empty mask yields NaN.
 
     Returns:
-        (N,) losses, averaged over channels.
+        (...) losses, averaged over channels.
     """
-    return _masked_square(prediction, target, mask) / (mask.sum(dim=(1, 2, 3)) * prediction.shape[1])
+    return _masked_square(prediction, target, mask) / (mask.sum(dim=_SAMPLE) * prediction.shape[-3])
 
 
 def class_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Class-characterizing regularization, ``||eps_theta(z', t, T(c_c)) - eps_base(z', t, T(c_c))||^2``.
 
     Args:
-        prediction: (N, C, H, W), the adapted network on class pictures with the class prompt.
-        target: (N, C, H, W), the base's prediction for the same input.
+        prediction: (..., C, H, W), the adapted network on class pictures with the class prompt.
+        target: (..., C, H, W), the base's prediction for the same input.
 
     Returns:
-        (N,) mean squared errors.
+        (...) mean squared errors.
     """
-    return (prediction - target).square().mean(dim=(1, 2, 3))
+    return (prediction - target).square().mean(dim=_SAMPLE)
 
 
 def background_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error around objects, ``||(1 - M) * (eps_theta - eps_base)||^2 / sum (1 - M)`` for each sample.
 
     Args:
-        prediction: (N, C, H, W), the adapted network on views, with prompts that name the object.
-        target: (N, C, H, W), the base's prediction for the same input, with the class word in the object's place.
-        mask: (N, 1, H, W), weights in [0, 1].
+        prediction: (..., C, H, W), the adapted network on views, with prompts that name the object.
+        target: (..., C, H, W), the base's prediction for the same input, with the class word in the object's place.
+        mask: (..., 1, H, W), weights in [0, 1].
 
     Returns:
-        (N,) losses, averaged over channels; 0 where an object fills its view.
+        (...) losses, averaged over channels; 0 where an object fills its view.
     """
     around = 1 - mask
-    weight = around.sum(dim=(1, 2, 3)).clamp(min=1)
-    return _masked_square(prediction, target, around) / (weight * prediction.shape[1])
+    weight = around.sum(dim=_SAMPLE).clamp(min=1)
+    return _masked_square(prediction, target, around) / (weight * prediction.shape[-3])
 
 
 def _masked_square(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    return (mask * (prediction - target)).square().sum(dim=(1, 2, 3))
+    return (mask * (prediction - target)).square().sum(dim=_SAMPLE)
 
 
 def prototype_loss(text: Tensor, targets: Tensor) -> Tensor:
@@ -116,11 +118,11 @@ def velocity_weight(alphas: Tensor, *, velocity: bool) -> Tensor:
     An error of the noise is ``sqrt(a_t)`` times the velocity's: a plain loss of it counts strong noise as nothing.
 
     Args:
-        alphas: (N,), the cumulative products of alpha at each sample's timestep.
+        alphas: (...), the cumulative products of alpha at each sample's timestep.
         velocity: whether the network predicts the velocity.
 
     Returns:
-        (N,).
+        (...).
     """
     return torch.ones_like(alphas) if velocity else 1 / alphas
 
@@ -129,14 +131,14 @@ def add_noise(latents: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
     """``z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps`` (arXiv 2006.11239, equation 4).
 
     Args:
-        latents: (N, C, H, W), `noise` the same.
-        alphas: (N,), the cumulative products of alpha at each sample's timestep.
+        latents: (..., C, H, W), `noise` the same.
+        alphas: (...), the cumulative products of alpha at each sample's timestep.
     """
-    a = alphas.view(-1, 1, 1, 1)
+    a = alphas[..., None, None, None]
     return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
 def velocity(latents: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
     """``v = sqrt(a_t) eps - sqrt(1 - a_t) z_0`` (arXiv 2202.00512), the target of v-prediction bases."""
-    a = alphas.view(-1, 1, 1, 1)
+    a = alphas[..., None, None, None]
     return a.sqrt() * noise - (1 - a).sqrt() * latents

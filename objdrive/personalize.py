@@ -172,53 +172,48 @@ def _losses(
 ) -> tuple[Tensor, Tensor]:
     """One step's object-specific and class losses, each (K,): every scene brings its views and what is kept."""
     draws = [material.draw(recipe) for material in materials]
-    count, views = len(draws), recipe.views
     clean, noise, timesteps = (
-        torch.stack(parts).flatten(0, 1).to(base.device)
+        torch.stack(parts).to(base.device)
         for parts in zip(*((draw.clean, draw.noise, draw.timesteps) for draw in draws), strict=True)
     )
-    weights = torch.cat([draw.weights for draw in draws])
-    states = torch.cat(
-        [
-            _learned_states(base, embeddings, draws, recipe).unflatten(0, (count, views)),
-            torch.stack([draw.kept_states for draw in draws]),
-        ],
-        dim=1,
-    ).flatten(0, 1)
+    masks, kept_states = (
+        torch.stack(parts) for parts in zip(*((draw.weights, draw.kept_states) for draw in draws), strict=True)
+    )
     alphas = base.alphas[timesteps]
     noised = add_noise(clean, noise, alphas)
     target = velocity(clean, noise, alphas) if base.predicts_velocity else noise
-    with bank.active(range(count)):
-        prediction = base.predict(noised, timesteps, states)
-
-    def split(tensor: Tensor) -> tuple[Tensor, Tensor]:
-        by_scene = tensor.unflatten(0, (count, -1))
-        return by_scene[:, :views].flatten(0, 1), by_scene[:, views:].flatten(0, 1)
-
-    (viewed, class_drawn), (view_target, class_target) = split(prediction), split(target)
-    timestep_weights = torch.ones_like(alphas)
+    states = torch.cat([_learned_states(base, embeddings, draws, recipe), kept_states], dim=1)
+    with bank.active(range(len(draws))):
+        prediction = _predict(base, noised, timesteps, states)
+    importance = torch.ones_like(alphas)
     if recipe.timesteps == "log-normal":
-        timestep_weights = velocity_weight(alphas, velocity=base.predicts_velocity)
-    view_weights, class_weights = split(timestep_weights)
-    object_losses = view_weights * object_loss(viewed, view_target, weights)
-    object_losses = object_losses.view(count, views).mean(dim=1)
+        importance = velocity_weight(alphas, velocity=base.predicts_velocity)
+    views, kept = slice(None, recipe.views), slice(recipe.views, None)
+    object_losses = (importance[:, views] * object_loss(prediction[:, views], target[:, views], masks)).mean(dim=1)
     if recipe.ccr_weight == 0:
         return object_losses, torch.zeros_like(object_losses)
+    expected = target.clone()
     if recipe.ccr_target == "base":
+        words = torch.cat([torch.stack([draw.word_states for draw in draws]), kept_states], dim=1)
+        # Without the background, what the base makes of the views is of no use.
+        asked = slice(None) if recipe.ccr_background else kept
         with torch.no_grad():
-            class_target = base.predict(split(noised)[1], split(timesteps)[1], split(states)[1])
-    class_losses = (class_weights * class_loss(class_drawn, class_target)).view(count, -1).mean(dim=1)
+            expected[:, asked] = _predict(base, noised[:, asked], timesteps[:, asked], words[:, asked])
+    class_losses = (importance[:, kept] * class_loss(prediction[:, kept], expected[:, kept])).mean(dim=1)
     if recipe.ccr_background:
-        words = torch.cat([draw.word_states for draw in draws])
-        with torch.no_grad():
-            around = base.predict(split(noised)[0], split(timesteps)[0], words)
-        background_losses = view_weights * background_loss(viewed, around, weights)
-        class_losses = class_losses + background_losses.view(count, views).mean(dim=1)
+        around = importance[:, views] * background_loss(prediction[:, views], expected[:, views], masks)
+        class_losses = class_losses + around.mean(dim=1)
     return object_losses, class_losses
 
 
+def _predict(base: Base, noised: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+    """(K, S, C, h, h): the network's output for S samples of each of K scenes."""
+    flat = base.predict(noised.flatten(0, 1), timesteps.flatten(0, 1), states.flatten(0, 1))
+    return flat.unflatten(0, timesteps.shape)
+
+
 def _learned_states(base: Base, embeddings: Tensor, draws: Sequence["_Draw"], recipe: Recipe) -> Tensor:
-    """(K * views, L, d) text states of the prompts with learned tokens; each distinct prompt is encoded once."""
+    """(K, views, L, d) text states of the prompts with learned tokens; each distinct prompt is encoded once."""
     distinct: dict[tuple[int, str, tuple[int, ...]], int] = {}
     rows = []
     for slot, draw in enumerate(draws):
@@ -227,7 +222,7 @@ def _learned_states(base: Base, embeddings: Tensor, draws: Sequence["_Draw"], re
     prompts = [base.tokenize(text) for _, text, _ in distinct]
     vectors = [embeddings[slot, index] for slot, _, shown in distinct for index in shown]
     states, _ = base.encode_text(prompts, vectors)
-    return states[torch.tensor(rows, device=states.device)]
+    return states[torch.tensor(rows, device=states.device).view(len(draws), recipe.views)]
 
 
 @dataclass(frozen=True)

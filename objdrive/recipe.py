@@ -97,11 +97,12 @@ class Recipe(BaseModel):
     def _something_to_train(self) -> Self:
         if self.rank == 0 and self.embedding_lr == 0:
             raise ValueError("rank=0 and embedding_lr=0 leave nothing to train: raise one of them")
-        if self.ccr_unconditional > 0 and self.ccr_target == "noise":
-            raise ValueError(
-                f"ccr_unconditional={self.ccr_unconditional} keeps what the base predicts and needs ccr_target=base, "
-                "or set ccr_unconditional=0"
-            )
+        for name, off in (("ccr_unconditional", "0"), ("ccr_background", "false")):
+            if getattr(self, name) and self.ccr_target == "noise":
+                raise ValueError(
+                    f"{name}={getattr(self, name)} keeps what the base predicts and needs ccr_target=base, "
+                    f"or set {name}={off}"
+                )
         if self.zoom > 0 and self.view_pool < 2:
             raise ValueError(f"zoom={self.zoom} needs view_pool >= 2 (got {self.view_pool}), or set zoom=0")
         return self

@@ -82,6 +82,10 @@ def test_overrides_read_as_people_write_them(override, field, value):
         (["rank=0", "embedding_lr=0"], "nothing to train: raise one of them"),
         (["view_pool=1", "zoom=0.5"], r"zoom=0.5 needs view_pool >= 2 \(got 1\)"),
         (["ccr_target=noise"], "ccr_unconditional=0.5 keeps what the base predicts and needs ccr_target=base"),
+        (
+            ["ccr_target=noise", "ccr_unconditional=0"],
+            "ccr_background=True keeps what the base predicts and needs ccr_target=base, or set ccr_background=false",
+        ),
         (["preset=paper"], r"'preset=paper' comes too late"),
     ],
 )
@@ -139,7 +143,7 @@ class TestDigest:
             "ccr_weight": 0.125,
             "ccr_target": "noise",
             "ccr_unconditional": 0.25,
-            "ccr_background": False,
+            "ccr_background": True,
             "class_samples": 9,
             "class_pool": 9,
             "sample_steps": 9,
@@ -147,7 +151,7 @@ class TestDigest:
         }
         assert set(changed) == set(Recipe.model_fields) - {"preset"}
         # Without it, the regularization's target can't be another.
-        start = {"ccr_unconditional": 0.0}
+        start = {"ccr_unconditional": 0.0, "ccr_background": False}
         digests = {Recipe(**start | {field: value}).digest for field, value in changed.items()}
         assert len(digests | {Recipe(**start).digest}) == len(changed) + 1
         assert make_recipe(overrides=["ccr_weight=2", "steps=1e2"]).digest == Recipe(ccr_weight=2.0, steps=100).digest
