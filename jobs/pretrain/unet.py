@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -87,9 +88,10 @@ def make_latents(config: Config, folders: Folders) -> None:
 
 
 def latents_folder(folders: Folders, scenes: Path) -> Path:
-    """Where the latents of some scenes lie: one place for each autoencoder."""
-    weights = (folders.snapshot / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
-    return folders.latents / f"{scenes.name}-{hashlib.sha256(weights).hexdigest()[:12]}"
+    """Where the latents of some scenes lie: one place for each encoder, whatever decoder goes with it."""
+    weights = load_file(folders.snapshot / "vae" / "diffusion_pytorch_model.safetensors")
+    encoder = {name: value for name, value in weights.items() if name.startswith(("encoder.", "quant_conv."))}
+    return folders.latents / f"{scenes.name}-{hashlib.sha256(save(encoder)).hexdigest()[:12]}"
 
 
 def build_unet(config: Config) -> UNet2DConditionModel:

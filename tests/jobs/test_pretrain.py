@@ -27,7 +27,7 @@ from jobs.pretrain.packs import EDGE, Icons, Pack
 from jobs.pretrain.scenes import Composer, Mix
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, near_held
-from jobs.pretrain.unet import build_unet
+from jobs.pretrain.unet import build_unet, latents_folder
 from jobs.pretrain.vae import build_vae, normalise_latents, psnr, take_over
 from jobs.pretrain_base import main as pretrain
 from objdrive.base_files import EMBEDDED, find_base
@@ -225,6 +225,24 @@ def test_an_autoencoder_that_goes_on_from_a_base_keeps_its_latents(old):
 def test_an_autoencoder_of_other_sizes_cannot_go_on_from_a_base():
     with pytest.raises(ObjdriveError, match="the autoencoder of tiny64 is of other sizes"):
         take_over(build_vae(read_config("small128")), "tiny64")
+
+
+def test_latents_are_those_of_an_encoder_whatever_its_decoder(old, tmp_path):
+    folders = Folders(tmp_path)
+    vae = AutoencoderKL.from_pretrained(old / "vae")
+
+    def place():
+        vae.save_pretrained(folders.snapshot / "vae")
+        return latents_folder(folders, folders.scenes)
+
+    at_first = place()
+    with torch.no_grad():
+        vae.decoder.conv_out.weight += 1
+        vae.post_quant_conv.weight += 1
+    assert place() == at_first
+    with torch.no_grad():
+        vae.encoder.conv_in.weight += 1
+    assert place() != at_first
 
 
 def test_a_snapshot_begins_as_the_base_to_start_from(tmp_path):
