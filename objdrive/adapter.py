@@ -20,9 +20,9 @@ _LORA_B = ".lora_B.weight"
 class Adapter:
     """What a fine-tune yields for one object.
 
-    `lora` maps ``"<module path in the UNet>.lora_A.weight"`` to a (rank, in) tensor and
-    ``".lora_B.weight"`` to (out, rank); the scale is 1, any alpha is folded in. It is empty for methods
-    that learn only the embedding. `embedding` is the (d,) input embedding of the object's token.
+    `lora` maps ``"<module path in the UNet>.lora_A.weight"`` to a (rank, in) tensor and ``".lora_B.weight"`` to
+    (out, rank), of convolutions (rank, in, kh, kw) and (out, rank, 1, 1); the scale is 1, any alpha is folded in. It is
+    empty for methods that learn only the embedding. `embedding` is the (d,) input embedding of the object's token.
     """
 
     lora: dict[str, Tensor]
@@ -82,11 +82,11 @@ def _load(name: str, data: bytes) -> dict[str, Tensor]:
 
 
 def _check_adapter(adapter: Adapter) -> None:
-    _check_tensor("the embedding", adapter.embedding, dimensions=1)
+    _check_tensor("the embedding", adapter.embedding, dimensions=(1,))
     for key, tensor in adapter.lora.items():
         if not key.endswith((_LORA_A, _LORA_B)):
             raise ObjdriveError(f"LoRA tensor {key!r} is not named <module path>{_LORA_A} or {_LORA_B}")
-        _check_tensor(f"LoRA tensor {key!r}", tensor, dimensions=2)
+        _check_tensor(f"LoRA tensor {key!r}", tensor, dimensions=(2, 4))
     modules = dict.fromkeys(key.removesuffix(_LORA_A).removesuffix(_LORA_B) for key in adapter.lora)
     for module in modules:
         down, up = adapter.lora.get(module + _LORA_A), adapter.lora.get(module + _LORA_B)
@@ -99,9 +99,10 @@ def _check_adapter(adapter: Adapter) -> None:
             )
 
 
-def _check_tensor(what: str, tensor: Tensor, *, dimensions: int) -> None:
-    if tensor.ndim != dimensions or tensor.numel() == 0:
-        raise ObjdriveError(f"{what} has shape {tuple(tensor.shape)}, expected {dimensions} dimension(s)")
+def _check_tensor(what: str, tensor: Tensor, *, dimensions: tuple[int, ...]) -> None:
+    if tensor.ndim not in dimensions or tensor.numel() == 0:
+        expected = " or ".join(map(str, dimensions))
+        raise ObjdriveError(f"{what} has shape {tuple(tensor.shape)}, expected {expected} dimension(s)")
     if not tensor.is_floating_point():
         raise ObjdriveError(f"{what} has dtype {tensor.dtype}, expected a floating-point one")
     if not torch.isfinite(tensor).all():

@@ -6,13 +6,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from objdrive.errors import ObjdriveError
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
-"""Linear layers of a diffusers transformer block that get LoRA: attention and feed-forward."""
+LORA_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+    *("conv1", "conv2", "conv_shortcut"),
+)
+"""Layers of a diffusers UNet that get LoRA: those of its transformers, and the convolutions of its residual blocks."""
 
 
 class AdapterBank:
@@ -37,8 +41,9 @@ class AdapterBank:
         self._runs: _Runs | slice | None = None
         self._hooks: list[RemovableHandle] = []
         for name, layer in _target_layers(network):
-            self.down[name] = nn.Parameter(torch.zeros(slots, rank, layer.in_features, device=weight.device))
-            self.up[name] = nn.Parameter(torch.zeros(slots, layer.out_features, rank, device=weight.device))
+            out, *inside = layer.weight.shape
+            self.down[name] = nn.Parameter(torch.zeros(slots, rank, *inside, device=weight.device))
+            self.up[name] = nn.Parameter(torch.zeros(slots, out, rank, device=weight.device))
             self._hooks.append(layer.register_forward_hook(self._adding(name)))
 
     def close(self) -> None:
@@ -61,7 +66,7 @@ class AdapterBank:
         """Start a slot as LoRA does: A uniform in ±1/sqrt(in), B zero, from the CPU `generator` alone."""
         with torch.no_grad():
             for down, up in zip(self.down.values(), self.up.values(), strict=True):
-                bound = 1 / math.sqrt(down.shape[-1])
+                bound = 1 / math.sqrt(math.prod(down.shape[2:]))
                 start = torch.rand(down.shape[1:], generator=generator) * 2 * bound - bound
                 down[slot] = start.to(down.device)
                 up[slot] = 0
@@ -74,15 +79,15 @@ class AdapterBank:
         for name, down in self.down.items():
             if f"{name}.lora_A.weight" in lora:
                 _check_fits(down[0], lora[f"{name}.lora_A.weight"], name)
-                _check_fits(self.up[name][0].T, lora[f"{name}.lora_B.weight"].T, name)
+                _check_fits(self.up[name][0].T, _as_matrix(lora[f"{name}.lora_B.weight"]).T, name)
 
     def load(self, slot: int, lora: Mapping[str, Tensor]) -> None:
         """Put an adapter's layers into a slot; a smaller rank is padded with zeros.
 
         Args:
             slot: where.
-            lora: ``<layer>.lora_A.weight`` (rank, in) and ``<layer>.lora_B.weight`` (out, rank); layers that the
-                adapter does not have add nothing.
+            lora: ``<layer>.lora_A.weight`` (rank, in) and ``<layer>.lora_B.weight`` (out, rank), of a convolution
+                (rank, in, kh, kw) and (out, rank, 1, 1); layers that the adapter does not have add nothing.
 
         Raises:
             ObjdriveError: a layer that this network lacks, or shapes that do not fit it.
@@ -92,14 +97,16 @@ class AdapterBank:
             for name, down in self.down.items():
                 _fill(down[slot], lora.get(f"{name}.lora_A.weight"))
                 up = lora.get(f"{name}.lora_B.weight")
-                _fill(self.up[name][slot].T, None if up is None else up.T)
+                _fill(self.up[name][slot].T, None if up is None else _as_matrix(up).T)
 
     def export(self, slot: int) -> dict[str, Tensor]:
         """Copy a slot out, in the naming of `load`, on the CPU."""
         lora = {}
         for name, down in self.down.items():
             lora[f"{name}.lora_A.weight"] = down[slot].detach().cpu().clone()
-            lora[f"{name}.lora_B.weight"] = self.up[name][slot].detach().cpu().clone()
+            up = self.up[name][slot].detach().cpu().clone()
+            # A convolution's is one with a kernel of one place.
+            lora[f"{name}.lora_B.weight"] = up[..., None, None] if down[slot].dim() == 4 else up
         return lora
 
     @contextmanager
@@ -124,12 +131,14 @@ class AdapterBank:
 
     def _adding(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if self._runs is None:
+            if self._runs is None or self.rank == 0:
                 return output
             down: Tensor = self.down[name]
             up: Tensor = self.up[name]
             if isinstance(self._runs, _Runs):
                 down, up = self._runs.select(down, up)
+            if isinstance(layer, nn.Conv2d):
+                return _add_conv_lora(layer, output, inputs[0], down, up)
             return _add_lora(output, inputs[0], down, up)
 
         return add
@@ -152,9 +161,9 @@ class _Runs:
     def select(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """The runs' own (R, K r, in) and (R, out, K r) of all slots' `down` and `up`: deltas are summed by stacking."""
         runs = len(self.slots)
-        a = down[self.slots] * self.scales[:, :, None, None]
+        a = down[self.slots].flatten(3) * self.scales[:, :, None, None]
         b = up[self.slots].transpose(1, 2)
-        return a.reshape(runs, -1, a.shape[-1]), b.reshape(runs, b.shape[1], -1)
+        return a.reshape(runs, -1, *down.shape[2:]), b.reshape(runs, b.shape[1], -1)
 
 
 def _add_lora(output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -167,22 +176,40 @@ def _add_lora(output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return torch.baddbmm(flat, hidden, up.to(x.dtype).transpose(1, 2)).view_as(output)
 
 
-def _target_layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def _add_conv_lora(layer: nn.Conv2d, output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """As `_add_lora`, of maps (N, in, h, w) by `down` (G, r, in, kh, kw), at the layer's stride and padding."""
+    runs, rank = down.shape[:2]
+    if x.shape[0] % runs:
+        raise ValueError(f"a batch of {x.shape[0]} does not split into {runs} equal runs")
+    # Side by side as channels, each run meets its own kernels.
+    side = x.unflatten(0, (runs, -1)).transpose(0, 1).flatten(1, 2)
+    hidden = F.conv2d(side, down.to(x.dtype).flatten(0, 1), stride=layer.stride, padding=layer.padding, groups=runs)
+    hidden = hidden.unflatten(1, (runs, rank)).transpose(0, 1).flatten(3)
+    delta: Tensor = up.to(x.dtype)[:, None] @ hidden
+    return output + delta.flatten(0, 1).view_as(output)
+
+
+def _as_matrix(up: Tensor) -> Tensor:
+    return up.flatten(1) if up.dim() == 4 and up.shape[2:].numel() == 1 else up
+
+
+def _target_layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     for name, layer in network.named_modules():
-        if isinstance(layer, nn.Linear) and name.endswith(tuple(f".{target}" for target in LORA_TARGETS)):
+        if isinstance(layer, nn.Linear | nn.Conv2d) and name.endswith(tuple(f".{target}" for target in LORA_TARGETS)):
             yield name, layer
 
 
 def _check_fits(place: Tensor, weight: Tensor, name: str) -> None:
-    rank, width = place.shape
-    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] > rank:
+    rank, *inside = place.shape
+    if list(weight.shape[1:]) != inside or weight.shape[0] > rank:
         raise ObjdriveError(
-            f"layer {name!r}: weights of shape {tuple(weight.shape)} do not fit rank {rank} and width {width}"
+            f"layer {name!r}: weights of shape {tuple(weight.shape)} do not fit rank {rank} and width "
+            + "x".join(map(str, inside))
         )
 
 
 def _fill(place: Tensor, weight: Tensor | None) -> None:
-    """Copy `weight` (r, width) into the first r rows of `place` (rank, width), zeros below."""
+    """Copy `weight` (r, ...) into the first r rows of `place` (rank, ...), zeros below."""
     rank = 0 if weight is None else weight.shape[0]
     if weight is not None:
         place[:rank] = weight

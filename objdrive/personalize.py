@@ -209,7 +209,8 @@ def _losses(
 def _predict(base: Base, noised: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
     """(K, S, C, h, h): the network's output for S samples of each of K scenes."""
     flat = base.predict(noised.flatten(0, 1), timesteps.flatten(0, 1), states.flatten(0, 1))
-    return flat.unflatten(0, timesteps.shape)
+    predicted: Tensor = flat.unflatten(0, timesteps.shape)
+    return predicted
 
 
 def _learned_states(base: Base, embeddings: Tensor, draws: Sequence["_Draw"], recipe: Recipe) -> Tensor:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from torch import nn
 
@@ -18,10 +19,10 @@ class Network(nn.Module):
         self.attn = nn.Module()
         self.attn.to_q = nn.Linear(5, 7)
         self.attn.to_out = nn.ModuleList([nn.Linear(7, 3, bias=False)])
-        self.proj_in = nn.Linear(3, 3)
+        self.last = nn.Linear(3, 3)
 
     def forward(self, x):
-        return self.proj_in(self.attn.to_out[0](self.attn.to_q(x)))
+        return self.last(self.attn.to_out[0](self.attn.to_q(x)))
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def by_hand(network, x, lora):
         a, b = (lora[f"{name}.lora_{half}.weight"].numpy() for half in "AB")
         bias = layer.bias.numpy() if layer.bias is not None else 0
         x = x @ layer.weight.numpy().T + bias + (x @ a.T) @ b.T
-    return x @ network.proj_in.weight.numpy().T + network.proj_in.bias.numpy()
+    return x @ network.last.weight.numpy().T + network.last.bias.numpy()
 
 
 class TestForward:
@@ -104,8 +105,9 @@ class TestForward:
 
     def test_equals_pefts_own_injection(self, unet):
         with AdapterBank(unet, slots=2, rank=3) as bank:
-            lora = random_lora({name: (d.shape[2], bank.up[name].shape[1]) for name, d in bank.down.items()}, 3, 1)
-            lora = {key: 0.1 * value for key, value in lora.items()}
+            generator = torch.Generator().manual_seed(1)
+            empty = bank.export(1)
+            lora = {key: 0.1 * torch.randn(value.shape, generator=generator) for key, value in empty.items()}
             bank.load(1, lora)
             with bank.active([1]), torch.no_grad():
                 got = unet(*unet_inputs(2)).sample
@@ -119,6 +121,26 @@ class TestForward:
             expected = unet(*unet_inputs(2)).sample
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         assert (expected - plain).abs().max() > 0.01
+
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_a_convolution_is_adapted_as_one_with_the_sum_of_kernels(self, stride):
+        torch.manual_seed(0)
+        network = nn.ModuleDict({"block": nn.ModuleDict({"conv1": nn.Conv2d(3, 5, 3, stride=stride, padding=1)})})
+        layer, x = network["block"]["conv1"], torch.randn(6, 3, 8, 8)
+        downs, ups = torch.randn(2, 2, 3, 3, 3), torch.randn(2, 5, 2)
+        kernels = layer.weight + (ups @ downs.flatten(2)).view(2, 5, 3, 3, 3)
+        with AdapterBank(network, slots=2, rank=2) as bank, torch.no_grad():
+            for slot in range(2):
+                lora = {"lora_A.weight": downs[slot], "lora_B.weight": ups[slot][..., None, None]}
+                bank.load(slot, {f"block.conv1.{key}": value for key, value in lora.items()})
+                assert all(torch.equal(value, lora[key[12:]]) for key, value in bank.export(slot).items())
+            with bank.active([1, 0, {0: 1.0, 1: -0.5}]):
+                got = layer(x.contiguous(memory_format=torch.channels_last))
+        mixed = kernels[0] - 0.5 * (kernels[1] - layer.weight)
+        for run, kernel in enumerate((kernels[1], kernels[0], mixed)):
+            part = slice(2 * run, 2 * run + 2)
+            expected = F.conv2d(x[part], kernel, layer.bias, stride=stride, padding=1)
+            torch.testing.assert_close(got[part], expected.detach(), rtol=1e-4, atol=1e-4)
 
     def test_gradients_stay_in_their_slots(self, network):
         with AdapterBank(network, slots=3, rank=2) as bank:

@@ -228,8 +228,9 @@ class TestSeveralObjects:
             for key in adapter.lora:
                 layer = key.removesuffix(".lora_A.weight")
                 if layer != key:
-                    delta = adapter.lora[f"{layer}.lora_B.weight"] @ adapter.lora[key]
-                    merged.unet.get_submodule(layer).weight.data += 0.5 * delta
+                    up = adapter.lora[f"{layer}.lora_B.weight"]
+                    weight = merged.unet.get_submodule(layer).weight
+                    weight.data += 0.5 * (up.flatten(1) @ adapter.lora[key].flatten(1)).view_as(weight)
         phrases = [f"{TOKEN_MARK} mug"] * 2
         embeddings = [adapter.embedding for adapter in adapters]
         request = Request("{} left of {}", 5, phrases, embeddings, steps=STEPS, guidance_scale=4.0)

@@ -66,7 +66,9 @@ def alone(tiny64, catalog_scene):
 def products(adapter):
     """What the adapter adds to each layer's weight, B A."""
     return [
-        adapter.lora[key.replace("lora_A", "lora_B")] @ down for key, down in adapter.lora.items() if "lora_A" in key
+        adapter.lora[key.replace("lora_A", "lora_B")].flatten(1) @ down.flatten(1)
+        for key, down in adapter.lora.items()
+        if "lora_A" in key
     ]
 
 

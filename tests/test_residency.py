@@ -81,8 +81,8 @@ def assert_in_slot(residency, resident, expected):
     exported = residency.bank.export(resident.slot)
     for key, value in expected.lora.items():
         rank = value.shape[0 if ".lora_A" in key else 1]
-        got = exported[key] if ".lora_A" in key else exported[key].T
-        assert torch.equal(got[:rank], value if ".lora_A" in key else value.T)
+        got = exported[key] if ".lora_A" in key else exported[key].transpose(0, 1)
+        assert torch.equal(got[:rank], value if ".lora_A" in key else value.transpose(0, 1))
         assert not got[rank:].any()
     torch.testing.assert_close(resident.embedding, expected.embedding, rtol=0, atol=0)
 
