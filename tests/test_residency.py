@@ -169,7 +169,7 @@ class TestLeases:
                     stop.wait(0.0005)
                 two.release(claim)
 
-        threads = [threading.Thread(target=prepare_and_release, args=(seed,)) for seed in range(4)]
+        threads = [threading.Thread(target=prepare_and_release, args=(seed,), daemon=True) for seed in range(4)]
         for thread in threads:
             thread.start()
         leases = 0
