@@ -302,8 +302,9 @@ def test_too_many_requests_are_refused_and_the_others_drawn(application: Applica
         if answer.status_code == 429:
             assert code(answer) == "queue_full"
             assert int(answer.headers["retry-after"]) >= 1
-    # Who is let in finds fewer than ADMITTED before it. Twice, for the work of refusing all the others beside.
-    assert np.percentile([seconds for answer, seconds in answers if drawn(answer)], 99) < 2 * longest
+    # Who is let in finds fewer than ADMITTED before it. Three times, for the work of refusing all the others and for
+    # other tests beside; were all let in, it would be ten.
+    assert np.percentile([seconds for answer, seconds in answers if drawn(answer)], 99) < 3 * longest
     assert application.ask().status_code == 200
 
 
