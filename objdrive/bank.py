@@ -137,9 +137,12 @@ class AdapterBank:
             up: Tensor = self.up[name]
             if isinstance(self._runs, _Runs):
                 down, up = self._runs.select(down, up)
+            x = inputs[0]
+            if len(x) % len(down):
+                raise ValueError(f"a batch of {len(x)} does not split into {len(down)} equal runs")
             if isinstance(layer, nn.Conv2d):
-                return _add_conv_lora(layer, output, inputs[0], down, up)
-            return _add_lora(output, inputs[0], down, up)
+                return _add_conv_lora(layer, output, x, down, up)
+            return _add_lora(output, x, down, up)
 
         return add
 
@@ -169,8 +172,6 @@ class _Runs:
 def _add_lora(output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """`output` (N, ..., out) + LoRA of x (N, ..., in) by `down` (G, r, in) and `up` (G, out, r), N a multiple of G."""
     runs = down.shape[0]
-    if x.shape[0] % runs:
-        raise ValueError(f"a batch of {x.shape[0]} does not split into {runs} equal runs")
     hidden = torch.bmm(x.reshape(runs, -1, x.shape[-1]), down.to(x.dtype).transpose(1, 2))
     flat = output.reshape(runs, -1, output.shape[-1])
     return torch.baddbmm(flat, hidden, up.to(x.dtype).transpose(1, 2)).view_as(output)
@@ -179,8 +180,6 @@ def _add_lora(output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
 def _add_conv_lora(layer: nn.Conv2d, output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """As `_add_lora`, of maps (N, in, h, w) by `down` (G, r, in, kh, kw), at the layer's stride and padding."""
     runs, rank = down.shape[:2]
-    if x.shape[0] % runs:
-        raise ValueError(f"a batch of {x.shape[0]} does not split into {runs} equal runs")
     # Side by side as channels, each run meets its own kernels.
     side = x.unflatten(0, (runs, -1)).transpose(0, 1).flatten(1, 2)
     hidden = F.conv2d(side, down.to(x.dtype).flatten(0, 1), stride=layer.stride, padding=layer.padding, groups=runs)
