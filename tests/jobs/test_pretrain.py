@@ -27,7 +27,7 @@ from jobs.pretrain.packs import EDGE, Icons, Pack
 from jobs.pretrain.scenes import Composer, Mix
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, near_held
-from jobs.pretrain.unet import build_unet, latents_folder
+from jobs.pretrain.unet import build_unet, latents_folder, stratified
 from jobs.pretrain.vae import build_vae, normalise_latents, psnr, take_over
 from jobs.pretrain_base import main as pretrain
 from objdrive.base_files import EMBEDDED, find_base
@@ -147,6 +147,17 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.exists(), reason="asks Linux about an x86 processor")
+def test_timesteps_of_a_batch_are_spread_evenly_over_their_odds():
+    odds = torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    odds /= odds.sum()
+    generator = torch.Generator().manual_seed(1)
+    together = torch.bincount(stratified(odds, 500, generator), minlength=40)
+    assert (together - 500 * odds).abs().max() <= 1
+    alone = torch.bincount(torch.cat([stratified(odds, 1, generator) for _ in range(20_000)]), minlength=40)
+    # Five standard deviations of a count.
+    assert ((alone - 20_000 * odds).abs() <= 5 * (20_000 * odds * (1 - odds)).sqrt()).all()
+
+
 def test_bfloat16_is_for_processors_with_instructions_for_it():
     flags = next(line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")).split()
     assert computes_bfloat16(torch.device("cpu")) == bool({"amx_bf16", "avx512_bf16"} & set(flags))
