@@ -143,10 +143,6 @@ def test_the_running_mean_forgets_its_start_first_and_then_hardly():
     assert average_decay(training, 10**6) == 0.999
 
 
-CPUINFO = Path("/proc/cpuinfo")
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.exists(), reason="asks Linux about an x86 processor")
 def test_timesteps_of_a_batch_are_spread_evenly_over_their_odds():
     odds = torch.rand(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     odds /= odds.sum()
@@ -158,6 +154,10 @@ def test_timesteps_of_a_batch_are_spread_evenly_over_their_odds():
     assert ((alone - 20_000 * odds).abs() <= 5 * (20_000 * odds * (1 - odds)).sqrt()).all()
 
 
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.exists(), reason="asks Linux about an x86 processor")
 def test_bfloat16_is_for_processors_with_instructions_for_it():
     flags = next(line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")).split()
     assert computes_bfloat16(torch.device("cpu")) == bool({"amx_bf16", "avx512_bf16"} & set(flags))
