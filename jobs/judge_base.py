@@ -3,12 +3,14 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from jobs.command import exit_status
+from jobs.pretrain.augment import coarse
 from jobs.pretrain.judge import (
     Effort,
     Judge,
@@ -57,7 +59,11 @@ def judge(bases: list[Base], sprites: Sprites, effort: Effort, out: Path) -> dic
     held = SceneSet.compose(sprites, "held", resolution, effort.judged)
     seen = SceneSet.compose(sprites, "train", resolution, effort.judged)
     judged = Judge(sprites, resolution, effort)
-    figures = {"scenes": _of_scenes(judged, seen), "scenes of held-out drawings": _of_scenes(judged, held)}
+    figures = {
+        "scenes": _of_scenes(judged, seen),
+        "scenes of held-out drawings": _of_scenes(judged, held),
+        "these at 36 of 64 pixels": _of_scenes(judged, replace(held, pixels=coarse(held.pixels))),
+    }
     for number, base in enumerate(bases):
         drawn = draw(base, sprites.classes, effort)
         right, placed = judged.accuracy(judged.features(drawn.pictures), drawn.labels, drawn.contexts)

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor, nn
 
+from jobs.pretrain.augment import varied
 from jobs.pretrain.clip import retrieval
 from jobs.pretrain.contexts import CONTEXTS
 from jobs.pretrain.pictures import grid
@@ -22,8 +23,7 @@ from objdrive.sampler import Request, draw_pictures
 from objdrive.views import as_pixels
 
 GUIDANCE = 4.0
-_PLAIN = Mix(pair=0, style=0, tint=0, word_alone=0, no_context=0)
-_BLUR = 0.9
+_TAUGHT = Mix(pair=0, style=0, tint=0, word_alone=0, no_context=0, stretched=0.5)
 _RETRIEVED_AMONG = 128
 _CHUNK = 64
 _GRID = (20, 10)
@@ -41,7 +41,7 @@ class Effort:
         steps: DDIM steps of each picture.
     """
 
-    taught: int = 90
+    taught: int = 180
     judged: int = 1024
     drawn: int = 4
     steps: int = 25
@@ -55,17 +55,17 @@ class Effort:
 class Judge:
     """Tells class and context of a picture, by two linear layers on ImageNet features.
 
-    It learns from scenes of the training drawings, half of them slightly blurred, since what a base draws is softer
-    than what a composer pastes; no base has a part in it.
+    It learns from scenes of the training drawings, stretched and varied (`augment`): what a base draws is neither as
+    sharp as what a composer pastes nor of one drawing's proportions. No base has a part in it.
     """
 
     def __init__(self, sprites: Sprites, resolution: int, effort: Effort, *, seed: int = 0) -> None:
         """Compose the scenes and learn from them."""
         self._encoder = ImageNetEncoder()
         rng = np.random.default_rng((seed, 0))
-        composer = Composer(sprites.only("train"), resolution, _PLAIN)
+        composer = Composer(sprites.only("train"), resolution, _TAUGHT)
         scenes = _balanced(composer, rng, range(len(sprites.classes)), effort.taught)
-        features = self.features(as_pixels(np.stack([_softened(scene, rng) for scene in scenes])))
+        features = self.features(as_pixels(np.stack([varied(scene.pixels, rng) for scene in scenes])))
         self._mean, self._deviation = features.mean(dim=0), features.std(dim=0) + 1e-3
         known = self._scaled(features)
         self._class = _fit(known, torch.tensor([scene.label for scene in scenes]), len(sprites.classes))
@@ -90,13 +90,6 @@ def _balanced(composer: Composer, rng: np.random.Generator, labels: Sequence[int
     """`each` scenes of every class, over all contexts in turn."""
     wanted = [(label, (label + turn) % len(CONTEXTS)) for turn in range(each) for label in labels]
     return [composer.compose(rng, label=label, context=context) for label, context in wanted]
-
-
-def _softened(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    picture = Image.fromarray(scene.pixels)
-    if rng.random() < 0.5:
-        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, _BLUR) * picture.width / 64))
-    return np.asarray(picture)
 
 
 def _fit(features: Tensor, labels: Tensor, count: int) -> nn.Linear:

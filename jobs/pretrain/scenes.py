@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
+from jobs.pretrain.augment import stretched
 from jobs.pretrain.contexts import COLOURS, CONTEXTS, Rng
 from jobs.pretrain.sprites import Sprites
 
@@ -18,7 +19,7 @@ _TINTS = tuple(COLOURS)
 
 @dataclass(frozen=True)
 class Mix:
-    """How often what happens in scenes."""
+    """How often what happens in scenes; `stretched` to a drawing."""
 
     pair: float = 0.14
     style: float = 0.12
@@ -27,6 +28,7 @@ class Mix:
     tint: float = 0.12
     word_alone: float = 0.06
     no_context: float = 0.05
+    stretched: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,9 @@ class Composer:
 
     def _sprite(self, rng: Rng, label: int) -> Image.Image:
         picture = Image.fromarray(self._sprites.pictures[int(rng.choice(self._rows[label]))])
+        # No draw for what never happens: scene number n stays the scene that it was.
+        if self._mix.stretched and rng.random() < self._mix.stretched:
+            picture = stretched(picture, rng)
         return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else picture
 
 

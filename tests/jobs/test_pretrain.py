@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import CLIPTokenizer
 
 from jobs.judge_base import judge, table
+from jobs.pretrain.augment import coarse, stretched, varied
 from jobs.pretrain.clip import contrast, retrieval, tokenize, train_tokenizer
 from jobs.pretrain.config import CONFIGS, Training, read_config
 from jobs.pretrain.contexts import COLOURS, CONTEXTS
@@ -66,6 +67,47 @@ def test_a_tinted_object_shows_its_colour_word(sprites):
         middle = scene.pixels[28:36, 28:36].reshape(-1, 3).mean(axis=0)
         distances = {each: np.abs(middle - rgb).sum() for each, rgb in COLOURS.items()}
         assert distances[word] == min(distances.values()), scene.caption
+
+
+def test_a_drawing_is_stretched_about_its_middle_by_a_quarter_at_most():
+    disc = Image.new("RGBA", (128, 128))
+    ImageDraw.Draw(disc).ellipse((32, 32, 95, 95), fill="red")
+    boxes = []
+    for seed in range(40):
+        left, top, right, bottom = stretched(disc, np.random.default_rng(seed)).getchannel("A").getbbox()
+        assert (left + right) / 2 == pytest.approx(64, abs=2)
+        assert (top + bottom) / 2 == pytest.approx(64, abs=2)
+        boxes.append(((right - left) / 64, (bottom - top) / 64))
+    narrow, low = np.array(boxes).min(axis=0)
+    assert 0.7 < narrow < 0.85
+    assert 0.7 < low < 0.85
+    assert max(max(box) for box in boxes) < 1.1
+
+
+def test_scenes_of_stretched_drawings_are_others(sprites):
+    def scenes(stretch):
+        composer = Composer(sprites, 32, Mix(stretched=stretch))
+        return [composer.compose(np.random.default_rng(seed)).pixels for seed in range(5)]
+
+    assert all(not np.array_equal(a, b) for a, b in zip(scenes(0.0), scenes(1.0), strict=True))
+
+
+def test_varied_pictures_differ_and_show_the_same(sprites):
+    scenes = [Composer(sprites, 64).compose(np.random.default_rng(seed)).pixels for seed in range(40)]
+    changed = [varied(pixels, np.random.default_rng((1, seed))) for seed, pixels in enumerate(scenes)]
+    assert all(pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8 for pixels in changed)
+    alike = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(scenes, changed, strict=True)]
+    assert min(alike) > 0.8
+    assert np.mean(alike) < 0.999
+
+
+def test_coarse_pictures_keep_their_colours_and_lose_their_lines():
+    lines = torch.zeros(1, 3, 64, 64)
+    lines[..., ::2] = 1
+    assert coarse(lines).shape == lines.shape
+    assert coarse(lines).mean() == pytest.approx(0.5, abs=0.01)
+    assert coarse(lines).std() < 0.25
+    torch.testing.assert_close(coarse(torch.full((1, 3, 64, 64), 0.3)), torch.full((1, 3, 64, 64), 0.3))
 
 
 def test_relations_in_captions_are_those_in_the_picture(sprites):
@@ -332,7 +374,7 @@ def test_checkpoints_are_not_written_over(tmp_path, capsys):
 def test_bases_are_judged_on_the_same_scenes(sprites, tiny64, tmp_path):
     effort = Effort(taught=8, judged=16, drawn=1, steps=2)
     figures = judge([tiny64], sprites, effort, tmp_path)
-    assert set(figures) == {"scenes", "scenes of held-out drawings", "tiny64"}
+    assert set(figures) == {"scenes", "scenes of held-out drawings", "these at 36 of 64 pixels", "tiny64"}
     assert 20 < figures["tiny64"]["psnr"] < 40
     assert all(0 <= figures["tiny64"][name] <= 1 for name in ("class", "context", "diversity", "retrieval"))
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
