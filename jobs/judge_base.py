@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("bases", nargs="+", help="embedded bases, folders or hub ids, of one resolution")
     parser.add_argument("--data", required=True, help="folder with the icons; they are fetched if it has none")
     parser.add_argument("--out", default="judged", help="folder for figures.json and the grids (judged)")
-    parser.add_argument("--drawn", type=int, default=Effort.drawn, help="pictures of each class (4)")
+    parser.add_argument("--drawn", type=int, default=Effort.drawn, help="pictures of each class (12)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
     return parser
 

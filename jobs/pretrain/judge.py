@@ -43,7 +43,7 @@ class Effort:
 
     taught: int = 180
     judged: int = 1024
-    drawn: int = 4
+    drawn: int = 12
     steps: int = 25
 
     @property
