@@ -22,10 +22,7 @@ def stretched(sprite: Image.Image, rng: Rng) -> Image.Image:
     lean, slope = rng.uniform(-_SHEAR, _SHEAR, 2)
     middle = sprite.width / 2
     # From places in the new picture to places in the old one.
-    matrix = (
-        *(across, lean, middle * (1 - across - lean)),
-        *(slope, down, middle * (1 - slope - down)),
-    )
+    matrix = (across, lean, middle * (1 - across - lean), slope, down, middle * (1 - slope - down))
     return sprite.transform(sprite.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
 
 
@@ -40,11 +37,11 @@ def varied(pixels: np.ndarray, rng: Rng) -> np.ndarray:
         picture = ImageEnhance.Color(picture).enhance(rng.uniform(0.6, 1.5))
     if rng.random() < 0.4:
         picture = ImageEnhance.Contrast(picture).enhance(rng.uniform(0.7, 1.3))
-    varied_pixels = np.asarray(picture)
+    changed = np.asarray(picture)
     if rng.random() < 0.4:
-        noise = rng.normal(0, rng.uniform(0, _NOISE), varied_pixels.shape)
-        varied_pixels = (varied_pixels + noise).clip(0, 255).round().astype(np.uint8)
-    return varied_pixels
+        noise = rng.normal(0, rng.uniform(0, _NOISE), changed.shape)
+        changed = (changed + noise).clip(0, 255).round().astype(np.uint8)
+    return changed
 
 
 def coarse(pictures: Tensor) -> Tensor:
