@@ -1,5 +1,6 @@
 """The data stage: sprites, then scenes composed by Ray Data into Parquet; and how training reads them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jobs.pretrain.config import Config
 from jobs.pretrain.scenes import Composer, Mix
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, have_sprites, make_sprites
+from objdrive.errors import ObjdriveError
 
 _BLOCK = 2048
 _JUDGED_SEED = 1
@@ -34,6 +36,7 @@ class Compose:
         return pa.table(
             {
                 "pixels": [scene.pixels.tobytes() for scene in scenes],
+                "mask": [scene.mask.tobytes() for scene in scenes],
                 "caption": [scene.caption for scene in scenes],
             }
         )
@@ -86,17 +89,27 @@ class Rows:
 
 def read_rows(folder: Path, resolution: int, *, rank: int = 0, world: int = 1) -> Rows:
     """Read one worker's share of a folder of scenes."""
-    table = read_share(folder, rank, world)
+    table = read_share(folder, ("pixels", "caption"), rank, world)
     pixels = as_array(table["pixels"], np.uint8).reshape(-1, resolution, resolution, 3)
     return Rows(torch.from_numpy(pixels).permute(0, 3, 1, 2), table["caption"].to_pylist())
 
 
-def read_share(folder: Path, rank: int, world: int) -> pa.Table:
+def check_columns(folder: Path, columns: Sequence[str]) -> None:
+    """Raise ObjdriveError unless what lies in a folder has these columns."""
+    missing = [name for name in columns if name not in pads.dataset(folder).schema.names]
+    if missing:
+        raise ObjdriveError(
+            f"{folder} has no column {missing[0]!r}: an earlier version of this job wrote it. Remove it, and run the "
+            "stage again that makes it"
+        )
+
+
+def read_share(folder: Path, columns: Sequence[str], rank: int, world: int) -> pa.Table:
     """Every `world`-th file of a folder, or rows of its files where there are fewer of those than workers."""
     files = sorted(str(path) for path in folder.glob("*.parquet"))
     if len(files) >= world:
-        return pads.dataset(files[rank::world]).to_table()
-    table = pads.dataset(files).to_table()
+        return pads.dataset(files[rank::world]).to_table(list(columns))
+    table = pads.dataset(files).to_table(list(columns))
     return table.take(pa.array(range(rank, len(table), world)))
 
 

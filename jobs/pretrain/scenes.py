@@ -37,6 +37,7 @@ class Scene:
 
     Attributes:
         pixels: (n, n, 3) uint8.
+        mask: (n, n) uint8, how much of each place its objects cover.
         caption: what a prompt for it would say.
         label: class of its first object.
         context: index into `CONTEXTS`.
@@ -44,6 +45,7 @@ class Scene:
     """
 
     pixels: np.ndarray
+    mask: np.ndarray
     caption: str
     label: int
     context: int
@@ -87,11 +89,13 @@ class Composer:
         canvas = backdrop(rng, self._resolution).clip(0, 255)
         if rng.random() < 0.5:
             canvas = canvas[:, ::-1]
+        covered = np.zeros((self._resolution, self._resolution, 1), np.float32)
         for thing in things:
-            canvas, _ = put(canvas, thing)
-        pixels = render(canvas, style)
+            canvas, cover = put(canvas, thing)
+            covered = np.maximum(covered, cover)
+        pixels, mask = render(canvas, style), (255 * covered[..., 0]).round().astype(np.uint8)
         caption = _caption(rng, mix, self._sprites.classes[label], what, where, style, plain=not (pair or tinted))
-        return Scene(pixels, caption, label, context, plain=not (pair or tinted or style))
+        return Scene(pixels, mask, caption, label, context, plain=not (pair or tinted or style))
 
     def _single(self, rng: Rng, label: int) -> tuple[str, list[Thing], bool]:
         mix = self._mix

@@ -1,6 +1,7 @@
 """The denoiser's training, on latents that Ray Data encodes once."""
 
 import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from jobs.pretrain.clip import tokenize
 from jobs.pretrain.config import Config
-from jobs.pretrain.data import as_array, pool, read_share
+from jobs.pretrain.data import as_array, check_columns, pool, read_share
 from jobs.pretrain.loop import load_matching
 from jobs.pretrain.pictures import grid
 from jobs.pretrain.scenes import with_article
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites
 from objdrive.base_files import find_base
-from objdrive.losses import add_noise, timestep_odds, velocity_weight
+from objdrive.losses import add_noise, latent_mask, object_loss, timestep_odds, velocity_weight
 
 SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -35,6 +36,8 @@ SCHEDULE: dict[str, Any] = {
     "steps_offset": 1,
 }
 """Stable Diffusion's."""
+_COMPOSED = ("pixels", "mask", "caption")
+_ENCODED = ("latent", "mask", "ids")
 _DROPPED = 0.1
 _SHOWN_STEPS = 25
 _SHOWN_GUIDANCE = 4.0
@@ -56,27 +59,37 @@ class Encode:
 
     @torch.inference_mode()
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Columns ``latent`` (half precision) and ``ids`` of a batch of scenes."""
+        """Columns ``latent`` (half precision), ``mask`` (uint8, at the latents' size) and ``ids`` of some scenes."""
         edge = int(self._vae.config["sample_size"])
         pixels = torch.from_numpy(as_array(batch["pixels"], np.uint8)).view(-1, edge, edge, 3).permute(0, 3, 1, 2)
         pixels = (pixels.to(self._device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         latents = self._vae.encode(pixels).latent_dist.mode() * self._vae.config["scaling_factor"]
+        masks = torch.from_numpy(as_array(batch["mask"], np.uint8)).view(-1, edge, edge).float()
+        masks = latent_mask(masks, latents.shape[-1]).round().to(torch.uint8)
         ids = tokenize(self._tokenizer, batch["caption"].to_pylist()).short()
         return pa.table(
             {
                 "latent": [latent.tobytes() for latent in latents.half().cpu().contiguous().numpy()],
+                "mask": [mask.tobytes() for mask in masks.numpy()],
                 "ids": [row.tobytes() for row in ids.numpy()],
             }
         )
 
 
 def make_latents(config: Config, folders: Folders) -> None:
-    """Encode the scenes, unless this autoencoder has done so already."""
+    """Encode the scenes, unless this autoencoder has done so already.
+
+    Raises:
+        ObjdriveError: scenes or latents are there, but of an earlier version.
+    """
     for scenes in (folders.scenes, folders.judged):
         folder = latents_folder(folders, scenes)
-        if not folder.exists():
+        if folder.exists():
+            check_columns(folder, _ENCODED)
+        else:
+            check_columns(scenes, _COMPOSED)
             partial = folder.with_suffix(".partial")
-            encoded = ray.data.read_parquet(str(scenes), columns=["pixels", "caption"]).map_batches(
+            encoded = ray.data.read_parquet(str(scenes), columns=list(_COMPOSED)).map_batches(
                 Encode,
                 fn_constructor_args=(folders.snapshot,),
                 batch_size=64,
@@ -107,7 +120,12 @@ def build_unet(config: Config) -> UNet2DConditionModel:
 
 
 class UnetObjective(nn.Module):
-    """Noise prediction, each timestep weighted as Karras et al. weight it, which is as v-prediction does."""
+    """Noise prediction, each timestep weighted as Karras et al. weight it, which is as v-prediction does.
+
+    The object-specific loss (arXiv 2401.15708) is added as it is, so that it counts where shapes are there and details
+    are drawn: most of a picture is backdrop, which outweighs thin objects. At strong noise, where an object might be
+    anywhere, a loss by its mask would draw it larger.
+    """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -115,13 +133,34 @@ class UnetObjective(nn.Module):
         self.register_buffer("alphas", DDIMScheduler(**SCHEDULE).alphas_cumprod)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Loss of ``latents`` (B, C, h, h), text ``states`` (B, L, d), ``noise`` and ``timesteps`` (B,)."""
+        """Losses: ``latents``, ``noise`` (B, C, h, h), ``masks`` (B, 1, h, h), ``states`` (B, L, d), ``timesteps``."""
         alphas = self.alphas[batch["timesteps"]]
         noised = add_noise(batch["latents"], batch["noise"], alphas)
         noised = noised.contiguous(memory_format=torch.channels_last)
-        predicted = self.unet(noised, batch["timesteps"], batch["states"]).sample
-        error = (predicted.float() - batch["noise"]).square().mean(dim=(1, 2, 3))
-        return {"loss": (velocity_weight(alphas, velocity=False) * error).mean()}
+        predicted = self.unet(noised, batch["timesteps"], batch["states"]).sample.float()
+        error = (predicted - batch["noise"]).square().mean(dim=(1, 2, 3))
+        whole = (velocity_weight(alphas, velocity=False) * error).mean()
+        of_objects = object_loss(predicted, batch["noise"], batch["masks"]).mean()
+        return {"loss": whole + of_objects, "whole": whole, "objects": of_objects}
+
+
+@dataclass(frozen=True)
+class EncodedScenes:
+    """Scenes as the denoiser sees them.
+
+    Attributes:
+        latents: (N, C, h, h).
+        masks: (N, 1, h, h), how much of each place the objects cover.
+        ids: (N, L), the captions.
+    """
+
+    latents: Tensor
+    masks: Tensor
+    ids: Tensor
+
+    def of(self, rows: Tensor) -> "EncodedScenes":
+        """Some scenes, no longer in the types that they are kept in: float32, masks in [0, 1], int64."""
+        return EncodedScenes(self.latents[rows].float(), self.masks[rows].float() / 255, self.ids[rows].long())
 
 
 class UnetStage:
@@ -146,32 +185,34 @@ class UnetStage:
             self.part.set_attn_processor(AttnProcessor())
         self.objective = UnetObjective(self.part).to(device)
         self._odds = timestep_odds(self.objective.alphas.cpu())
-        self._latents, self._ids = self._read(folders, folders.scenes, rank, world)
-        self._judged = self._fixed(*self._read(folders, folders.judged, 0, 1))
+        self._scenes = self._read(folders, folders.scenes, rank, world)
+        self._judged = self._fixed(self._read(folders, folders.judged, 0, 1))
         self._words = Sprites.load(folders.sprites).classes
         self._null = tokenize(self._tokenizer, [""])
 
     def batch(self, size: int) -> dict[str, Tensor]:
         """Random scenes, noise and timesteps; some captions dropped, for guidance."""
-        rows = torch.randint(len(self._ids), (size,), generator=self._generator)
+        rows = torch.randint(len(self._scenes.ids), (size,), generator=self._generator)
         dropped = torch.rand(size, generator=self._generator) < _DROPPED
-        ids = torch.where(dropped[:, None], self._null, self._ids[rows].long())
-        return self._with_noise(self._latents[rows].float(), ids, self._generator)
+        scenes = self._scenes.of(rows)
+        scenes = replace(scenes, ids=torch.where(dropped[:, None], self._null, scenes.ids))
+        return self._with_noise(scenes, self._generator)
 
     @torch.inference_mode()
     def judge(self, part: nn.Module) -> tuple[dict[str, float], Image.Image]:
-        """Loss on held-out scenes with fixed noise; and samples of some classes in some contexts."""
+        """Losses on held-out scenes with fixed noise; and samples of some classes in some contexts."""
         objective = UnetObjective(part).to(self._device)
-        losses = [objective(batch)["loss"] for batch in self._judged]
+        losses = [objective(batch) for batch in self._judged]
+        figures = {
+            f"held_{name}": float(torch.stack([each[name] for each in losses]).mean()) for name in ("whole", "objects")
+        }
         every = max(1, len(self._words) // 40)
         words = self._words[::every][:40]
         prompts = [
             f"a photo of {with_article(word)} {_SHOWN_CONTEXTS[i % len(_SHOWN_CONTEXTS)]}"
             for i, word in enumerate(words)
         ]
-        return {"held_loss": float(torch.stack(losses).mean())}, grid(
-            self.sample(part, prompts), _SHOWN_COLUMNS, zoom=2
-        )
+        return figures, grid(self.sample(part, prompts), _SHOWN_COLUMNS, zoom=2)
 
     @torch.inference_mode()
     def sample(self, part: nn.Module, prompts: list[str]) -> Tensor:
@@ -188,23 +229,27 @@ class UnetStage:
         pictures = self._vae.decode(latents / self._vae.config["scaling_factor"]).sample
         return (pictures / 2 + 0.5).clamp(0, 1)
 
-    def _read(self, folders: Folders, scenes: Path, rank: int, world: int) -> tuple[Tensor, Tensor]:
-        table = read_share(latents_folder(folders, scenes), rank, world)
+    def _read(self, folders: Folders, scenes: Path, rank: int, world: int) -> "EncodedScenes":
+        table = read_share(latents_folder(folders, scenes), _ENCODED, rank, world)
         edge, channels = self.part.config["sample_size"], self.part.config["in_channels"]
-        latents = torch.from_numpy(as_array(table["latent"], np.float16)).view(-1, channels, edge, edge)
-        return latents, torch.from_numpy(as_array(table["ids"], np.int16))
+        return EncodedScenes(
+            torch.from_numpy(as_array(table["latent"], np.float16)).view(-1, channels, edge, edge),
+            torch.from_numpy(as_array(table["mask"], np.uint8)).view(-1, 1, edge, edge),
+            torch.from_numpy(as_array(table["ids"], np.int16)),
+        )
 
-    def _fixed(self, latents: Tensor, ids: Tensor) -> list[dict[str, Tensor]]:
+    def _fixed(self, scenes: "EncodedScenes") -> list[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(0)
-        pairs = zip(latents[:_JUDGED].float().split(64), ids[:_JUDGED].long().split(64), strict=True)
-        return [self._with_noise(some, their, generator) for some, their in pairs]
+        few = torch.arange(min(_JUDGED, len(scenes.ids)))
+        return [self._with_noise(scenes.of(rows), generator) for rows in few.split(64)]
 
-    def _with_noise(self, latents: Tensor, ids: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        timesteps = stratified(self._odds, len(latents), generator)
-        noise = torch.randn(latents.shape, generator=generator)
+    def _with_noise(self, scenes: "EncodedScenes", generator: torch.Generator) -> dict[str, Tensor]:
+        timesteps = stratified(self._odds, len(scenes.ids), generator)
+        noise = torch.randn(scenes.latents.shape, generator=generator)
         return {
-            "latents": latents.to(self._device),
-            "states": self._encode(ids),
+            "latents": scenes.latents.to(self._device),
+            "masks": scenes.masks.to(self._device),
+            "states": self._encode(scenes.ids),
             "noise": noise.to(self._device),
             "timesteps": timesteps.to(self._device),
         }

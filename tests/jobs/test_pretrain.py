@@ -5,14 +5,17 @@ import json
 import platform
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageDraw
+from torch import nn
 from transformers import CLIPTokenizer
 
 from jobs.judge_base import judge, table
@@ -28,7 +31,7 @@ from jobs.pretrain.packs import EDGE, Icons, Pack
 from jobs.pretrain.scenes import Composer, Mix
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, near_held
-from jobs.pretrain.unet import build_unet, latents_folder, stratified
+from jobs.pretrain.unet import UnetObjective, build_unet, latents_folder, make_latents, stratified
 from jobs.pretrain.vae import build_vae, normalise_latents, psnr, take_over
 from jobs.pretrain_base import main as pretrain
 from objdrive.base_files import EMBEDDED, find_base
@@ -56,6 +59,20 @@ def test_a_scene_number_is_the_same_scene_in_any_batch(sprites, tmp_path):
     together, alone = compose({"id": np.array([3, 4, 5])}), compose({"id": np.array([4])})
     assert together.slice(1, 1).to_pylist() == alone.to_pylist()
     assert together["pixels"][0] != together["pixels"][1]
+
+
+def test_the_mask_of_a_scene_is_where_its_objects_are():
+    red = np.zeros((EDGE, EDGE, 4), np.uint8)
+    red[16:-16, 32:-32] = (255, 0, 0, 255)
+    drawing = Sprites(np.stack([red]), ("apple",), np.array([0]), ("a",), ("train",))
+    composer = Composer(drawing, 64, Mix(pair=0.5, style=0, tint=0))
+    gray = list(CONTEXTS).index("on a gray background")
+    for seed in range(20):
+        scene = composer.compose(np.random.default_rng(seed), context=gray)
+        reds = scene.pixels[..., 0].astype(int) - scene.pixels[..., 1] > 150
+        assert reds[scene.mask > 230].all()
+        assert not reds[scene.mask < 25].any()
+        assert reds.any()
 
 
 def test_a_tinted_object_shows_its_colour_word(sprites):
@@ -200,6 +217,35 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.exists(), reason="asks Linux about an x86 processor")
+class _Guess(nn.Module):
+    """In a denoiser's place: always the same prediction."""
+
+    def __init__(self, predicted):
+        super().__init__()
+        self.predicted = predicted
+
+    def forward(self, noised, timesteps, states):
+        return SimpleNamespace(sample=self.predicted)
+
+
+def test_the_denoiser_learns_the_velocity_of_all_and_the_noise_of_objects():
+    generator = torch.Generator().manual_seed(0)
+    latents, noise, predicted = torch.randn(3, 4, 2, 8, 8, generator=generator)
+    masks = torch.zeros(4, 1, 8, 8)
+    masks[:, :, 2:5, 3:7] = 1
+    timesteps = torch.tensor([10, 300, 600, 990])
+    alphas = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[timesteps]
+    losses = UnetObjective(_Guess(predicted))(
+        {"latents": latents, "masks": masks, "states": None, "noise": noise, "timesteps": timesteps}
+    )
+    error = (predicted - noise).square().numpy()
+    whole = np.mean([error[i].mean() / float(alphas[i]) for i in range(4)])
+    objects = np.mean([error[i][:, 2:5, 3:7].mean() for i in range(4)])
+    assert float(losses["whole"]) == pytest.approx(whole, rel=1e-4)
+    assert float(losses["objects"]) == pytest.approx(objects, rel=1e-4)
+    assert float(losses["loss"]) == pytest.approx(whole + objects, rel=1e-4)
+
+
 def test_bfloat16_is_for_processors_with_instructions_for_it():
     flags = next(line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")).split()
     assert computes_bfloat16(torch.device("cpu")) == bool({"amx_bf16", "avx512_bf16"} & set(flags))
@@ -296,6 +342,15 @@ def test_latents_are_those_of_an_encoder_whatever_its_decoder(old, tmp_path):
     with torch.no_grad():
         vae.encoder.conv_in.weight += 1
     assert place() != at_first
+
+
+def test_scenes_of_an_earlier_version_are_refused_before_they_are_encoded(old, tmp_path):
+    folders = Folders(tmp_path)
+    AutoencoderKL.from_pretrained(old / "vae").save_pretrained(folders.snapshot / "vae")
+    folders.scenes.mkdir()
+    pq.write_table(pa.table({"pixels": [b""], "caption": ["a"]}), folders.scenes / "0.parquet")
+    with pytest.raises(ObjdriveError, match=r"scenes has no column 'mask'.*Remove it"):
+        make_latents(read_config("tiny64"), folders)
 
 
 def test_a_snapshot_begins_as_the_base_to_start_from(tmp_path):
