@@ -229,7 +229,7 @@ class UnetStage:
         pictures = self._vae.decode(latents / self._vae.config["scaling_factor"]).sample
         return (pictures / 2 + 0.5).clamp(0, 1)
 
-    def _read(self, folders: Folders, scenes: Path, rank: int, world: int) -> "EncodedScenes":
+    def _read(self, folders: Folders, scenes: Path, rank: int, world: int) -> EncodedScenes:
         table = read_share(latents_folder(folders, scenes), _ENCODED, rank, world)
         edge, channels = self.part.config["sample_size"], self.part.config["in_channels"]
         return EncodedScenes(
@@ -238,12 +238,12 @@ class UnetStage:
             torch.from_numpy(as_array(table["ids"], np.int16)),
         )
 
-    def _fixed(self, scenes: "EncodedScenes") -> list[dict[str, Tensor]]:
+    def _fixed(self, scenes: EncodedScenes) -> list[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(0)
         few = torch.arange(min(_JUDGED, len(scenes.ids)))
         return [self._with_noise(scenes.of(rows), generator) for rows in few.split(64)]
 
-    def _with_noise(self, scenes: "EncodedScenes", generator: torch.Generator) -> dict[str, Tensor]:
+    def _with_noise(self, scenes: EncodedScenes, generator: torch.Generator) -> dict[str, Tensor]:
         timesteps = stratified(self._odds, len(scenes.ids), generator)
         noise = torch.randn(scenes.latents.shape, generator=generator)
         return {
