@@ -213,10 +213,6 @@ def test_timesteps_of_a_batch_are_spread_evenly_over_their_odds():
     assert ((alone - 20_000 * odds).abs() <= 5 * (20_000 * odds * (1 - odds)).sqrt()).all()
 
 
-CPUINFO = Path("/proc/cpuinfo")
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.exists(), reason="asks Linux about an x86 processor")
 class _Guess(nn.Module):
     """In a denoiser's place: always the same prediction."""
 
@@ -246,6 +242,10 @@ def test_the_denoiser_learns_the_velocity_of_all_and_the_noise_of_objects():
     assert float(losses["loss"]) == pytest.approx(whole + objects, rel=1e-4)
 
 
+CPUINFO = Path("/proc/cpuinfo")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.exists(), reason="asks Linux about an x86 processor")
 def test_bfloat16_is_for_processors_with_instructions_for_it():
     flags = next(line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")).split()
     assert computes_bfloat16(torch.device("cpu")) == bool({"amx_bf16", "avx512_bf16"} & set(flags))
