@@ -64,7 +64,7 @@ def _run_stage(stage: str, config: Config, folders: Folders, options: argparse.N
         make_tokenizer(config, folders)
         return
     if stage == "unet":
-        make_latents(config, folders)
+        make_latents(folders)
     part: Part = getattr(config, stage)
     whole = options.stage == "all"
     workers = options.workers or max(1, int(ray.cluster_resources().get("GPU", 0)))

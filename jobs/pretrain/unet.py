@@ -76,7 +76,7 @@ class Encode:
         )
 
 
-def make_latents(config: Config, folders: Folders) -> None:
+def make_latents(folders: Folders) -> None:
     """Encode the scenes, unless this autoencoder has done so already.
 
     Raises:
