@@ -26,7 +26,7 @@ from objdrive.recipe import make_recipe
 from objdrive.scores import pareto_front, scalarise
 from objdrive.summary import Figure, Trade, difference, per_object
 
-FACTORS = (1.0, 3.0, 10.0)
+FACTORS = (0.3, 1.0, 3.0)
 SHARES = (0.25, 0.5, 2.0)
 PAPER, DEFAULT = "paper", "objdrive"
 PRESETS = ("textual_inversion", "lora", "dreambooth", PAPER, DEFAULT)
