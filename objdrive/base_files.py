@@ -31,7 +31,7 @@ class BaseFiles:
 
     @property
     def tuning(self) -> dict[str, Any]:
-        """Recipe fields that suit this base: its ``recipe.yaml``, if it ships one."""
+        """What suits fine-tunes on this base: its ``recipe.yaml``, if it ships one (`objdrive.recipe.make_recipe`)."""
         path = self.snapshot / "recipe.yaml"
         return yaml.safe_load(path.read_text()) if path.is_file() else {}
 

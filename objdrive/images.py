@@ -187,21 +187,30 @@ def whole_window(mask: NDArray[np.float32]) -> Window:
     return Window(_held(width, side, left, right), _held(height, side, top, bottom), side)
 
 
-def object_window(mask: NDArray[np.float32], fill: float, offset: tuple[float, float] = (0.0, 0.0)) -> Window:
-    """Return the square in which the longer side of the object's box takes the share `fill`.
+def close_window(mask: NDArray[np.float32], least_fill: float) -> Window:
+    """Return the whole window, or a smaller one in the picture in which the object takes the share `least_fill`.
+
+    The smaller one is centred on the object, moved only as far as the picture's edges need.
 
     Args:
         mask: (H, W) in [0, 1].
-        fill: in (0, 1].
-        offset: (x, y) in [-1, 1]: moves the object within its free room, 1 is the right or lower edge.
+        least_fill: of the window's side, for the longer side of the object's box; in [0, 1].
     """
+    whole = whole_window(mask)
+    height, width = mask.shape
+    left, top, right, bottom = bounding_box(mask)
+    longer = max(right - left, bottom - top)
+    if longer >= least_fill * whole.side:
+        return whole
+    side = longer / least_fill
+    return Window(_within(width, side, left + right), _within(height, side, top + bottom), side)
+
+
+def object_window(mask: NDArray[np.float32], fill: float) -> Window:
+    """Return the square around the object in which the longer side of its box takes the share `fill`, in (0, 1]."""
     left, top, right, bottom = bounding_box(mask)
     side = max(right - left, bottom - top) / fill
-    return Window(
-        (left + right - side - offset[0] * (side - (right - left))) / 2,
-        (top + bottom - side - offset[1] * (side - (bottom - top))) / 2,
-        side,
-    )
+    return Window((left + right - side) / 2, (top + bottom - side) / 2, side)
 
 
 def cut(
@@ -388,6 +397,11 @@ def _check_mask(mask: NDArray[np.float32], name: str) -> None:
 def _held(extent: int, side: float, low: int, high: int) -> float:
     """Return where a window of this side starts: in the extent's middle, moved to hold low to high."""
     return min(max((extent - side) / 2, high - side), low)
+
+
+def _within(extent: int, side: float, low_plus_high: int) -> float:
+    """Return where a window of this side starts: around the middle of low and high, moved into the extent."""
+    return min(max((low_plus_high - side) / 2, 0.0), extent - side)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from objdrive.losses import (
 )
 from objdrive.prototype import class_prompt, optimise_prototypes, prototype_targets
 from objdrive.recipe import Recipe
-from objdrive.views import Scene, View, make_views, to_pixels, whole_picture
+from objdrive.views import Scene, View, main_picture, make_views, to_pixels
 
 LARGEST_GROUP = 16
 """Scenes in a group beyond which nothing is gained."""
@@ -257,8 +257,8 @@ class _Material:
     def prepare(cls, base: Base, scene: Scene, recipe: Recipe, class_pictures: ClassPictures) -> "_Material":
         generator = torch.Generator().manual_seed(seed_of(f"{recipe.seed}:{scene.key}"))
         names = [o.class_name for o in scene.objects]
-        views = make_views(base, scene, recipe, generator)
-        worded = [class_prompt(" and ".join(names[i] for i in view.shown)) + view.context for view in views]
+        views = make_views(base, scene, recipe)
+        worded = [class_prompt(" and ".join(names[i] for i in view.shown)) for view in views]
         with torch.no_grad():
             class_states, _ = base.encode_text([base.tokenize(class_prompt(name)) for name in names])
             word_states, _ = base.encode_text([base.tokenize(text) for text in worded])
@@ -312,7 +312,7 @@ class _Material:
         return float(torch.rand((), generator=self.generator))
 
     def _text(self, template: str, view: View) -> str:
-        return template.replace("{}", " and ".join(self.phrases[i] for i in view.shown)) + view.context
+        return template.replace("{}", " and ".join(self.phrases[i] for i in view.shown))
 
 
 def token_phrase(recipe: Recipe, class_name: str) -> str:
@@ -330,7 +330,7 @@ def _starting_embeddings(base: Base, scenes: Sequence[Scene], recipe: Recipe) ->
     else:
         start = torch.stack([base.class_embedding(o.class_name) for _, o in objects])
     if recipe.embedding_start == "prototype":
-        whole = to_pixels(base, [whole_picture(base, scene) for scene, _ in objects])
+        whole = to_pixels(base, [main_picture(base, scene, recipe) for scene, _ in objects])
         alone = to_pixels(base, [object_alone(scene.image, o.mask, base.resolution) for scene, o in objects])
         targets = prototype_targets(base, whole, alone, [o.class_name for _, o in objects])
         start = optimise_prototypes(base, start, targets, steps=recipe.prototype_steps, lr=recipe.prototype_lr)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from objdrive.errors import ObjdriveError
 
-METHOD_VERSION = 5
+METHOD_VERSION = 6
 """Part of every artifact's digest: raise it when the same recipe no longer yields the same adapter."""
 
 
@@ -45,18 +45,15 @@ class Recipe(BaseModel):
     max_grad_norm: float = Field(default=1.0, gt=0, description="per scene, over all its trained values")
 
     views: int = Field(default=2, ge=1, description="noised views of the picture per scene and step")
-    view_pool: int = Field(default=5, ge=1, description="views encoded per object, once; zoom needs at least 2")
-    zoom: float = Field(
-        default=0.6, ge=0, le=1, description="share of views zoomed in on small or neighbouring objects"
+    least_fill: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="photos are cropped until the object's longer side takes this share of them; 0: left as they are",
     )
-    backdrop: float = Field(
-        default=0.5, ge=0, le=1, description="share of zoomed views cut out onto a plain colour, which the prompt names"
-    )
+    zoom: float = Field(default=0.6, ge=0, le=1, description="share of views that show one of several objects close up")
     masked: bool = Field(default=True, description="object-specific loss; False: plain loss on the whole picture")
     soft_mask: bool = Field(default=True, description="area-averaged masks; False: cut at one half")
-    outside_weight: float = Field(
-        default=0.2, ge=0, le=1, description="least weight of what is not the object, where the prompt names a colour"
-    )
 
     timesteps: Literal["uniform", "log-normal"] = Field(
         default="log-normal",
@@ -103,8 +100,6 @@ class Recipe(BaseModel):
                     f"{name}={getattr(self, name)} keeps what the base predicts and needs ccr_target=base, "
                     f"or set {name}={off}"
                 )
-        if self.zoom > 0 and self.view_pool < 2:
-            raise ValueError(f"zoom={self.zoom} needs view_pool >= 2 (got {self.view_pool}), or set zoom=0")
         return self
 
     @property
@@ -117,8 +112,8 @@ class Recipe(BaseModel):
 _PLAIN: dict[str, Any] = {
     "masked": False,
     "timesteps": "uniform",
+    "least_fill": 0.0,
     "zoom": 0.0,
-    "backdrop": 0.0,
     "ccr_weight": 0.0,
     "ccr_unconditional": 0.0,
     "ccr_background": False,
@@ -128,11 +123,10 @@ _PLAIN: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "objdrive": {},
     "paper": {
+        "least_fill": 0.0,
         "zoom": 0.0,
-        "backdrop": 0.0,
         "timesteps": "uniform",
         "soft_mask": False,
-        "outside_weight": 0.0,
         "ccr_weight": 1.0,
         "ccr_unconditional": 0.0,
         "ccr_background": False,
@@ -159,20 +153,25 @@ def make_recipe(
     Args:
         source: a preset's name, or the path of a YAML file whose keys are `Recipe` fields (its `preset` key
             names the preset it starts from).
-        tuning: fields that suit a base (its ``recipe.yaml``); they never touch what makes the method.
+        tuning: fields that suit a base (its ``recipe.yaml``), and under ``presets`` those that suit it with one
+            preset, by name; they never touch what makes the method.
         overrides: ``key=value`` strings, values in YAML.
 
     Raises:
         ObjdriveError: unknown preset, unreadable file, unknown field or bad value.
     """
+    tuned = dict(tuning or {})
+    tuned_presets = tuned.pop("presets", {})
     given: dict[str, Any] = {}
     if source not in PRESETS:
         given = _read_yaml(source)
     preset = str(given.get("preset", source if source in PRESETS else "objdrive"))
-    if preset not in PRESETS:
-        raise ObjdriveError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+    for name in (preset, *tuned_presets):
+        if name not in PRESETS:
+            raise ObjdriveError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
+    tuned |= tuned_presets.get(preset, {})
     # A preset's own fields make the method, so the base's tuning comes below them.
-    fields = {**(tuning or {}), **PRESETS[preset], **given, **_parse_overrides(overrides), "preset": preset}
+    fields = {**tuned, **PRESETS[preset], **given, **_parse_overrides(overrides), "preset": preset}
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:

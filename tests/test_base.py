@@ -13,7 +13,8 @@ from objdrive.base import TOKEN_MARK, Base
 from objdrive.base_files import EMBEDDED, find_base
 from objdrive.errors import ObjdriveError
 from objdrive.images import object_alone
-from objdrive.views import to_pixels, whole_picture
+from objdrive.recipe import make_recipe
+from objdrive.views import main_picture, to_pixels
 
 HELD_OUT = (
     "scarf-01",
@@ -69,7 +70,7 @@ class TestTiny64:
         assert "teapot" in files.classes
 
     def test_the_autoencoder_keeps_the_picture(self, tiny64, catalog_scene):
-        pixels = to_pixels(tiny64, [whole_picture(tiny64, catalog_scene("rocket-01"))])
+        pixels = to_pixels(tiny64, [main_picture(tiny64, catalog_scene("rocket-01"), make_recipe())])
         latents = tiny64.encode_latents(pixels)
         assert latents.shape == (1, 8, 16, 16)
         assert (tiny64.decode_latents(latents) - pixels).abs().mean() < 0.05

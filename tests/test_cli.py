@@ -13,7 +13,7 @@ from PIL import Image
 from jobs.ingest import Target, check_row
 from jobs.plan import Unit
 from jobs.settings import FineTuneSettings
-from objdrive.artifact import LORA_FILE
+from objdrive.artifact import LORA_FILE, METADATA_FILE
 from objdrive.base_files import EMBEDDED
 from objdrive.cli import main
 from objdrive.manifest import read_manifest
@@ -21,7 +21,7 @@ from objdrive.recipe import make_recipe
 from objdrive.store import ArtifactStore
 
 MANIFEST = Path(__file__).parents[1] / "examples" / "catalog" / "manifest.csv"
-FAST = ["steps=2", "prototype_steps=1", "class_pool=1", "sample_steps=2", "view_pool=2"]
+FAST = ["steps=2", "prototype_steps=1", "class_pool=1", "sample_steps=2"]
 PROMPT = "a photo of {} on grass"
 
 
@@ -250,6 +250,15 @@ def test_generate_refuses_a_damaged_artifact(generate, store, ids):
     assert status == 2
     assert f"{path} is damaged" in error
     assert generate("--object", ids[1])[0] == 0
+
+
+def test_generate_draws_an_artifact_whose_recipe_has_fields_of_another_version(generate, store, ids, tmp_path):
+    path = Path(store.folder(ids[0], store.current(ids[0]).digest)) / METADATA_FILE
+    metadata = json.loads(path.read_text())
+    metadata["recipe"] |= {"view_pool": 5}
+    path.write_text(json.dumps(metadata))
+    assert generate()[0] == 0
+    assert len(list(tmp_path.glob("out/*"))) == 1
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from objdrive.images import (
     SourceMark,
     Window,
     bounding_box,
+    close_window,
     cut,
     decode_photo,
     masks_overlap,
@@ -503,26 +504,28 @@ def test_whole_window_by_hand(height: int, width: int, box: tuple[int, int, int,
     assert whole_window(soft_box(height, width, box)) == expected
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "box", "least_fill", "expected"),
+    [
+        (40, 100, (45, 10, 55, 15), 0.5, Window(40, 2.5, 20)),
+        (40, 100, (0, 0, 10, 5), 0.5, Window(0, 0, 20)),
+        (40, 100, (92, 30, 100, 40), 0.5, Window(80, 20, 20)),
+        (40, 100, (30, 5, 50, 15), 0.5, Window(30, 0, 40)),
+        (40, 100, (45, 10, 55, 15), 0.0, Window(30, 0, 40)),
+        (40, 100, (5, 5, 95, 15), 1.0, Window(5, -25, 90)),
+    ],
+)
+def test_close_window_by_hand(
+    height: int, width: int, box: tuple[int, int, int, int], least_fill: float, expected: Window
+) -> None:
+    assert close_window(soft_box(height, width, box), least_fill) == expected
+
+
 @pytest.mark.parametrize("fill", [0.3, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("offset", [(0.0, 0.0), (1.0, -1.0), (-0.5, 0.25)])
-def test_object_window(fill: float, offset: tuple[float, float]) -> None:
-    left, top, right, bottom = box = (10, 8, 30, 20)
-    window = object_window(soft_box(32, 48, box), fill, offset)
+def test_object_window(fill: float) -> None:
+    window = object_window(soft_box(32, 48, (10, 8, 30, 20)), fill)
     assert window.side == pytest.approx(20 / fill)
-    # Free room before and after the box along each axis: offset -1 has all of it after, 1 all of it before.
-    for start, low, high, shift in (
-        (window.left, left, right, offset[0]),
-        (window.top, top, bottom, offset[1]),
-    ):
-        room = window.side - (high - low)
-        assert low - start == pytest.approx(room * (1 + shift) / 2)
-        assert start + window.side - high == pytest.approx(room * (1 - shift) / 2)
-
-
-def test_object_window_moves_the_object_to_the_lower_right() -> None:
-    mask = soft_box(60, 60, (25, 25, 35, 35))
-    _, moved, _ = cut(colours(60, 60), mask, object_window(mask, 0.5, (1, 1)), 20)
-    assert bounding_box(moved) == (10, 10, 20, 20)
+    assert (window.left + window.side / 2, window.top + window.side / 2) == pytest.approx((20, 14))
 
 
 def test_cut_of_whole_pixels_is_a_slice() -> None:

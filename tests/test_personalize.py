@@ -24,7 +24,7 @@ from objdrive.personalize import (
     token_phrase,
 )
 from objdrive.recipe import PRESETS, Recipe, make_recipe
-from objdrive.views import to_pixels, whole_picture
+from objdrive.views import main_picture, to_pixels
 
 RECIPE = Recipe(
     steps=6,
@@ -35,9 +35,7 @@ RECIPE = Recipe(
     prototype_steps=4,
     prototype_lr=1e-2,
     views=2,
-    view_pool=4,
     zoom=0.5,
-    backdrop=0.5,
     ccr_weight=1.0,
     class_samples=1,
     class_pool=1,
@@ -174,7 +172,7 @@ class TestPresets:
     @classmethod
     def tuned(cls, request, tiny64, catalog_scene):
         """(recipe, result) of a short run of each preset."""
-        short = [f"{field}={getattr(RECIPE, field)}" for field in ("sample_steps", "class_pool", "view_pool")]
+        short = [f"{field}={getattr(RECIPE, field)}" for field in ("sample_steps", "class_pool")]
         recipe = make_recipe(request.param, overrides=[*short, "steps=2", "prototype_steps=2"])
         return recipe, personalize(tiny64, [catalog_scene("rocket-01")], recipe)[0]
 
@@ -245,7 +243,7 @@ def change_of_the_base(base, scene, adapter, prompt, *, around):
     The base alone is given the class word in the token's place.
     """
     timesteps = torch.arange(50, 1000, 50)
-    latents = base.encode_latents(to_pixels(base, [whole_picture(base, scene)])).repeat(len(timesteps), 1, 1, 1)
+    latents = base.encode_latents(to_pixels(base, [main_picture(base, scene, RECIPE)])).repeat(len(timesteps), 1, 1, 1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     noised = add_noise(latents, noise, base.alphas[timesteps])
 
@@ -268,7 +266,7 @@ def fixed_noise_losses(base, scene, embedding, lora):
     mask = scene.objects[0].mask
     weights = latent_mask(torch.from_numpy(cut(scene.image, mask, whole_window(mask), base.resolution)[1])[None], 16)
     timesteps = torch.arange(50, 1000, 50)
-    latents = base.encode_latents(to_pixels(base, [whole_picture(base, scene)])).repeat(len(timesteps), 1, 1, 1)
+    latents = base.encode_latents(to_pixels(base, [main_picture(base, scene, RECIPE)])).repeat(len(timesteps), 1, 1, 1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     with AdapterBank(base.unet, slots=1, rank=RECIPE.rank) as bank, torch.no_grad(), bank.active([0]):
         bank.load(0, lora)
@@ -299,7 +297,7 @@ class TestStableDiffusion15:
             base.unet.conv_out.bias.zero_()
         base.vae.register_to_config(scaling_factor=20.0)
         scene = catalog_scene("rocket-01")
-        square = base.encode_latents(to_pixels(base, [whole_picture(base, scene)])).square().mean()
+        square = base.encode_latents(to_pixels(base, [main_picture(base, scene, RECIPE)])).square().mean()
         expected = float((base.alphas + (1 - base.alphas) * square).mean()) if base.predicts_velocity else 1.0
         assert (expected > 2) == base.predicts_velocity
         result = personalize(base, [scene], make_recipe("lora", overrides=["steps=4", "views=16"]))[0]

@@ -5,7 +5,8 @@ import torch
 from objdrive.base import TOKEN_MARK
 from objdrive.images import object_alone
 from objdrive.prototype import PROMPT, optimise_prototypes, prototype_targets
-from objdrive.views import to_pixels, whole_picture
+from objdrive.recipe import make_recipe
+from objdrive.views import main_picture, to_pixels
 
 OBJECTS = ("rocket-01", "drum-01", "alarm-clock-01")
 
@@ -18,7 +19,7 @@ def class_names(catalog_scene):
 @pytest.fixture(scope="module")
 def pictures(tiny64, catalog_scene):
     scenes = [catalog_scene(name) for name in OBJECTS]
-    whole = to_pixels(tiny64, [whole_picture(tiny64, scene) for scene in scenes])
+    whole = to_pixels(tiny64, [main_picture(tiny64, scene, make_recipe()) for scene in scenes])
     alone = to_pixels(tiny64, [object_alone(scene.image, scene.objects[0].mask, 64) for scene in scenes])
     return whole, alone
 

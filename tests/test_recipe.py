@@ -19,8 +19,9 @@ def test_presets_differ_in_what_makes_the_method():
     assert recipes["dreambooth"].ccr_target == "noise"
     assert not any(recipes[name].masked for name in ("dreambooth", "textual_inversion", "lora"))
     paper = recipes["paper"]
-    assert (paper.embedding_start, paper.masked, paper.soft_mask, paper.outside_weight) == ("prototype", True, False, 0)
-    assert (paper.ccr_target, paper.ccr_weight > 0, paper.zoom, paper.timesteps) == ("base", True, 0, "uniform")
+    assert (paper.embedding_start, paper.masked, paper.soft_mask) == ("prototype", True, False)
+    assert (paper.least_fill, paper.zoom, paper.timesteps) == (0, 0, "uniform")
+    assert (paper.ccr_target, paper.ccr_weight > 0) == ("base", True)
     assert (paper.ccr_unconditional, paper.ccr_background) == (0, False)
 
 
@@ -31,6 +32,17 @@ class TestLayers:
         inversion = make_recipe("textual_inversion", tuning=tuning)
         assert (inversion.steps, inversion.rank, inversion.embedding_lr) == (7, 0, 0.5)
         assert make_recipe("lora", tuning=tuning).embedding_lr == 0
+
+    def test_what_suits_a_base_with_one_preset_goes_over_what_suits_it_with_all(self):
+        tuning = {"steps": 7, "lora_lr": 0.5, "presets": {"paper": {"lora_lr": 0.25}, "lora": {"embedding_lr": 0.125}}}
+        assert [make_recipe(name, tuning=tuning).lora_lr for name in ("objdrive", "paper")] == [0.5, 0.25]
+        assert make_recipe("paper", tuning=tuning).steps == 7
+        assert make_recipe("paper", tuning=tuning, overrides=["lora_lr=1"]).lora_lr == 1
+        assert make_recipe("lora", tuning=tuning).embedding_lr == 0
+
+    def test_tuning_for_a_preset_that_is_none_is_refused(self):
+        with pytest.raises(ObjdriveError, match="unknown preset 'objdrvie': choose from"):
+            make_recipe("paper", tuning={"presets": {"objdrvie": {"lora_lr": 0.25}}})
 
     def test_a_file_goes_over_its_preset_and_overrides_go_over_all(self, tmp_path):
         path = tmp_path / "mine.yaml"
@@ -80,7 +92,6 @@ def test_overrides_read_as_people_write_them(override, field, value):
         (["prompts=[no place]"], r"'no place' must hold {} exactly once"),
         (["prompts=['{} and {}']"], r"'{} and {}' must hold {} exactly once"),
         (["rank=0", "embedding_lr=0"], "nothing to train: raise one of them"),
-        (["view_pool=1", "zoom=0.5"], r"zoom=0.5 needs view_pool >= 2 \(got 1\)"),
         (["ccr_target=noise"], "ccr_unconditional=0.5 keeps what the base predicts and needs ccr_target=base"),
         (
             ["ccr_target=noise", "ccr_unconditional=0"],
@@ -133,12 +144,10 @@ class TestDigest:
             "warmup_steps": 1,
             "max_grad_norm": 0.5,
             "views": 9,
-            "view_pool": 9,
+            "least_fill": 0.125,
             "zoom": 0.125,
-            "backdrop": 0.125,
             "masked": False,
             "soft_mask": False,
-            "outside_weight": 0.125,
             "timesteps": "uniform",
             "ccr_weight": 0.125,
             "ccr_target": "noise",

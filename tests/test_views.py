@@ -2,13 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 
 from objdrive.recipe import make_recipe
 from objdrive.views import Scene, SceneObject, make_views
 
 EDGE = 128
-POOL = 6
 
 
 def square(left, top, edge):
@@ -25,8 +23,7 @@ def scene(*masks):
 
 
 def views_of(base, *masks, overrides=()):
-    recipe = make_recipe(overrides=[f"view_pool={POOL}", *overrides])
-    return make_views(base, scene(*masks), recipe, torch.Generator().manual_seed(0))
+    return make_views(base, scene(*masks), make_recipe(overrides=overrides))
 
 
 def filled(view):
@@ -34,33 +31,46 @@ def filled(view):
     return float((view.weights > 0.5).float().mean())
 
 
-def test_a_large_object_is_seen_in_its_picture_alone(tiny64):
+def test_a_large_object_is_seen_in_its_picture(tiny64):
     (whole,) = views_of(tiny64, square(0.2, 0.2, 0.6))
     assert whole.shown == (0,)
     assert filled(whole) == pytest.approx(0.36, abs=0.05)
 
 
-def test_a_small_object_is_zoomed_in_on_up_to_its_usual_size(tiny64):
-    whole, *zoomed = views_of(tiny64, square(0.4, 0.4, 0.15))
-    assert len(zoomed) == POOL - 1
-    assert filled(whole) < 0.03
-    assert all(filled(whole) < filled(view) <= 0.7**2 + 0.05 for view in zoomed)
+@pytest.mark.parametrize("place", [(0.4, 0.4), (0.0, 0.85)])
+def test_a_small_object_is_seen_at_its_least_size_wherever_it_is(tiny64, place):
+    (close,) = views_of(tiny64, square(*place, 0.15), overrides=["least_fill=0.6"])
+    assert filled(close) == pytest.approx(0.36, abs=0.05)
+
+
+def test_what_is_outside_of_the_mask_counts_for_nothing(tiny64):
+    (view,) = views_of(tiny64, square(0.25, 0.25, 0.5))
+    assert float(view.weights.min()) == 0
+    (plain,) = views_of(tiny64, square(0.25, 0.25, 0.5), overrides=["masked=false"])
+    assert bool((plain.weights == 1).all())
 
 
 def test_neighbours_are_seen_together_and_each_alone(tiny64):
-    whole, *zoomed = views_of(tiny64, square(0, 0, 0.45), square(0.5, 0.5, 0.5))
+    whole, *close = views_of(tiny64, square(0, 0, 0.3), square(0.6, 0.6, 0.3))
     assert whole.shown == (0, 1)
-    assert [view.shown for view in zoomed] == [(0,)] * (POOL - 1) + [(1,)] * (POOL - 1)
+    assert filled(whole) == pytest.approx(2 * 0.3**2, abs=0.05)
+    assert [view.shown for view in close] == [(0,), (1,)]
+    assert all(filled(view) == pytest.approx(0.5**2, abs=0.05) for view in close)
 
 
-def test_a_background_counts_only_where_the_prompt_names_it(tiny64):
-    always = views_of(tiny64, square(0.4, 0.4, 0.2), overrides=["backdrop=1", "outside_weight=0.25"])
-    never = views_of(tiny64, square(0.4, 0.4, 0.2), overrides=["backdrop=0", "outside_weight=0.25"])
-    assert [float(view.weights.min()) for view in always] == [0] + [0.25] * (POOL - 1)
-    assert [float(view.weights.min()) for view in never] == [0] * POOL
-    assert all(view.context.endswith("background") for view in always[1:])
-    assert not any(view.context for view in (always[0], *never))
+def test_a_close_view_leaves_out_what_others_cover(tiny64):
+    _, first, _ = views_of(tiny64, square(0.1, 0.3, 0.3), square(0.4, 0.3, 0.3), overrides=["masked=false"])
+    # The view reaches from 0 to 0.6 of the photo, the other object from 0.4 on.
+    assert bool((first.weights[..., :10] == 1).all())
+    assert float(first.weights[..., 11:].min()) == 0
 
 
-def test_without_zoom_there_is_the_picture_alone(tiny64):
-    assert len(views_of(tiny64, square(0.4, 0.4, 0.15), overrides=["zoom=0"])) == 1
+def test_small_neighbours_are_cropped_together(tiny64):
+    whole, *_ = views_of(tiny64, square(0.4, 0.4, 0.1), square(0.52, 0.4, 0.1))
+    assert filled(whole) > 5 * 2 * 0.1**2
+
+
+def test_the_preset_of_the_paper_takes_the_photo_as_it_is(tiny64):
+    masks = square(0.4, 0.4, 0.15), square(0.6, 0.4, 0.15)
+    (whole,) = make_views(tiny64, scene(*masks), make_recipe("paper", overrides=["soft_mask=true"]))
+    assert filled(whole) == pytest.approx(2 * 0.15**2, abs=0.02)

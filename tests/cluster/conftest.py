@@ -22,7 +22,7 @@ from objdrive.store import ArtifactStore
 
 ROOT = Path(__file__).parents[2]
 CATALOG = ROOT / "examples" / "catalog"
-FAST = ("steps=3", "prototype_steps=2", "class_pool=1", "sample_steps=2", "view_pool=2")
+FAST = ("steps=3", "prototype_steps=2", "class_pool=1", "sample_steps=2")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "RAY_AUTH_MODE": "disabled",

@@ -24,7 +24,7 @@ from objdrive.recipe import make_recipe
 from objdrive.store import ArtifactStore
 
 CATALOG = Path(__file__).parents[2] / "examples" / "catalog"
-FAST = ["steps=2", "prototype_steps=1", "class_pool=1", "sample_steps=2", "view_pool=2"]
+FAST = ["steps=2", "prototype_steps=1", "class_pool=1", "sample_steps=2"]
 SCENE = ("jeans-01", "high-heel-01")
 
 
