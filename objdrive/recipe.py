@@ -51,7 +51,7 @@ class Recipe(BaseModel):
         le=1,
         description="photos are cropped until the object's longer side takes this share of them; 0: left as they are",
     )
-    zoom: float = Field(default=0.6, ge=0, le=1, description="share of views that show one of several objects close up")
+    zoom: float = Field(default=0.6, ge=0, le=1, description="share of views that show one of several objects alone")
     masked: bool = Field(default=True, description="object-specific loss; False: plain loss on the whole picture")
     soft_mask: bool = Field(default=True, description="area-averaged masks; False: cut at one half")
 

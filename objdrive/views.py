@@ -5,13 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from objdrive.base import Base
-from objdrive.images import close_window, cut
+from objdrive.images import close_window, cut, object_window
 from objdrive.losses import latent_mask
 from objdrive.recipe import Recipe
+
+# As large as things usually are in pictures of them: what is shown larger here is drawn larger than prompts ask for.
+_USUAL_FILL = 0.6
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,10 @@ class _Cut:
 
 
 def make_views(base: Base, scene: Scene, recipe: Recipe) -> list[View]:
-    """Cut and encode views of a scene: first its picture, then with `zoom` each of several objects close up.
+    """Cut and encode views of a scene: first its picture, then with `zoom` each of several objects close up and alone.
 
-    Objects that are small in the photo are shown at a size that the latents can hold (`least_fill`), and those of one
-    picture apart.
+    The picture is cropped if the objects are small in it (`least_fill`): they are shown at a size that the latents can
+    hold. In a close-up the others, and what is outside of the photo, have the colour of the photo's ground.
     """
     cuts = list(_cuts(base, scene, recipe))
     # Large pictures go through the autoencoder one by one: its activations are the largest of all.
@@ -96,12 +100,29 @@ def _cuts(base: Base, scene: Scene, recipe: Recipe) -> Iterator[_Cut]:
     yield _Cut(tuple(range(len(scene.objects))), picture, _loss_weights(base, mask, inside, recipe))
     if recipe.zoom == 0 or len(scene.objects) == 1:
         return
-    for index, one in enumerate(scene.objects):
-        window = close_window(one.mask, recipe.least_fill)
-        picture, mask, inside = cut(scene.image, one.mask, window, base.resolution)
-        # A prompt that names this object alone must not be taught what the others look like.
-        others = cut(scene.image, _union(scene, without=one), window, base.resolution)[1]
-        yield _Cut((index,), picture, _loss_weights(base, mask, inside * (1 - others), recipe))
+    around = mask < 0.5
+    ground = np.median(picture[around if around.any() else ...].reshape(-1, 3), axis=0)
+    for index in range(len(scene.objects)):
+        yield _close_up(base, scene, index, ground, recipe)
+
+
+def _close_up(base: Base, scene: Scene, index: int, ground: np.ndarray, recipe: Recipe) -> _Cut:
+    one = scene.objects[index]
+    window = object_window(one.mask, _USUAL_FILL)
+    picture, mask, inside = cut(scene.image, one.mask, window, base.resolution)
+    others = cut(scene.image, _union(scene, without=one), window, base.resolution)[1]
+    # A prompt that names this object alone must not be taught what the others look like: it is enough that they are
+    # seen, whatever their weight in the loss.
+    painted = (np.maximum(_grown(others), 1 - inside) * (1 - mask))[..., None]
+    alone = np.round(picture * (1 - painted) + ground * painted).astype(np.uint8)
+    return _Cut((index,), alone, _loss_weights(base, mask, inside * (1 - others), recipe))
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """(R, R): the mask, larger by a 32nd of its edge on every side, so that no rim of what it covers is left."""
+    reach = max(1, len(mask) // 32)
+    grown = F.max_pool2d(torch.from_numpy(mask)[None], 2 * reach + 1, stride=1, padding=reach)
+    return grown[0].numpy()
 
 
 def _union(scene: Scene, without: SceneObject | None = None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from objdrive.recipe import make_recipe
 from objdrive.views import Scene, SceneObject, make_views
@@ -55,14 +56,29 @@ def test_neighbours_are_seen_together_and_each_alone(tiny64):
     assert whole.shown == (0, 1)
     assert filled(whole) == pytest.approx(2 * 0.3**2, abs=0.05)
     assert [view.shown for view in close] == [(0,), (1,)]
-    assert all(filled(view) == pytest.approx(0.5**2, abs=0.05) for view in close)
+    assert all(filled(view) == pytest.approx(0.6**2, abs=0.06) for view in close)
 
 
-def test_a_close_view_leaves_out_what_others_cover(tiny64):
-    _, first, _ = views_of(tiny64, square(0.1, 0.3, 0.3), square(0.4, 0.3, 0.3), overrides=["masked=false"])
-    # The view reaches from 0 to 0.6 of the photo, the other object from 0.4 on.
-    assert bool((first.weights[..., :10] == 1).all())
-    assert float(first.weights[..., 11:].min()) == 0
+def test_of_its_neighbours_an_object_learns_nothing(tiny64):
+    masks = square(0.1, 0.3, 0.3), square(0.44, 0.3, 0.3)
+    plain = np.full((EDGE, EDGE, 3), 128, np.uint8)
+    coloured = plain.copy()
+    coloured[masks[1] > 0] = (255, 0, 255)
+    objects = scene(*masks).objects
+    recipe = make_recipe(overrides=["masked=false"])
+    seen, unseen = (make_views(tiny64, Scene("key", image, objects), recipe) for image in (coloured, plain))
+    assert not torch.equal(seen[0].latents, unseen[0].latents)
+    assert torch.equal(seen[1].latents, unseen[1].latents)
+    # The view reaches from 0 to 0.5 of the photo, the other object from 0.44 on.
+    assert bool((seen[1].weights[..., :14] == 1).all())
+    assert float(seen[1].weights[..., 14:].min()) == 0
+
+
+def test_neighbours_that_fill_the_photo_are_seen_alone_too(tiny64):
+    left = np.zeros((EDGE, EDGE), np.float32)
+    left[:, : EDGE // 2] = 1
+    _, *close = views_of(tiny64, left, 1 - left)
+    assert all(bool(view.latents.isfinite().all()) for view in close)
 
 
 def test_small_neighbours_are_cropped_together(tiny64):
