@@ -1,6 +1,6 @@
 """Draw pictures of a store's objects."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from PIL import Image
 from pydantic import ValidationError
@@ -50,8 +50,7 @@ def generate(
         raise ObjdriveError(f"the seeds {seeds[0]} to {seeds[-1]} must fit 63 bits: choose smaller ones")
     metadata, files = store.read(object_id)
     adapter = parse_adapter(files, token=metadata.token)
-    asked = {"sample_steps": steps, "guidance_scale": guidance_scale}
-    recipe = _drawing_recipe(metadata, asked)
+    recipe = _drawing_recipe(metadata, sample_steps=steps, guidance_scale=guidance_scale)
     loaded = _matching_base(metadata, base, clip)
     phrase = marked_phrase(metadata)
     with AdapterBank(loaded.unet, slots=1, rank=adapter.rank) as bank:
@@ -72,12 +71,12 @@ def generate(
         return draw_pictures(loaded, requests, bank=bank)
 
 
-def _drawing_recipe(metadata: ArtifactMetadata, asked: Mapping[str, float | None]) -> Recipe:
+def _drawing_recipe(metadata: ArtifactMetadata, **asked: float | None) -> Recipe:
     """Of the artifact's recipe the fields that can be asked for otherwise, as they are asked for."""
     # Not the others: an artifact may have been made with fields of another version.
-    fields = {name: metadata.recipe.get(name) if value is None else value for name, value in asked.items()}
+    made_with = {name: metadata.recipe[name] for name in asked if name in metadata.recipe}
     try:
-        return Recipe.model_validate({name: value for name, value in fields.items() if value is not None})
+        return Recipe.model_validate(made_with | {name: v for name, v in asked.items() if v is not None})
     except ValidationError as error:
         raise ObjdriveError(f"can't draw {metadata.object_id!r} with its recipe and what was asked: {error}") from error
 

@@ -197,13 +197,13 @@ def close_window(mask: NDArray[np.float32], least_fill: float) -> Window:
         least_fill: of the window's side, for the longer side of the object's box; in [0, 1].
     """
     whole = whole_window(mask)
-    height, width = mask.shape
-    left, top, right, bottom = bounding_box(mask)
-    longer = max(right - left, bottom - top)
-    if longer >= least_fill * whole.side:
+    if least_fill == 0:
         return whole
-    side = longer / least_fill
-    return Window(_within(width, side, left + right), _within(height, side, top + bottom), side)
+    close = object_window(mask, least_fill)
+    if close.side >= whole.side:
+        return whole
+    height, width = mask.shape
+    return Window(_within(width, close.side, close.left), _within(height, close.side, close.top), close.side)
 
 
 def object_window(mask: NDArray[np.float32], fill: float) -> Window:
@@ -399,9 +399,9 @@ def _held(extent: int, side: float, low: int, high: int) -> float:
     return min(max((extent - side) / 2, high - side), low)
 
 
-def _within(extent: int, side: float, low_plus_high: int) -> float:
-    """Return where a window of this side starts: around the middle of low and high, moved into the extent."""
-    return min(max((low_plus_high - side) / 2, 0.0), extent - side)
+def _within(extent: int, side: float, start: float) -> float:
+    """Return where a window of this side starts: at `start`, moved into the extent."""
+    return min(max(start, 0.0), extent - side)
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,7 @@ def make_views(base: Base, scene: Scene, recipe: Recipe) -> list[View]:
 
 def main_picture(base: Base, scene: Scene, recipe: Recipe) -> np.ndarray:
     """(R, R, 3) uint8: the picture, as a square with all objects in it, cropped if they are small (`least_fill`)."""
-    together = _union(scene)
-    return cut(scene.image, together, close_window(together, recipe.least_fill), base.resolution)[0]
+    return _main_cut(base, scene, recipe)[0]
 
 
 def to_pixels(base: Base, pictures: Sequence[np.ndarray]) -> Tensor:
@@ -94,9 +93,14 @@ def as_pixels(pictures: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
 
 
-def _cuts(base: Base, scene: Scene, recipe: Recipe) -> Iterator[_Cut]:
+def _main_cut(base: Base, scene: Scene, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image, mask and inside of the picture, as `cut` returns them."""
     together = _union(scene)
-    picture, mask, inside = cut(scene.image, together, close_window(together, recipe.least_fill), base.resolution)
+    return cut(scene.image, together, close_window(together, recipe.least_fill), base.resolution)
+
+
+def _cuts(base: Base, scene: Scene, recipe: Recipe) -> Iterator[_Cut]:
+    picture, mask, inside = _main_cut(base, scene, recipe)
     yield _Cut(tuple(range(len(scene.objects))), picture, _loss_weights(base, mask, inside, recipe))
     if recipe.zoom == 0 or len(scene.objects) == 1:
         return
