@@ -46,7 +46,7 @@ class Recipe(BaseModel):
 
     views: int = Field(default=2, ge=1, description="noised views of the picture per scene and step")
     least_fill: float = Field(
-        default=0.5,
+        default=0.6,
         ge=0,
         le=1,
         description="photos are cropped until the object's longer side takes this share of them; 0: left as they are",

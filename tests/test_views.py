@@ -40,7 +40,7 @@ def test_a_large_object_is_seen_in_its_picture(tiny64):
 
 @pytest.mark.parametrize("place", [(0.4, 0.4), (0.0, 0.85)])
 def test_a_small_object_is_seen_at_its_least_size_wherever_it_is(tiny64, place):
-    (close,) = views_of(tiny64, square(*place, 0.15), overrides=["least_fill=0.6"])
+    (close,) = views_of(tiny64, square(*place, 0.15))
     assert filled(close) == pytest.approx(0.36, abs=0.05)
 
 
