@@ -5,7 +5,10 @@ PYTEST := $(BIN)/pytest --quiet --numprocesses 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test check install clean
+# Smaller than what these take by default: they would run for days on two cores.
+FIGURES := --data figures/icons --out figures
+
+.PHONY: demo test check figures install clean
 
 install: $(VENV)/installed
 
@@ -26,6 +29,13 @@ check: install
 
 test: check
 	$(PYTEST) -m cluster
+
+figures: install
+	$(BIN)/python benchmarks/paper.py $(FIGURES)/paper --seeds 1 --tuned-on 4 --reported-on 8
+	$(BIN)/python benchmarks/robustness.py $(FIGURES)/robustness --recipe objdrive --objects 4
+	$(BIN)/python benchmarks/scenes.py $(FIGURES)/scenes --recipe objdrive
+	cp figures/paper/test/recognition.png docs/quality.png
+	cp figures/paper/test/sheet.webp docs/quality-sheet.webp
 
 clean:
 	rm -rf $(VENV) demo-store

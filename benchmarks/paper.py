@@ -4,28 +4,29 @@ Usage: ``python benchmarks/paper.py --out FOLDER`` (``--smoke`` tries it out in 
 
 Every preset is fine-tuned on objects of the development half at several learning rates, `FACTORS` of those that suit
 the base with most presets. With the rate of the highest scalarised recognition it is fine-tuned on the test half, once;
-so are the ablations of the paper's method, at the rate of that, and the default as it is shipped. What `objdrive` makes
-of fewer and of more steps is measured on the development half. For each of the three there are the table, the plots and
-the page of an evaluation; ``results.md`` has the figures and the differences. An interrupted run goes on where it
-stopped.
+so are the ablations of the paper's method, at the rate of that, and the default as it is shipped. Each ablation is
+tried once more where its part has something to do. What `objdrive` makes of fewer and of more steps is measured on the
+development half. For each of the four there are the table, the plots and the page of an evaluation; ``results.md`` has
+the figures and the differences. An interrupted run goes on where it stopped.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from comparing import DEVELOPMENT, SMOKE_PROMPTS, TEST, Contender, Drawn, cell, have_cluster, job, measure, parser
+from magenta import magenta_by_object, on_magenta
 
 from jobs.evaluation.compose import GALLERY_FILE, MANIFEST_FILE, PROMPTS
-from jobs.evaluation.pages import by_method, choose_trades, trade_figures
+from jobs.evaluation.pages import PICTURES_FILE, by_method, choose_trades, trade_figures
 from jobs.evaluation.pictures import CONTROLS
 from objdrive.base import Base
 from objdrive.base_files import BaseFiles, find_base
 from objdrive.recipe import make_recipe
-from objdrive.scores import pareto_front, scalarise
-from objdrive.summary import Figure, Trade, difference, per_object
+from objdrive.scores import Array, pareto_front, scalarise
+from objdrive.summary import Figure, Trade, difference, figure, per_object
 
 FACTORS = (0.3, 1.0, 3.0)
 SHARES = (0.25, 0.5, 2.0)
@@ -37,6 +38,32 @@ ABLATIONS = {
     "paper without regularization": "ccr_weight=0",
     "paper without object loss": "masked=false",
 }
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Circumstances in which a part of the paper's method has something to do.
+
+    Attributes:
+        name: of the circumstances.
+        ablation: of `ABLATIONS`, the one without that part.
+        factor: of the learning rates of the method.
+        share: of its steps.
+        magenta: whether photos have a ground that plainly does not belong to the object.
+    """
+
+    name: str
+    ablation: str
+    factor: float = 1.0
+    share: float = 1.0
+    magenta: bool = False
+
+
+TRIALS = (
+    Trial("a quarter of the steps", "paper without prototype", share=0.25),
+    Trial("3 times the learning rates", "paper without regularization", factor=3.0),
+    Trial("magenta grounds", "paper without object loss", magenta=True),
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +126,7 @@ class Benchmark:
         chosen, best, swept = self._tune()
         self._write(lines, ["", "## Learning rates, development half", "", *swept])
         self._write(lines, ["", "## The test half", "", *self._compare(chosen)])
+        self._write(lines, ["## Ablations where their part has something to do", "", *self._try(chosen[PAPER]), ""])
         self._write(
             lines, [f"## Steps of `{DEFAULT}`, development half", "", *self._cut(chosen[DEFAULT], best[DEFAULT])]
         )
@@ -130,10 +158,10 @@ class Benchmark:
             for preset in self._effort.presets
         }
         lines = ["| preset | learning rates | scalarised recognition | objects |", "|---" * 4 + "|"]
-        for (preset, factor), figure in quality.items():
+        for (preset, factor), reached in quality.items():
             rates = ", ".join(one for one in swept[preset, factor].overrides if "_lr=" in one)
             mark = " (chosen)" if chosen[preset] == factor else ""
-            lines.append(f"| {preset} | {rates}{mark} | {cell(figure)} | {_objects(figure)} |")
+            lines.append(f"| {preset} | {rates}{mark} | {cell(reached)} | {_objects(reached)} |")
         return chosen, {preset: quality[preset, factor] for preset, factor in chosen.items()}, lines
 
     def _cut(self, factor: float, full: Figure | None) -> list[str]:
@@ -162,6 +190,31 @@ class Benchmark:
         lines = []
         for trade in choose_trades(rows):
             lines += [*_figures(rows, trade), "", *_differences(rows, trade), ""]
+        return lines
+
+    def _try(self, factor: float) -> list[str]:
+        """What the paper's method has over its ablations in `TRIALS`, paired by object."""
+        magenta = on_magenta(self._set / TEST / MANIFEST_FILE, self._out / "magenta")
+        pairs = [[f"{PAPER}, {one.name}", f"{one.ablation}, {one.name}"] for one in TRIALS]
+        contenders = []
+        for trial, names in zip(TRIALS, pairs, strict=True):
+            steps = round(trial.share * self._steps)
+            for name, changes in zip(names, ((), (ABLATIONS[trial.ablation],)), strict=True):
+                one = self._contender(TEST, name, PAPER, *changes, factor=factor * trial.factor, steps=steps)
+                contenders.append(replace(one, manifest=magenta) if trial.magenta else one)
+        rows = self._measure("trials", TEST, contenders, self._effort.reported_on)
+        trade = next(trade for trade in choose_trades(rows) if trade.name == "recognition")
+        means = {name: per_object(own, (trade.fidelity, trade.generalization)) for name, own in by_method(rows).items()}
+        tinged = magenta_by_object(self._out / "trials" / PICTURES_FILE)
+        lines = ["| | fidelity | generalization | share of magenta |", "|---" * 4 + "|"]
+        for name, own in means.items():
+            cells = figure(own), figure(own, _second), figure(tinged[name])
+            lines.append(f"| {name} | " + " | ".join(map(cell, cells)) + " |")
+        for ours, theirs in pairs:
+            if means.get(ours) and means.get(theirs):
+                more = difference(means[ours], means[theirs]), difference(means[ours], means[theirs], _second)
+                gains = *more, difference(tinged[ours], tinged[theirs])
+                lines.append(f"| more than {theirs} | " + " | ".join(map(cell, gains)) + " |")
         return lines
 
     @property
@@ -240,11 +293,17 @@ def _differences(rows: Sequence[Mapping[str, Any]], trade: Trade) -> list[str]:
                 continue
             gains = [
                 difference(means[ours], theirs),
-                difference(means[ours], theirs, lambda values: values[:, 1]),
+                difference(means[ours], theirs, _second),
                 difference(means[ours], theirs, scalarise),
             ]
             lines.append(f"| {ours} | {method} | " + " | ".join(map(cell, gains)) + " |")
     return lines
+
+
+def _second(values: Array) -> Array:
+    """(N,) of (N, 2): of the two figures of a trade, the second."""
+    second: Array = values[:, 1]
+    return second
 
 
 def _value(figure: Figure | None) -> float:

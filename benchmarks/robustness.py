@@ -3,8 +3,7 @@
 Usage: ``python benchmarks/robustness.py --out FOLDER`` (``--smoke`` tries it out in minutes, on plain shapes).
 
 Objects are photographed again: smaller and smaller, and before a plain magenta ground with masks that are too small,
-too large or jagged. No context and hardly a drawing is magenta, so that the share of magenta in drawn pictures tells
-how much of the ground was learnt.
+too large or jagged.
 """
 
 import csv
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from comparing import (
     SMOKE_PROMPTS,
     Contender,
@@ -25,6 +23,7 @@ from comparing import (
     measure,
     parser,
 )
+from magenta import MAGENTA, magenta_by_object
 from PIL import Image, ImageFilter
 
 from jobs.evaluation.compose import (
@@ -36,7 +35,6 @@ from jobs.evaluation.compose import (
     read_halves,
 )
 from jobs.evaluation.pages import PICTURES_FILE, by_method
-from jobs.evaluation.pictures import decode_pictures
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, have_sprites
 from objdrive.base import Base
@@ -46,10 +44,8 @@ from objdrive.summary import difference, figure, per_object
 
 RECIPES = ("paper", "objdrive")
 SIZES = (0.6, 0.3, 0.15, 0.1)
-MAGENTA = (255, 0, 255)
 _MASKED_EDGE = 0.6
 _JAGS = 16
-_TINGED = 60
 
 
 @dataclass(frozen=True)
@@ -82,13 +78,6 @@ MASKED = (
     Variant("mask 3 px too large", _MASKED_EDGE, MAGENTA, lambda mask: grown(mask, 3)),
     Variant("mask jagged by 3 px", _MASKED_EDGE, MAGENTA, lambda mask: jagged(mask, 3)),
 )
-
-
-def magenta_share(pixels: np.ndarray) -> np.ndarray:
-    """(N,): share of magenta among the pixels of pictures (N, H, W, 3) uint8."""
-    red, green, blue = np.moveaxis(pixels.astype(int), -1, 0)
-    share: np.ndarray = (np.minimum(red, blue) - green > _TINGED).mean(axis=(1, 2))
-    return share
 
 
 @dataclass(frozen=True)
@@ -142,15 +131,6 @@ def photograph(variant: Variant, sprites: Sprites, subjects: Sequence[Subject], 
     with manifest.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
     return manifest
-
-
-def magenta_by_object(pictures: Path) -> dict[str, dict[str, Array]]:
-    """Mean share of magenta by method and object id."""
-    table = pq.read_table(pictures)
-    shares = magenta_share(decode_pictures(table["picture"])).tolist()
-    rows = table.select(["method", "object_id", "kind"]).to_pylist()
-    measured = [row | {"encoder": "", "magenta": share} for row, share in zip(rows, shares, strict=True)]
-    return {method: per_object(own, [("", "magenta")]) for method, own in by_method(measured).items()}
 
 
 def _sizes(recipe: str, identities: Mapping[str, Mapping[str, Array]]) -> list[str]:
