@@ -254,7 +254,12 @@ def cut(
 
 
 def object_alone(
-    image: NDArray[np.uint8], mask: NDArray[np.float32], size: int, background: int = 255
+    image: NDArray[np.uint8],
+    mask: NDArray[np.float32],
+    size: int,
+    background: int = 255,
+    *,
+    window: Window | None = None,
 ) -> NDArray[np.uint8]:
     """Show the object alone, the paper's ``x_m`` (arXiv 2401.15708): its box, all else in `background` grey.
 
@@ -263,11 +268,12 @@ def object_alone(
         mask: (H, W) in [0, 1].
         size: edge of the result.
         background: grey value around the object, in [0, 255].
+        window: what to show in place of the object's box; it must touch the picture.
 
     Returns:
         (size, size, 3) uint8.
     """
-    window = object_window(mask, ALONE_FILL)
+    window = window or object_window(mask, ALONE_FILL)
     left, top = max(0, math.floor(window.left)), max(0, math.floor(window.top))
     near = np.s_[top : math.ceil(window.top + window.side), left : math.ceil(window.left + window.side)]
     # Blended before it is resampled, or the old background's colour would bleed into the object's edge.

@@ -5,17 +5,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from objdrive.base import Base
-from objdrive.images import close_window, cut, object_window
+from objdrive.images import Window, close_window, cut, object_alone, object_window
 from objdrive.losses import latent_mask
 from objdrive.recipe import Recipe
 
 # As large as things usually are in pictures of them: what is shown larger here is drawn larger than prompts ask for.
 _USUAL_FILL = 0.6
+# Neither dark nor light: a network that normalises over the whole picture learns colours relative to the ground's.
+_GROUND = 128
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def make_views(base: Base, scene: Scene, recipe: Recipe) -> list[View]:
     """Cut and encode views of a scene: first its picture, then with `zoom` each of several objects close up and alone.
 
     The picture is cropped if the objects are small in it (`least_fill`): they are shown at a size that the latents can
-    hold. In a close-up the others, and what is outside of the photo, have the colour of the photo's ground.
+    hold. With `plain_ground`, and in close-ups, what is around them is grey.
     """
     cuts = list(_cuts(base, scene, recipe))
     # Large pictures go through the autoencoder one by one: its activations are the largest of all.
@@ -79,8 +80,9 @@ def make_views(base: Base, scene: Scene, recipe: Recipe) -> list[View]:
 
 
 def main_picture(base: Base, scene: Scene, recipe: Recipe) -> np.ndarray:
-    """(R, R, 3) uint8: the picture, as a square with all objects in it, cropped if they are small (`least_fill`)."""
-    return _main_cut(base, scene, recipe)[0]
+    """(R, R, 3) uint8: the photo, as a square with all objects in it, cropped if they are small (`least_fill`)."""
+    together = _together(scene.objects)
+    return cut(scene.image, together, close_window(together, recipe.least_fill), base.resolution)[0]
 
 
 def to_pixels(base: Base, pictures: Sequence[np.ndarray]) -> Tensor:
@@ -93,48 +95,33 @@ def as_pixels(pictures: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
 
 
-def _main_cut(base: Base, scene: Scene, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image, mask and inside of the picture, as `cut` returns them."""
-    together = _union(scene)
-    return cut(scene.image, together, close_window(together, recipe.least_fill), base.resolution)
-
-
 def _cuts(base: Base, scene: Scene, recipe: Recipe) -> Iterator[_Cut]:
-    picture, mask, inside = _main_cut(base, scene, recipe)
-    yield _Cut(tuple(range(len(scene.objects))), picture, _loss_weights(base, mask, inside, recipe))
+    everything = tuple(range(len(scene.objects)))
+    window = close_window(_together(scene.objects), recipe.least_fill)
+    yield _cut_view(base, scene, everything, window, recipe, plain=recipe.plain_ground)
     if recipe.zoom == 0 or len(scene.objects) == 1:
         return
-    around = mask < 0.5
-    ground = np.median(picture[around if around.any() else ...].reshape(-1, 3), axis=0)
-    for index in range(len(scene.objects)):
-        yield _close_up(base, scene, index, ground, recipe)
+    for index in everything:
+        # On a plain ground in any case: a prompt that names this object alone must not be taught what the others look
+        # like, and it is enough that they are seen, whatever their weight in the loss.
+        close = object_window(scene.objects[index].mask, _USUAL_FILL)
+        yield _cut_view(base, scene, (index,), close, recipe, plain=True)
 
 
-def _close_up(base: Base, scene: Scene, index: int, ground: np.ndarray, recipe: Recipe) -> _Cut:
-    one = scene.objects[index]
-    window = object_window(one.mask, _USUAL_FILL)
-    picture, mask, inside = cut(scene.image, one.mask, window, base.resolution)
-    others = cut(scene.image, _union(scene, without=one), window, base.resolution)[1]
-    # A prompt that names this object alone must not be taught what the others look like: it is enough that they are
-    # seen, whatever their weight in the loss.
-    painted = (np.maximum(_grown(others), 1 - inside) * (1 - mask))[..., None]
-    alone = np.round(picture * (1 - painted) + ground * painted).astype(np.uint8)
-    return _Cut((index,), alone, _loss_weights(base, mask, inside * (1 - others), recipe))
+def _cut_view(base: Base, scene: Scene, shown: tuple[int, ...], window: Window, recipe: Recipe, *, plain: bool) -> _Cut:
+    mask = _together([scene.objects[index] for index in shown])
+    others = [one for index, one in enumerate(scene.objects) if index not in shown]
+    if others:
+        mask = mask * (1 - _together(others))
+    picture, seen, inside = cut(scene.image, mask, window, base.resolution)
+    if plain:
+        picture = object_alone(scene.image, mask, base.resolution, _GROUND, window=window)
+    return _Cut(shown, picture, _loss_weights(base, seen, inside, recipe))
 
 
-def _grown(mask: np.ndarray) -> np.ndarray:
-    """(R, R): the mask, larger by a 32nd of its edge on every side, so that no rim of what it covers is left."""
-    reach = max(1, len(mask) // 32)
-    grown = F.max_pool2d(torch.from_numpy(mask)[None], 2 * reach + 1, stride=1, padding=reach)
-    return grown[0].numpy()
-
-
-def _union(scene: Scene, without: SceneObject | None = None) -> np.ndarray:
-    """(H, W): the masks of a scene's objects in one, empty if there are none."""
-    union = np.zeros_like(scene.objects[0].mask)
-    for one in scene.objects:
-        if one is not without:
-            union = np.maximum(union, one.mask)
+def _together(objects: Sequence[SceneObject]) -> np.ndarray:
+    """(H, W): the masks of objects in one."""
+    union: np.ndarray = np.maximum.reduce([one.mask for one in objects])
     return union
 
 

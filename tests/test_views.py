@@ -59,19 +59,37 @@ def test_neighbours_are_seen_together_and_each_alone(tiny64):
     assert all(filled(view) == pytest.approx(0.6**2, abs=0.06) for view in close)
 
 
+def coloured(ground, colour, *masks):
+    """A scene of grey objects, with another colour where `ground` is 1."""
+    image = np.full((EDGE, EDGE, 3), 128, np.uint8)
+    image[ground > 0] = colour
+    return Scene("key", image, scene(*masks).objects)
+
+
 def test_of_its_neighbours_an_object_learns_nothing(tiny64):
     masks = square(0.1, 0.3, 0.3), square(0.44, 0.3, 0.3)
-    plain = np.full((EDGE, EDGE, 3), 128, np.uint8)
-    coloured = plain.copy()
-    coloured[masks[1] > 0] = (255, 0, 255)
-    objects = scene(*masks).objects
-    recipe = make_recipe(overrides=["masked=false"])
-    seen, unseen = (make_views(tiny64, Scene("key", image, objects), recipe) for image in (coloured, plain))
-    assert not torch.equal(seen[0].latents, unseen[0].latents)
-    assert torch.equal(seen[1].latents, unseen[1].latents)
-    # The view reaches from 0 to 0.5 of the photo, the other object from 0.44 on.
-    assert bool((seen[1].weights[..., :14] == 1).all())
-    assert float(seen[1].weights[..., 14:].min()) == 0
+    blue, red = (
+        make_views(tiny64, coloured(masks[1], colour, *masks), make_recipe()) for colour in ((0, 0, 255), (255, 0, 0))
+    )
+    assert not torch.equal(blue[0].latents, red[0].latents)
+    assert torch.equal(blue[1].latents, red[1].latents)
+
+
+@pytest.mark.parametrize(("plain", "same"), [("true", True), ("false", False)])
+def test_of_the_photos_ground_an_object_learns_nothing_unless_asked_to(tiny64, plain, same):
+    mask = square(0.2, 0.2, 0.6)
+    recipe = make_recipe(overrides=[f"plain_ground={plain}"])
+    (blue,), (red,) = (
+        make_views(tiny64, coloured(1 - mask, colour, mask), recipe) for colour in ((0, 0, 255), (255, 0, 0))
+    )
+    assert torch.equal(blue.latents, red.latents) == same
+
+
+def test_where_masks_overlap_nothing_is_learned_alone(tiny64):
+    masks = square(0.1, 0.3, 0.4), square(0.3, 0.3, 0.4)
+    _, left, right = views_of(tiny64, *masks)
+    assert filled(left) == pytest.approx(0.6**2 / 2, abs=0.06)
+    assert filled(right) == pytest.approx(0.6**2 / 2, abs=0.06)
 
 
 def test_neighbours_that_fill_the_photo_are_seen_alone_too(tiny64):
