@@ -203,19 +203,7 @@ class Benchmark:
                 one = self._contender(TEST, name, PAPER, *changes, factor=factor * trial.factor, steps=steps)
                 contenders.append(replace(one, manifest=magenta) if trial.magenta else one)
         rows = self._measure("trials", TEST, contenders, self._effort.reported_on)
-        trade = next(trade for trade in choose_trades(rows) if trade.name == "recognition")
-        means = {name: per_object(own, (trade.fidelity, trade.generalization)) for name, own in by_method(rows).items()}
-        tinged = magenta_by_object(self._out / "trials" / PICTURES_FILE)
-        lines = ["| | fidelity | generalization | share of magenta |", "|---" * 4 + "|"]
-        for name, own in means.items():
-            cells = figure(own), figure(own, _second), figure(tinged[name])
-            lines.append(f"| {name} | " + " | ".join(map(cell, cells)) + " |")
-        for ours, theirs in pairs:
-            if means.get(ours) and means.get(theirs):
-                more = difference(means[ours], means[theirs]), difference(means[ours], means[theirs], _second)
-                gains = *more, difference(tinged[ours], tinged[theirs])
-                lines.append(f"| more than {theirs} | " + " | ".join(map(cell, gains)) + " |")
-        return lines
+        return _trial_table(rows, magenta_by_object(self._out / "trials" / PICTURES_FILE), pairs)
 
     @property
     def _steps(self) -> int:
@@ -235,7 +223,7 @@ class Benchmark:
     def _quality(self, part: str, contenders: Sequence[Contender]) -> dict[str, Figure]:
         """Scalarised recognition on objects of the development half, by name."""
         rows = self._measure(part, DEVELOPMENT, contenders, self._effort.tuned_on)
-        trade = next(trade for trade in choose_trades(rows) if trade.name == "recognition")
+        trade = _recognition(rows)
         figures = {name: trade_figures(own, trade) for name, own in by_method(rows).items()}
         return {name: one["scalarised"] for name, one in figures.items() if one}
 
@@ -298,6 +286,29 @@ def _differences(rows: Sequence[Mapping[str, Any]], trade: Trade) -> list[str]:
             ]
             lines.append(f"| {ours} | {method} | " + " | ".join(map(cell, gains)) + " |")
     return lines
+
+
+def _trial_table(
+    rows: Sequence[Mapping[str, Any]], tinged: Mapping[str, Mapping[str, Array]], pairs: Sequence[Sequence[str]]
+) -> list[str]:
+    """Recognition and share of magenta of every method, and what the first of each pair has over the second."""
+    trade = _recognition(rows)
+    means = {name: per_object(own, (trade.fidelity, trade.generalization)) for name, own in by_method(rows).items()}
+    lines = ["| | fidelity | generalization | share of magenta |", "|---" * 4 + "|"]
+    for name, own in means.items():
+        cells = figure(own), figure(own, _second), figure(tinged[name])
+        lines.append(f"| {name} | " + " | ".join(map(cell, cells)) + " |")
+    for ours, theirs in pairs:
+        if means.get(ours) and means.get(theirs):
+            more = difference(means[ours], means[theirs]), difference(means[ours], means[theirs], _second)
+            gains = *more, difference(tinged[ours], tinged[theirs])
+            lines.append(f"| more than {theirs} | " + " | ".join(map(cell, gains)) + " |")
+    return lines
+
+
+def _recognition(rows: Sequence[Mapping[str, Any]]) -> Trade:
+    """The trade that learning rates and trials are judged by."""
+    return next(trade for trade in choose_trades(rows) if trade.name == "recognition")
 
 
 def _second(values: Array) -> Array:
