@@ -30,6 +30,7 @@ from objdrive.base import TOKEN_MARK, Base
 from objdrive.class_pictures import ClassPictures, seed_of
 from objdrive.errors import RowError
 from objdrive.images import Photo, encode_picture, masks_overlap
+from objdrive.masks import intersection_over_union
 from objdrive.personalize import (
     Diverged,
     FineTuned,
@@ -187,10 +188,15 @@ class FineTune:
         for index, (record, photo) in enumerate(zip(loaded.unit.rows, loaded.photos, strict=True)):
             object_id = record.row.object_id
             drawn = [(p.caption, p.picture) for p in previews if p.object_id == object_id]
+            learned_by = result.masks[index]
+            mended = learned_by is not photo.mask
             # A catalog shows every object, those without drawn previews too.
             pictures = [("input", _thumbnail(photo.image))]
             if drawn:
-                pictures += [("mask", _mask_picture(photo)), *drawn]
+                pictures.append(("mask", _mask_picture(photo.mask)))
+                if mended:
+                    pictures.append(("mended mask", _mask_picture(learned_by)))
+                pictures += drawn
             names = [f"previews/{number}.webp" for number in range(len(pictures))]
             files = adapter_files(result.adapters[index], token=_token(object_id))
             files |= {name: _webp(picture) for name, (_, picture) in zip(names, pictures, strict=True)}
@@ -200,9 +206,11 @@ class FineTune:
             except StoreError as error:
                 outcomes.append(fail_row(record, "store_failed", str(error)))
                 continue
-            warning = "" if self._base.knows(record.row.class_name) else _unknown_class(record, self._base)
+            warnings = [] if self._base.knows(record.row.class_name) else [_unknown_class(record, self._base)]
+            if mended:
+                warnings.append(_mended(photo.mask, learned_by))
             status: Literal["committed", "already"] = "committed" if committed else "already"
-            outcomes.append(RowOutcome(status, loaded.digest, warning=warning, metrics=result.metrics))
+            outcomes.append(RowOutcome(status, loaded.digest, warning="; ".join(warnings), metrics=result.metrics))
             alive()
         return outcomes
 
@@ -260,8 +268,16 @@ def _unknown_class(record: Checked, base: Base) -> str:
     )
 
 
-def _mask_picture(photo: Photo) -> Image.Image:
-    return _thumbnail((photo.mask * 255).astype(np.uint8))
+def _mended(given: np.ndarray, learned_by: np.ndarray) -> str:
+    agreement = intersection_over_union(given >= 0.5, learned_by >= 0.5)
+    return (
+        f"the mask's edge does not follow the picture and was mended (intersection over union: {agreement:.2f}): "
+        "look at the object's previews, and give a better mask, or set mend_masks=false if it was right"
+    )
+
+
+def _mask_picture(mask: np.ndarray) -> Image.Image:
+    return _thumbnail((mask * 255).astype(np.uint8))
 
 
 def _thumbnail(pixels: np.ndarray) -> Image.Image:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from objdrive.losses import (
 )
 from objdrive.prototype import class_prompt, optimise_prototypes, prototype_targets
 from objdrive.recipe import Recipe
-from objdrive.views import Scene, View, main_picture, make_views, to_pixels
+from objdrive.views import Scene, View, main_picture, make_views, to_pixels, with_mended_masks
 
 LARGEST_GROUP = 16
 """Scenes in a group beyond which nothing is gained."""
@@ -34,10 +35,18 @@ LARGEST_GROUP = 16
 
 @dataclass(frozen=True)
 class FineTuned:
-    """What a fine-tune yields: for each object an adapter, and the prototype (d,) that it started from."""
+    """What a fine-tune yields.
+
+    Attributes:
+        adapters: one for each object.
+        prototypes: (d,) for each object, what it started from.
+        masks: (H, W) for each object, what it was learned by: the scene's own mask, or another one in its place.
+        metrics: losses, steps and seconds.
+    """
 
     adapters: tuple[Adapter, ...]
     prototypes: tuple[Tensor, ...]
+    masks: tuple[np.ndarray, ...]
     metrics: dict[str, float]
 
 
@@ -70,6 +79,9 @@ def personalize(
         One result per scene, in order.
     """
     started = time.perf_counter()
+    if recipe.mend_masks:
+        scenes = [with_mended_masks(scene) for scene in scenes]
+        on_step()
     prototypes = _starting_embeddings(base, scenes, recipe)
     on_step()
     class_pictures = class_pictures or ClassPictures(base, recipe)
@@ -87,7 +99,7 @@ def personalize(
         course = _train(base, bank, embeddings, materials, recipe, on_step)
         seconds = (time.perf_counter() - started) / len(scenes)
         return [
-            _result(bank, slot, len(scene.objects), embeddings, prototypes[slot], course, recipe, seconds)
+            _result(bank, slot, scene, embeddings, prototypes[slot], course, recipe, seconds)
             for slot, scene in enumerate(scenes)
         ]
 
@@ -347,7 +359,7 @@ def _random_embedding(base: Base, text: str) -> Tensor:
 def _result(
     bank: AdapterBank,
     slot: int,
-    objects: int,
+    scene: Scene,
     embeddings: Tensor,
     prototypes: Tensor,
     course: _Course,
@@ -360,7 +372,7 @@ def _result(
             diverged_at, f"the loss stopped being finite at step {diverged_at}: lower lora_lr or embedding_lr"
         )
     lora = bank.export(slot) if recipe.rank else {}
-    learned = embeddings.detach()[slot, :objects].cpu()
+    learned = embeddings.detach()[slot, : len(scene.objects)].cpu()
     steps = max(1, recipe.steps)
     metrics = {
         "loss_object": float(course.object_losses[slot]) / steps,
@@ -371,6 +383,7 @@ def _result(
     return FineTuned(
         adapters=tuple(Adapter(lora, vector.clone()) for vector in learned),
         prototypes=tuple(vector.cpu().clone() for vector in prototypes),
+        masks=tuple(o.mask for o in scene.objects),
         metrics=metrics,
     )
 

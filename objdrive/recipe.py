@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from objdrive.errors import ObjdriveError
 
-METHOD_VERSION = 7
+METHOD_VERSION = 8
 """Part of every artifact's digest: raise it when the same recipe no longer yields the same adapter."""
 
 
@@ -45,6 +45,7 @@ class Recipe(BaseModel):
     max_grad_norm: float = Field(default=1.0, gt=0, description="per scene, over all its trained values")
 
     views: int = Field(default=2, ge=1, description="noised views of the picture per scene and step")
+    mend_masks: bool = Field(default=True, description="masks whose edge does not follow the picture are mended")
     least_fill: float = Field(
         default=0.6,
         ge=0,
@@ -113,6 +114,7 @@ class Recipe(BaseModel):
 _PLAIN: dict[str, Any] = {
     "masked": False,
     "timesteps": "uniform",
+    "mend_masks": False,
     "least_fill": 0.0,
     "plain_ground": False,
     "zoom": 0.0,
@@ -125,6 +127,7 @@ _PLAIN: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "objdrive": {},
     "paper": {
+        "mend_masks": False,
         "least_fill": 0.0,
         "plain_ground": False,
         "zoom": 0.0,

@@ -1,7 +1,7 @@
 """Training views: squares cut from a scene's one picture, encoded once."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from objdrive.base import Base
 from objdrive.images import Window, close_window, cut, object_alone, object_window
 from objdrive.losses import latent_mask
+from objdrive.masks import mend_mask
 from objdrive.recipe import Recipe
 
 # As large as things usually are in pictures of them: what is shown larger here is drawn larger than prompts ask for.
@@ -63,6 +64,16 @@ class _Cut:
     shown: tuple[int, ...]
     picture: np.ndarray
     weights: Tensor
+
+
+def with_mended_masks(scene: Scene) -> Scene:
+    """The scene by masks that follow its picture; an object whose own does already keeps it (`mend_mask`)."""
+    objects = []
+    for one in scene.objects:
+        others = [other for other in scene.objects if other is not one]
+        mask = mend_mask(scene.image, one.mask, _together(others) if others else None)
+        objects.append(replace(one, mask=mask))
+    return replace(scene, objects=tuple(objects))
 
 
 def make_views(base: Base, scene: Scene, recipe: Recipe) -> list[View]:

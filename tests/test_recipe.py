@@ -20,7 +20,8 @@ def test_presets_differ_in_what_makes_the_method():
     assert not any(recipes[name].masked for name in ("dreambooth", "textual_inversion", "lora"))
     paper = recipes["paper"]
     assert (paper.embedding_start, paper.masked, paper.soft_mask) == ("prototype", True, False)
-    assert (paper.least_fill, paper.plain_ground, paper.zoom, paper.timesteps) == (0, False, 0, "uniform")
+    assert (paper.least_fill, paper.zoom, paper.timesteps) == (0, 0, "uniform")
+    assert (paper.mend_masks, paper.plain_ground) == (False, False)
     assert (paper.ccr_target, paper.ccr_weight > 0) == ("base", True)
     assert (paper.ccr_unconditional, paper.ccr_background) == (0, False)
 
@@ -144,6 +145,7 @@ class TestDigest:
             "warmup_steps": 1,
             "max_grad_norm": 0.5,
             "views": 9,
+            "mend_masks": False,
             "least_fill": 0.125,
             "plain_ground": False,
             "zoom": 0.125,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from objdrive.recipe import make_recipe
-from objdrive.views import Scene, SceneObject, make_views
+from objdrive.views import Scene, SceneObject, make_views, with_mended_masks
 
 EDGE = 128
 
@@ -64,6 +64,17 @@ def coloured(ground, colour, *masks):
     image = np.full((EDGE, EDGE, 3), 128, np.uint8)
     image[ground > 0] = colour
     return Scene("key", image, scene(*masks).objects)
+
+
+def test_each_object_has_a_mask_of_its_own_that_follows_the_picture():
+    exact = square(0.1, 0.3, 0.3), square(0.4, 0.3, 0.3)
+    image = coloured(np.maximum(*exact), (200, 60, 50), *exact).image
+    careless = square(0.15, 0.35, 0.2)
+    objects = (SceneObject("left", "mug", careless), SceneObject("right", "mug", exact[1]))
+    mended = with_mended_masks(Scene("key", image, objects))
+    assert np.abs(mended.objects[0].mask - exact[0]).mean() < 0.01
+    assert np.abs(careless - exact[0]).mean() > 0.04
+    assert (mended.objects[0].object_id, mended.key, mended.image) == ("left", "key", image)
 
 
 def test_of_its_neighbours_an_object_learns_nothing(tiny64):

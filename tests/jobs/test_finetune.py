@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from jobs.finetune import PREVIEW_PROMPTS, FineTune
 from jobs.ingest import Checked, Target, check_row
@@ -154,6 +155,22 @@ def test_previews_are_part_of_the_artifact(workshop):
     assert {picture.size for picture in pictures[2:]} == {(64, 64)}
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
     assert [preview.caption for preview in workshop.store.current(other).previews] == ["input"]
+
+
+def test_a_mask_that_does_not_follow_the_picture_is_mended_and_that_is_said(workshop):
+    workshop.copy_row(workshop.alone[7], "careless")
+    path = Path(workshop.rows["careless"].mask)
+    with Image.open(path) as exact:
+        exact.convert("L").filter(ImageFilter.MaxFilter(31)).save(path)
+    ((outcome,),), _ = workshop.work(workshop.unit("careless", previews=True))
+    assert "mended (intersection over union: 0." in outcome.warning
+    metadata, files = workshop.store.read("careless")
+    given, mended = (
+        Image.open(io.BytesIO(files[preview.file])).convert("L")
+        for preview in metadata.previews
+        if preview.caption in ("mask", "mended mask")
+    )
+    assert np.asarray(mended).mean() < 0.9 * np.asarray(given).mean()
 
 
 # Scenes

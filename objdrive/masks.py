@@ -1,0 +1,115 @@
+"""Masks whose edges follow the picture: careless ones are mended by GrabCut."""
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from objdrive.images import MIN_OBJECT_PIXELS, Window, cut, object_window
+
+# GrabCut works on a square of so many pixels around the object, whose longer side takes so much of it.
+_EDGE = 256
+_FILL = 0.6
+# How far from the mask's edge it decides, in pixels of that square: a twelfth of the object's longer side inwards.
+# Outwards it is further, as thin parts are lost whole.
+_INWARDS = 14
+_OUTWARDS = 30
+_ROUNDS = 5
+# What one pass has found lets the next one look further.
+_PASSES = 4
+_SETTLED = 0.98
+# Masks are good guides as a rule: another one must have its edge where the picture clearly has more of one.
+_CLEARLY = 1.5
+
+
+def mend_mask(
+    image: NDArray[np.uint8], mask: NDArray[np.float32], others: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Mend a mask whose edge does not follow the picture, as it is too small, too large or jagged.
+
+    GrabCut (Rother et al., SIGGRAPH 2004) decides anew in a band along the mask's edge, again until it has settled.
+    Its mask is taken only if the picture changes much more along its edge than along the given one's.
+
+    Args:
+        image: (H, W, 3) uint8.
+        mask: (H, W) in [0, 1].
+        others: (H, W) in [0, 1], where other objects are: nothing there becomes a part of this one.
+
+    Returns:
+        (H, W) in [0, 1]: `mask` itself where nothing better is found.
+    """
+    window = object_window(mask, _FILL)
+    picture, given, inside = cut(image, mask, window, _EDGE)
+    barred = np.zeros(given.shape, bool)
+    if others is not None:
+        barred = (cut(image, others, window, _EDGE)[1] >= 0.5) & (given < 0.5)
+    # What is outside of the picture is neither the object nor what is around it.
+    real = np.ix_((inside >= 0.5).any(axis=1), (inside >= 0.5).any(axis=0))
+    found = np.zeros(given.shape, bool)
+    found[real] = _settle(picture[real], given[real] >= 0.5, barred[real])
+    change = _change(picture)
+    if _along_edge(change, found) < _CLEARLY * _along_edge(change, given >= 0.5):
+        return mask
+    return _put_back(found, window, mask.shape)
+
+
+def intersection_over_union(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+    """How well two masks agree, from 0 to 1; 0 if both are empty."""
+    return int(np.count_nonzero(one & other)) / max(1, int(np.count_nonzero(one | other)))
+
+
+def _settle(picture: NDArray[np.uint8], given: NDArray[np.bool_], barred: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    if _one_sided(given):
+        return given
+    found = given
+    for _ in range(_PASSES):
+        before, found = found, _decide(picture, found, barred)
+        if _one_sided(found):
+            return given
+        if intersection_over_union(before, found) > _SETTLED:
+            break
+    return found
+
+
+def _one_sided(mask: NDArray[np.bool_]) -> bool:
+    """There are too few pixels of the object, or of what is around it, to tell their colours apart."""
+    pixels = int(np.count_nonzero(mask))
+    return min(pixels, mask.size - pixels) < MIN_OBJECT_PIXELS
+
+
+def _decide(picture: NDArray[np.uint8], found: NDArray[np.bool_], barred: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    solid = found.astype(np.uint8)
+    depth = cv2.distanceTransform(solid, cv2.DIST_L2, cv2.DIST_MASK_5)
+    beyond = cv2.distanceTransform(1 - solid, cv2.DIST_L2, cv2.DIST_MASK_5)
+    labels = np.where(found, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    # Of a thin object too the innermost part is certain.
+    labels[depth > min(_INWARDS, 0.7 * depth.max())] = cv2.GC_FGD
+    labels[(beyond > _OUTWARDS) | barred] = cv2.GC_BGD
+    # It clusters colours at random: an adapter must not depend on what ran before.
+    cv2.setRNGSeed(0)
+    ground, thing = np.zeros((1, 65)), np.zeros((1, 65))
+    cv2.grabCut(picture, labels, (0, 0, 1, 1), ground, thing, _ROUNDS, cv2.GC_INIT_WITH_MASK)
+    decided: NDArray[np.bool_] = (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
+    return decided
+
+
+def _change(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(H, W): how fast the colour changes from pixel to pixel, in CIELAB."""
+    lab = cv2.cvtColor(cv2.GaussianBlur(picture, (0, 0), 1), cv2.COLOR_RGB2LAB).astype(np.float32)
+    gradients = [cv2.Sobel(lab, cv2.CV_32F, *axis) for axis in ((1, 0), (0, 1))]
+    change: NDArray[np.float32] = np.sqrt(sum(np.square(gradient).sum(axis=-1) for gradient in gradients))
+    return change
+
+
+def _along_edge(change: NDArray[np.float32], mask: NDArray[np.bool_]) -> float:
+    solid, cross = mask.astype(np.uint8), np.ones((3, 3), np.uint8)
+    edge = cv2.morphologyEx(solid, cv2.MORPH_GRADIENT, cross) > 0
+    return float(change[edge].mean())
+
+
+def _put_back(found: NDArray[np.bool_], window: Window, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    scale = _EDGE / window.side
+    placed = (scale, 0, -window.left * scale, 0, scale, -window.top * scale)
+    small = Image.fromarray(found.astype(np.float32))
+    size = shape[1], shape[0]
+    return np.asarray(small.transform(size, Image.Transform.AFFINE, placed, Image.Resampling.BILINEAR))
