@@ -272,7 +272,7 @@ def _mended(given: np.ndarray, learned_by: np.ndarray) -> str:
     agreement = intersection_over_union(given >= 0.5, learned_by >= 0.5)
     return (
         f"the mask's edge does not follow the picture and was mended (intersection over union: {agreement:.2f}): "
-        "look at the object's previews, and give a better mask, or set mend_masks=false if it was right"
+        "look at the object's previews, and give a better mask, or use this one as it is: --set mend_masks=false"
     )
 
 

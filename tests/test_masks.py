@@ -113,6 +113,13 @@ def test_a_mask_of_nearly_the_whole_picture_is_kept():
     assert mend_mask(image, mask) is mask
 
 
+def test_a_mask_that_is_finer_than_what_is_looked_at_is_kept():
+    mask = np.zeros((2000, 2000), np.float32)
+    mask[1000, 500:1500] = 1
+    image = np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), np.uint8)
+    assert mend_mask(image, mask) is mask
+
+
 def test_what_ran_before_makes_no_difference():
     exact = ellipse((120, 120), (70, 50))
     image, mask = photo([exact], [(200, 60, 50)]), grown(exact, 10)
