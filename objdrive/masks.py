@@ -15,6 +15,10 @@ _FILL = 0.6
 _INWARDS = 14
 _OUTWARDS = 30
 _ROUNDS = 5
+_NOISE = 4
+_OBJECT = (cv2.GC_FGD, cv2.GC_PR_FGD)
+# OpenCV looks at it only where there is no mask.
+_NO_BOX = (0, 0, 1, 1)
 # What one pass has found lets the next one look further.
 _PASSES = 4
 _SETTLED = 0.98
@@ -27,8 +31,9 @@ def mend_mask(
 ) -> NDArray[np.float32]:
     """Mend a mask whose edge does not follow the picture, as it is too small, too large or jagged.
 
-    GrabCut (Rother et al., SIGGRAPH 2004) decides anew in a band along the mask's edge, again until it has settled.
-    Its mask is taken only if the picture changes much more along its edge than along the given one's.
+    GrabCut (Rother et al., SIGGRAPH 2004) decides anew in a band along the mask's edge, again until it has settled:
+    once starting from all colours on the mask's two sides, once from those that lie beyond the band. The result along
+    whose edge the picture changes more is taken, if it changes much more than along the given one's.
 
     Args:
         image: (H, W, 3) uint8.
@@ -45,14 +50,14 @@ def mend_mask(
         barred = (cut(image, others, window, _EDGE)[1] >= 0.5) & (given < 0.5)
     # What is outside of the picture is neither the object nor what is around it.
     real = np.ix_((inside >= 0.5).any(axis=1), (inside >= 0.5).any(axis=0))
-    found = np.zeros(given.shape, bool)
-    found[real] = _settle(picture[real], given[real] >= 0.5, barred[real])
-    if np.array_equal(found, given >= 0.5):
-        return mask
     change = _change(picture)
-    if _along_edge(change, found) < _CLEARLY * _along_edge(change, given >= 0.5):
-        return mask
-    return _put_back(found, window, mask.shape)
+    best, most = None, _CLEARLY * _along_edge(change, given >= 0.5)
+    for certain_only in (False, True):
+        found = np.zeros(given.shape, bool)
+        found[real] = _settle(picture[real], given[real] >= 0.5, barred[real], certain_only=certain_only)
+        if (along := _along_edge(change, found)) > most:
+            best, most = found, along
+    return mask if best is None else _put_back(best, window, mask.shape)
 
 
 def intersection_over_union(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
@@ -60,12 +65,18 @@ def intersection_over_union(one: NDArray[np.bool_], other: NDArray[np.bool_]) ->
     return int(np.count_nonzero(one & other)) / max(1, int(np.count_nonzero(one | other)))
 
 
-def _settle(picture: NDArray[np.uint8], given: NDArray[np.bool_], barred: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _settle(
+    picture: NDArray[np.uint8], given: NDArray[np.bool_], barred: NDArray[np.bool_], *, certain_only: bool
+) -> NDArray[np.bool_]:
     if _one_sided(given):
         return given
+    if certain_only:
+        # A ground of one flat colour would make a model that nothing but that colour fits.
+        noise = np.random.default_rng(0).normal(0, _NOISE, picture.shape)
+        picture = (picture + noise).clip(0, 255).astype(np.uint8)
     found = given
     for _ in range(_PASSES):
-        before, found = found, _decide(picture, found, barred)
+        before, found = found, _decide(picture, _labels(found, barred), certain_only=certain_only)
         if _one_sided(found):
             return given
         if intersection_over_union(before, found) > _SETTLED:
@@ -79,7 +90,8 @@ def _one_sided(mask: NDArray[np.bool_]) -> bool:
     return min(pixels, mask.size - pixels) < MIN_OBJECT_PIXELS
 
 
-def _decide(picture: NDArray[np.uint8], found: NDArray[np.bool_], barred: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _labels(found: NDArray[np.bool_], barred: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """GrabCut's: what is certain, and in the band along the edge what is probable."""
     solid = found.astype(np.uint8)
     depth = cv2.distanceTransform(solid, cv2.DIST_L2, cv2.DIST_MASK_5)
     beyond = cv2.distanceTransform(1 - solid, cv2.DIST_L2, cv2.DIST_MASK_5)
@@ -87,12 +99,20 @@ def _decide(picture: NDArray[np.uint8], found: NDArray[np.bool_], barred: NDArra
     # Of a thin object too the innermost part is certain.
     labels[depth > min(_INWARDS, 0.7 * depth.max())] = cv2.GC_FGD
     labels[(beyond > _OUTWARDS) | barred] = cv2.GC_BGD
+    return labels
+
+
+def _decide(picture: NDArray[np.uint8], labels: NDArray[np.uint8], *, certain_only: bool) -> NDArray[np.bool_]:
     # It clusters colours at random: an adapter must not depend on what ran before.
     cv2.setRNGSeed(0)
-    ground, thing = np.zeros((1, 65)), np.zeros((1, 65))
-    cv2.grabCut(picture, labels, (0, 0, 1, 1), ground, thing, _ROUNDS, cv2.GC_INIT_WITH_MASK)
-    decided: NDArray[np.bool_] = (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
-    return decided
+    colours = np.zeros((1, 65)), np.zeros((1, 65))
+    first = np.isin(labels, (cv2.GC_FGD, cv2.GC_BGD)) if certain_only else np.ones(labels.shape, bool)
+    if _one_sided((found := np.isin(labels, _OBJECT))[first]):
+        return found
+    cv2.grabCut(picture[first][None], labels[first][None], _NO_BOX, *colours, 0, cv2.GC_INIT_WITH_MASK)
+    cv2.grabCut(picture, labels, _NO_BOX, *colours, 1, cv2.GC_EVAL_FREEZE_MODEL)
+    cv2.grabCut(picture, labels, _NO_BOX, *colours, _ROUNDS - 1, cv2.GC_EVAL)
+    return np.isin(labels, _OBJECT)
 
 
 def _change(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -104,9 +124,8 @@ def _change(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _along_edge(change: NDArray[np.float32], mask: NDArray[np.bool_]) -> float:
-    solid, cross = mask.astype(np.uint8), np.ones((3, 3), np.uint8)
-    edge = cv2.morphologyEx(solid, cv2.MORPH_GRADIENT, cross) > 0
-    return float(change[edge].mean())
+    edge = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+    return float(change[edge].mean()) if edge.any() else 0.0
 
 
 def _put_back(found: NDArray[np.bool_], window: Window, shape: tuple[int, ...]) -> NDArray[np.float32]:
