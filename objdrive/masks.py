@@ -20,7 +20,7 @@ _OBJECT = (cv2.GC_FGD, cv2.GC_PR_FGD)
 # OpenCV looks at it only where there is no mask.
 _NO_BOX = (0, 0, 1, 1)
 # What one pass has found lets the next one look further.
-_PASSES = 4
+_PASSES = 8
 _SETTLED = 0.98
 # Masks are good guides as a rule: another one must have its edge where the picture clearly has more of one.
 _CLEARLY = 1.5
@@ -43,21 +43,14 @@ def mend_mask(
     Returns:
         (H, W) in [0, 1]: `mask` itself where nothing better is found.
     """
-    window = object_window(mask, _FILL)
-    picture, given, inside = cut(image, mask, window, _EDGE)
-    barred = np.zeros(given.shape, bool)
-    if others is not None:
-        barred = (cut(image, others, window, _EDGE)[1] >= 0.5) & (given < 0.5)
-    # What is outside of the picture is neither the object nor what is around it.
-    real = np.ix_((inside >= 0.5).any(axis=1), (inside >= 0.5).any(axis=0))
-    change = _change(picture)
-    best, most = None, _CLEARLY * _along_edge(change, given >= 0.5)
-    for certain_only in (False, True):
-        found = np.zeros(given.shape, bool)
-        found[real] = _settle(picture[real], given[real] >= 0.5, barred[real], certain_only=certain_only)
-        if (along := _along_edge(change, found)) > most:
-            best, most = found, along
-    return mask if best is None else _put_back(best, window, mask.shape)
+    barred = np.zeros(mask.shape, bool) if others is None else (others >= 0.5) & (mask < 0.5)
+    found = [_settle(image, mask, barred, certain_only=certain_only) for certain_only in (False, True)]
+    # All are judged where the largest is seen whole.
+    window = object_window(np.maximum.reduce([mask, *found]), _FILL)
+    change = _change(cut(image, mask, window, _EDGE)[0])
+    given, *along = (_along_edge(change, cut(image, one, window, _EDGE)[1]) for one in (mask, *found))
+    best = int(np.argmax(along))
+    return found[best] if along[best] > _CLEARLY * given else mask
 
 
 def intersection_over_union(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
@@ -66,20 +59,24 @@ def intersection_over_union(one: NDArray[np.bool_], other: NDArray[np.bool_]) ->
 
 
 def _settle(
-    picture: NDArray[np.uint8], given: NDArray[np.bool_], barred: NDArray[np.bool_], *, certain_only: bool
-) -> NDArray[np.bool_]:
-    if _one_sided(given):
-        return given
-    if certain_only:
-        # A ground of one flat colour would make a model that nothing but that colour fits.
-        noise = np.random.default_rng(0).normal(0, _NOISE, picture.shape)
-        picture = (picture + noise).clip(0, 255).astype(np.uint8)
-    found = given
+    image: NDArray[np.uint8], mask: NDArray[np.float32], barred: NDArray[np.bool_], *, certain_only: bool
+) -> NDArray[np.float32]:
+    found = mask
     for _ in range(_PASSES):
-        before, found = found, _decide(picture, _labels(found, barred), certain_only=certain_only)
-        if _one_sided(found):
-            return given
-        if intersection_over_union(before, found) > _SETTLED:
+        # Anew in each pass, so that it follows what grows.
+        window = object_window(found, _FILL)
+        picture, seen, inside = cut(image, found, window, _EDGE)
+        closed = cut(image, barred.astype(np.float32), window, _EDGE)[1] >= 0.5
+        # What is outside of the picture is neither the object nor what is around it.
+        real = np.ix_((inside >= 0.5).any(axis=1), (inside >= 0.5).any(axis=0))
+        before, after = seen >= 0.5, np.zeros(seen.shape, bool)
+        if _one_sided(before[real]):
+            return mask
+        after[real] = _decide(picture[real], _labels(before[real], closed[real]), certain_only=certain_only)
+        if _one_sided(after[real]):
+            return mask
+        found = _put_back(after, window, mask.shape)
+        if intersection_over_union(before, after) > _SETTLED:
             break
     return found
 
@@ -103,6 +100,10 @@ def _labels(found: NDArray[np.bool_], barred: NDArray[np.bool_]) -> NDArray[np.u
 
 
 def _decide(picture: NDArray[np.uint8], labels: NDArray[np.uint8], *, certain_only: bool) -> NDArray[np.bool_]:
+    if certain_only:
+        # A ground of one flat colour would make a model that nothing but that colour fits.
+        noise = np.random.default_rng(0).normal(0, _NOISE, picture.shape)
+        picture = (picture + noise).clip(0, 255).astype(np.uint8)
     # It clusters colours at random: an adapter must not depend on what ran before.
     cv2.setRNGSeed(0)
     colours = np.zeros((1, 65)), np.zeros((1, 65))
@@ -123,8 +124,8 @@ def _change(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
     return change
 
 
-def _along_edge(change: NDArray[np.float32], mask: NDArray[np.bool_]) -> float:
-    edge = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+def _along_edge(change: NDArray[np.float32], mask: NDArray[np.float32]) -> float:
+    edge = cv2.morphologyEx((mask >= 0.5).astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
     return float(change[edge].mean()) if edge.any() else 0.0
 
 

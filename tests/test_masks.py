@@ -70,6 +70,16 @@ def test_whatever_the_size_of_the_photo(edge):
     assert agreement(exact, mended) > 0.95
 
 
+def test_what_reaches_far_beyond_the_mask_is_found_again():
+    """Of a guitar only the body is masked."""
+    body, neck = ellipse((60, 180), (35, 35)), np.zeros((EDGE, EDGE), bool)
+    y, x = np.mgrid[:EDGE, :EDGE]
+    neck[(abs(x + y - 240) < 14) & (x > 60) & (x < 160)] = True
+    exact = body | neck
+    mended = mend_mask(photo([exact], [(200, 60, 50)]), grown(body, -6))
+    assert agreement(exact, mended) > 0.95
+
+
 def test_a_mask_that_follows_the_picture_stays_itself():
     exact = ellipse((120, 120), (70, 50))
     mask = exact.astype(np.float32)
