@@ -43,7 +43,9 @@ def mend_mask(
     Returns:
         (H, W) in [0, 1]: `mask` itself where nothing better is found.
     """
-    barred = np.zeros(mask.shape, bool) if others is None else (others >= 0.5) & (mask < 0.5)
+    barred = np.zeros_like(mask)
+    if others is not None:
+        barred[(others >= 0.5) & (mask < 0.5)] = 1
     found = [_settle(image, mask, barred, certain_only=certain_only) for certain_only in (False, True)]
     # All are judged where the largest is seen whole.
     window = object_window(np.maximum.reduce([mask, *found]), _FILL)
@@ -59,14 +61,14 @@ def intersection_over_union(one: NDArray[np.bool_], other: NDArray[np.bool_]) ->
 
 
 def _settle(
-    image: NDArray[np.uint8], mask: NDArray[np.float32], barred: NDArray[np.bool_], *, certain_only: bool
+    image: NDArray[np.uint8], mask: NDArray[np.float32], barred: NDArray[np.float32], *, certain_only: bool
 ) -> NDArray[np.float32]:
     found = mask
     for _ in range(_PASSES):
         # Anew in each pass, so that it follows what grows.
         window = object_window(found, _FILL)
         picture, seen, inside = cut(image, found, window, _EDGE)
-        closed = cut(image, barred.astype(np.float32), window, _EDGE)[1] >= 0.5
+        closed = cut(image, barred, window, _EDGE)[1] >= 0.5
         # What is outside of the picture is neither the object nor what is around it.
         real = np.ix_((inside >= 0.5).any(axis=1), (inside >= 0.5).any(axis=0))
         before, after = seen >= 0.5, np.zeros(seen.shape, bool)
