@@ -78,6 +78,8 @@ def _settle(
         if _one_sided(after[real]):
             return mask
         found = _put_back(after, window, mask.shape)
+        if found.max() < 0.5:
+            return mask
         if intersection_over_union(before, after) > _SETTLED:
             break
     return found

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,8 +81,7 @@ def personalize(
     """
     started = time.perf_counter()
     if recipe.mend_masks:
-        scenes = [with_mended_masks(scene) for scene in scenes]
-        on_step()
+        scenes = _mended(base, scenes, on_step)
     prototypes = _starting_embeddings(base, scenes, recipe)
     on_step()
     class_pictures = class_pictures or ClassPictures(base, recipe)
@@ -102,6 +102,17 @@ def personalize(
             _result(bank, slot, scene, embeddings, prototypes[slot], course, recipe, seconds)
             for slot, scene in enumerate(scenes)
         ]
+
+
+def _mended(base: Base, scenes: Sequence[Scene], on_step: Callable[[], None]) -> list[Scene]:
+    # A GPU waits meanwhile, and the processor's cores are free.
+    threads = (os.cpu_count() or 1) if base.device.type == "cuda" else torch.get_num_threads()
+    mended = []
+    with ThreadPoolExecutor(threads) as pool:
+        for scene in pool.map(with_mended_masks, scenes):
+            mended.append(scene)
+            on_step()
+    return mended
 
 
 @dataclass

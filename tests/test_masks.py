@@ -130,6 +130,15 @@ def test_a_mask_that_is_finer_than_what_is_looked_at_is_kept():
     assert mend_mask(image, mask) is mask
 
 
+@pytest.mark.parametrize("seed", [3, 5, 6])
+def test_an_object_that_shrinks_to_less_than_a_pixel_of_the_photo_keeps_its_mask(seed):
+    """One of many stripes, each of a colour of its own."""
+    colours = np.random.default_rng(seed).integers(0, 256, (68, 1, 3), np.uint8)
+    mask = np.zeros((68, 68), np.float32)
+    mask[12:14, 6:-6] = 1
+    assert mend_mask(np.repeat(colours, 68, axis=1), mask) is mask
+
+
 def test_what_ran_before_makes_no_difference():
     exact = ellipse((120, 120), (70, 50))
     image, mask = photo([exact], [(200, 60, 50)]), grown(exact, 10)
