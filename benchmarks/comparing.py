@@ -1,12 +1,15 @@
 """What benchmarks of quality share: fine-tune objects in several ways, draw the same prompts of each, score them."""
 
 import argparse
+import math
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +61,26 @@ class Drawn:
 
 
 def measure(
-    folder: Path, contenders: Sequence[Contender], gallery: Path, base: str, drawn: Drawn, *, objects: int | None = None
+    folder: Path,
+    contenders: Sequence[Contender],
+    gallery: Path,
+    base: str,
+    drawn: Drawn,
+    *,
+    objects: int | None = None,
+    share_gpu: int = 1,
 ) -> list[dict[str, Any]]:
     """Scores of what contenders make of the first `objects` of their manifests; what is in `folder` is not done again.
 
-    A contender that no object survived has none.
+    A contender that no object survived has none. With `share_gpu` so many processes work side by side on one GPU.
     """
-    stores = {one.name: fine_tune(folder, one, base, objects=objects) for one in contenders}
+    with ThreadPoolExecutor(share_gpu) as pool:
+        tune = partial(fine_tune, folder, base=base, objects=objects, share_gpu=share_gpu)
+        stores = dict(zip((one.name for one in contenders), pool.map(tune, contenders), strict=True))
     evaluate = ["--out", str(folder), "--base", base, "--gallery", str(gallery), *drawn.options]
     evaluate += ["--prompts", drawn.prompts, "--seeds", str(drawn.seeds)]
     evaluate += ["--steps", str(drawn.sample_steps)] if drawn.sample_steps else []
+    evaluate += _sharing(share_gpu, workers=share_gpu)
     evaluate += [word for name in drawn.encoders for word in ("--encoder", name)]
     for name, store in stores.items():
         evaluate += ["--store", f"{name}={store}"] if any(ArtifactStore(store).object_ids()) else []
@@ -76,17 +89,26 @@ def measure(
     return rows
 
 
-def fine_tune(folder: Path, contender: Contender, base: str, *, objects: int | None = None) -> str:
+def fine_tune(folder: Path, contender: Contender, base: str, *, objects: int | None = None, share_gpu: int = 1) -> str:
     """Fine-tune a contender's objects, the first `objects` if that is given; the store in `folder` that has them."""
     print(f"{folder.name}: {contender.name}", flush=True)
     # By how many there are: every object of a store is drawn.
     store = str(folder / f"stores-{objects or 'all'}" / re.sub(r"[^A-Za-z0-9.]+", "-", contender.name))
     options = [word for override in contender.overrides for word in ("--set", override)]
     options += ["--limit", str(objects)] if objects else []
+    options += _sharing(share_gpu, workers=1)
     what = [str(contender.manifest), "--store", store, "--base", base, "--recipe", contender.preset]
     # A rate that is too high may lose rows.
     job("batch_personalize.py", *what, *options, "--previews", "0", may_lose_rows=True)
     return store
+
+
+def _sharing(processes: int, *, workers: int) -> list[str]:
+    """Options of a job whose workers have a part of the GPU each."""
+    if processes == 1:
+        return []
+    # Rounded down, or the last one would wait for what is missing.
+    return ["--workers", str(workers), "--gpus-per-worker", str(math.floor(1e4 / processes) / 1e4)]
 
 
 def have_gallery(

@@ -82,6 +82,7 @@ class Effort:
         sample_steps: of drawing; None: what suits the base.
         encoders: what pictures are judged by; learning rates are chosen by the first.
         drawn: plain shapes in place of icons.
+        share_gpu: processes that work side by side on one GPU.
     """
 
     steps: int | None = None
@@ -95,6 +96,7 @@ class Effort:
     sample_steps: int | None = None
     encoders: tuple[str, ...] = ("imagenet", "clip")
     drawn: bool = False
+    share_gpu: int = 1
 
 
 SMOKE = Effort(
@@ -234,7 +236,8 @@ class Benchmark:
         encoders, options = (effort.encoders, ("--base-alone", "--controls")) if whole else (effort.encoders[:1], ())
         drawn = Drawn(effort.prompts, effort.seeds, effort.sample_steps, encoders, options)
         gallery = self._set / half / GALLERY_FILE
-        return measure(self._out / part, contenders, gallery, self._base.name, drawn, objects=objects)
+        sharing = {"objects": objects, "share_gpu": effort.share_gpu}
+        return measure(self._out / part, contenders, gallery, self._base.name, drawn, **sharing)
 
     def _describe(self) -> str:
         effort = self._effort
@@ -333,15 +336,16 @@ def main() -> None:
                         help="objects of the development half that learning rates are chosen on (22)")  # fmt: skip
     options.add_argument("--reported-on", type=int, default=Effort.reported_on, metavar="N",
                         help="objects of the test half that methods are compared on (22)")  # fmt: skip
+    options.add_argument("--share-gpu", type=int, default=Effort.share_gpu, metavar="N",
+                        help="processes side by side on one GPU, which one alone leaves idle (1)")  # fmt: skip
     options.add_argument(
         "--smoke", action="store_true", help="plain shapes, three methods, two steps: tries it all out"
     )
     arguments = options.parse_args()
-    effort = (
-        SMOKE
-        if arguments.smoke
-        else Effort(seeds=arguments.seeds, tuned_on=arguments.tuned_on, reported_on=arguments.reported_on)
-    )
+    effort = SMOKE
+    if not arguments.smoke:
+        objects = {"tuned_on": arguments.tuned_on, "reported_on": arguments.reported_on}
+        effort = Effort(seeds=arguments.seeds, share_gpu=arguments.share_gpu, **objects)
     have_cluster()
     out = arguments.out.absolute() / ("smoke" if arguments.smoke else "")
     Benchmark(out, arguments.data, find_base(arguments.base), effort).run()

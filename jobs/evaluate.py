@@ -68,7 +68,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     connect()
     ray.data.DataContext.get_current().enable_progress_bars = False
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    workers = choose_workers(str(options.workers) if options.workers else None, None)
+    workers = choose_workers(str(options.workers) if options.workers else None, options.gpus_per_worker)
     pool = Pool(workers.most, workers.gpus)
     rows = plan_drawing(stores, artifacts, prompts, seeds=options.seeds, base_alone=options.base_alone)
     controls = control_pictures(references, prompts, options.gallery) if options.controls else []
@@ -157,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance-scale", type=partial(number, least=1.0), help="(what suits the base)")
     parser.add_argument("--grids", type=positive, default=12, help="objects whose pictures the page shows (12)")
     parser.add_argument("--workers", type=positive, help="processes that draw and score (one per GPU, or per core)")
+    parser.add_argument("--gpus-per-worker", type=number, metavar="G", help="(default: 1 if the cluster has any)")
     parser.add_argument("--out", type=Path, required=True, help="folder for tables, plots and page")
     return parser
 

@@ -317,8 +317,12 @@ class _Material:
         )
 
     def _view(self, recipe: Recipe) -> int:
-        zoomed = len(self.views) > 1 and self._chance() < recipe.zoom
-        return 1 + self._below(len(self.views) - 1) if zoomed else 0
+        objects = len(self.phrases)
+        whole, close = [], []
+        for index, view in enumerate(self.views):
+            (whole if len(view.shown) == objects else close).append(index)
+        among = close if close and self._chance() < recipe.zoom else whole
+        return among[self._below(len(among))]
 
     def _kept(self, recipe: Recipe) -> tuple[Tensor, Tensor]:
         """Latents and text states of a sample at which the base's prediction is kept."""

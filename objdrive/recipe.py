@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from objdrive.errors import ObjdriveError
 
-METHOD_VERSION = 8
+METHOD_VERSION = 9
 """Part of every artifact's digest: raise it when the same recipe no longer yields the same adapter."""
 
 
@@ -52,7 +52,7 @@ class Recipe(BaseModel):
         le=1,
         description="photos are cropped until the object's longer side takes this share of them; 0: left as they are",
     )
-    plain_ground: bool = Field(default=True, description="objects are learned on grey, whatever is around them")
+    plain_ground: bool = Field(default=True, description="objects are learned on grey grounds, whatever is around them")
     zoom: float = Field(default=0.6, ge=0, le=1, description="share of views that show one of several objects alone")
     masked: bool = Field(default=True, description="object-specific loss; False: plain loss on the whole picture")
     soft_mask: bool = Field(default=True, description="area-averaged masks; False: cut at one half")

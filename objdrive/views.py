@@ -16,8 +16,9 @@ from objdrive.recipe import Recipe
 
 # As large as things usually are in pictures of them: what is shown larger here is drawn larger than prompts ask for.
 _USUAL_FILL = 0.6
-# Neither dark nor light: a network that normalises over the whole picture learns colours relative to the ground's.
-_GROUND = 128
+# A network that normalises over the whole picture learns colours relative to the ground's, so it is grey; and what is
+# as grey as one of these stands out from the other.
+_GROUNDS = (64, 192)
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ def with_mended_masks(scene: Scene) -> Scene:
 
 
 def make_views(base: Base, scene: Scene, recipe: Recipe) -> list[View]:
-    """Cut and encode views of a scene: first its picture, then with `zoom` each of several objects close up and alone.
+    """Cut and encode views of a scene: its picture, and with `zoom` each of several objects close up and alone.
 
     The picture is cropped if the objects are small in it (`least_fill`): they are shown at a size that the latents can
-    hold. With `plain_ground`, and in close-ups, what is around them is grey.
+    hold. With `plain_ground`, and in close-ups, what is around them is grey: a view on dark grey, and one on light.
     """
     cuts = list(_cuts(base, scene, recipe))
     # Large pictures go through the autoencoder one by one: its activations are the largest of all.
@@ -109,24 +110,29 @@ def as_pixels(pictures: NDArray[np.uint8]) -> Tensor:
 def _cuts(base: Base, scene: Scene, recipe: Recipe) -> Iterator[_Cut]:
     everything = tuple(range(len(scene.objects)))
     window = close_window(_together(scene.objects), recipe.least_fill)
-    yield _cut_view(base, scene, everything, window, recipe, plain=recipe.plain_ground)
+    for ground in _GROUNDS if recipe.plain_ground else (None,):
+        yield _cut_view(base, scene, everything, window, recipe, ground)
     if recipe.zoom == 0 or len(scene.objects) == 1:
         return
     for index in everything:
         # On a plain ground in any case: a prompt that names this object alone must not be taught what the others look
         # like, and it is enough that they are seen, whatever their weight in the loss.
         close = object_window(scene.objects[index].mask, _USUAL_FILL)
-        yield _cut_view(base, scene, (index,), close, recipe, plain=True)
+        for ground in _GROUNDS:
+            yield _cut_view(base, scene, (index,), close, recipe, ground)
 
 
-def _cut_view(base: Base, scene: Scene, shown: tuple[int, ...], window: Window, recipe: Recipe, *, plain: bool) -> _Cut:
+def _cut_view(
+    base: Base, scene: Scene, shown: tuple[int, ...], window: Window, recipe: Recipe, ground: int | None
+) -> _Cut:
+    """On the photo's own ground if none is given."""
     mask = _together([scene.objects[index] for index in shown])
     others = [one for index, one in enumerate(scene.objects) if index not in shown]
     if others:
         mask = mask * (1 - _together(others))
     picture, seen, inside = cut(scene.image, mask, window, base.resolution)
-    if plain:
-        picture = object_alone(scene.image, mask, base.resolution, _GROUND, window=window)
+    if ground is not None:
+        picture = object_alone(scene.image, mask, base.resolution, ground, window=window)
     return _Cut(shown, picture, _loss_weights(base, seen, inside, recipe))
 
 
