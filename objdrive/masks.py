@@ -14,6 +14,11 @@ _FILL = 0.6
 # Outwards it is further, as thin parts are lost whole.
 _INWARDS = 14
 _OUTWARDS = 30
+# A colour is the ground's if it takes so many times as much of the ground as of the object.
+_GROUNDS_OWN = 2
+_COLOUR_LEVELS = 8
+# In its square, a hole is at least as wide: narrower are accents.
+_HOLE = 5
 _ROUNDS = 5
 _NOISE = 4
 _OBJECT = (cv2.GC_FGD, cv2.GC_PR_FGD)
@@ -74,7 +79,8 @@ def _settle(
         before, after = seen >= 0.5, np.zeros(seen.shape, bool)
         if _one_sided(before[real]):
             return mask
-        after[real] = _decide(picture[real], _labels(before[real], closed[real]), certain_only=certain_only)
+        labels = _with_holes(picture[real], _labels(before[real], closed[real]))
+        after[real] = _decide(picture[real], labels, certain_only=certain_only)
         if _one_sided(after[real]):
             return mask
         found = _put_back(after, window, mask.shape)
@@ -101,6 +107,24 @@ def _labels(found: NDArray[np.bool_], barred: NDArray[np.bool_]) -> NDArray[np.u
     labels[depth > min(_INWARDS, 0.7 * depth.max())] = cv2.GC_FGD
     labels[(beyond > _OUTWARDS) | barred] = cv2.GC_BGD
     return labels
+
+
+def _with_holes(picture: NDArray[np.uint8], labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Doubt what is certainly of the object by its place, and of the ground by its colours: a hole that was masked."""
+    levels = cv2.GaussianBlur(picture, (0, 0), 1).astype(int) * _COLOUR_LEVELS // 256
+    colours = levels @ (_COLOUR_LEVELS ** np.arange(3))
+    inside = labels == cv2.GC_FGD
+    alike = inside & (_shares(colours[labels == cv2.GC_BGD]) > _GROUNDS_OWN * _shares(colours[inside]))[colours]
+    holes = cv2.morphologyEx(alike.astype(np.uint8), cv2.MORPH_OPEN, np.ones((_HOLE, _HOLE), np.uint8))
+    near = cv2.distanceTransform(1 - holes, cv2.DIST_L2, cv2.DIST_MASK_5) < _INWARDS
+    doubted = np.where(inside & near, cv2.GC_PR_FGD, labels)
+    return np.where(holes > 0, cv2.GC_PR_BGD, doubted).astype(np.uint8)
+
+
+def _shares(colours: NDArray[np.int_]) -> NDArray[np.float64]:
+    """How much each colour takes of all."""
+    counts: NDArray[np.float64] = np.bincount(colours, minlength=_COLOUR_LEVELS**3) / max(1, len(colours))
+    return counts
 
 
 def _decide(picture: NDArray[np.uint8], labels: NDArray[np.uint8], *, certain_only: bool) -> NDArray[np.bool_]:

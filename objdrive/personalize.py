@@ -317,11 +317,9 @@ class _Material:
         )
 
     def _view(self, recipe: Recipe) -> int:
-        objects = len(self.phrases)
-        whole, close = [], []
-        for index, view in enumerate(self.views):
-            (whole if len(view.shown) == objects else close).append(index)
-        among = close if close and self._chance() < recipe.zoom else whole
+        close = [index for index, view in enumerate(self.views) if len(view.shown) < len(self.phrases)]
+        zoomed = bool(close) and self._chance() < recipe.zoom
+        among = close if zoomed else [index for index in range(len(self.views)) if index not in close]
         return among[self._below(len(among))]
 
     def _kept(self, recipe: Recipe) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,15 @@ def test_what_reaches_far_beyond_the_mask_is_found_again():
     assert agreement(exact, mended) > 0.95
 
 
+@pytest.mark.parametrize("radius", [20, 50])
+def test_a_hole_that_was_masked_is_opened_again(radius):
+    """The bow of a key."""
+    bow = ellipse((120, 120), (80, 80))
+    exact = bow & ~ellipse((120, 120), (radius, radius))
+    mended = mend_mask(photo([exact], [(200, 160, 50)], ground=(255, 0, 255)), grown(bow, 8))
+    assert agreement(exact, mended) > 0.95
+
+
 def test_a_mask_that_follows_the_picture_stays_itself():
     exact = ellipse((120, 120), (70, 50))
     mask = exact.astype(np.float32)
