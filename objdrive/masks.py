@@ -1,5 +1,7 @@
 """Masks whose edges follow the picture: careless ones are mended by GrabCut."""
 
+from typing import Any
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ _OUTWARDS = 30
 # A colour is the ground's if it takes so many times as much of the ground as of the object.
 _GROUNDS_OWN = 2
 _COLOUR_LEVELS = 8
+_SHADES = (1.0, 0.8)
 # In its square, a hole is at least as wide: narrower are accents.
 _HOLE = 5
 _ROUNDS = 5
@@ -110,15 +113,23 @@ def _labels(found: NDArray[np.bool_], barred: NDArray[np.bool_]) -> NDArray[np.u
 
 
 def _with_holes(picture: NDArray[np.uint8], labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Doubt what is certainly of the object by its place, and of the ground by its colours: a hole that was masked."""
-    levels = cv2.GaussianBlur(picture, (0, 0), 1).astype(int) * _COLOUR_LEVELS // 256
-    colours = levels @ (_COLOUR_LEVELS ** np.arange(3))
-    inside = labels == cv2.GC_FGD
-    alike = inside & (_shares(colours[labels == cv2.GC_BGD]) > _GROUNDS_OWN * _shares(colours[inside]))[colours]
+    """Doubt what is of the object by its place, and of the ground by its colours: a hole that was masked."""
+    smooth = cv2.GaussianBlur(picture, (0, 0), 1)
+    inside, ground = labels == cv2.GC_FGD, smooth[labels == cv2.GC_BGD]
+    # The object's shadow lies in its holes.
+    of_ground = np.maximum.reduce([_shares(_colours(ground * shade)) for shade in _SHADES])
+    own = of_ground > _GROUNDS_OWN * _shares(_colours(smooth[inside]))
+    alike = np.isin(labels, _OBJECT) & own[_colours(smooth)]
     holes = cv2.morphologyEx(alike.astype(np.uint8), cv2.MORPH_OPEN, np.ones((_HOLE, _HOLE), np.uint8))
     near = cv2.distanceTransform(1 - holes, cv2.DIST_L2, cv2.DIST_MASK_5) < _INWARDS
     doubted = np.where(inside & near, cv2.GC_PR_FGD, labels)
     return np.where(holes > 0, cv2.GC_PR_BGD, doubted).astype(np.uint8)
+
+
+def _colours(picture: NDArray[Any]) -> NDArray[np.int_]:
+    """(...): numbers of the colours of pixels (..., 3), similar ones alike."""
+    numbers: NDArray[np.int_] = picture.astype(int) * _COLOUR_LEVELS // 256 @ (_COLOUR_LEVELS ** np.arange(3))
+    return numbers
 
 
 def _shares(colours: NDArray[np.int_]) -> NDArray[np.float64]:

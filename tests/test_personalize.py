@@ -24,7 +24,7 @@ from objdrive.personalize import (
     token_phrase,
 )
 from objdrive.recipe import PRESETS, Recipe, make_recipe
-from objdrive.views import main_picture, to_pixels
+from objdrive.views import main_picture, make_views, to_pixels
 
 RECIPE = Recipe(
     steps=6,
@@ -214,7 +214,7 @@ class TestLearning:
     )
     def test_the_regularization_keeps(self, tiny64, catalog_scene, field, least, most, prompt, around):
         scene = catalog_scene("drum-01")
-        base_recipe = RECIPE.model_copy(update={"steps": 12, "ccr_weight": 1.0, "ccr_unconditional": 0.0})
+        base_recipe = RECIPE.model_copy(update={"steps": 24, "ccr_weight": 1.0, "ccr_unconditional": 0.0})
         base_recipe = base_recipe.model_copy(update={"ccr_background": False})
         changes = []
         for value in (least, most):
@@ -238,12 +238,13 @@ class TestLearning:
 
 
 def change_of_the_base(base, scene, adapter, prompt, *, around):
-    """Mean square of what an adapter changes of predictions of the noised picture, all over it or around the object.
+    """Mean square of what an adapter changes of predictions of the noised first view: all over it or around the object.
 
     The base alone is given the class word in the token's place.
     """
     timesteps = torch.arange(50, 1000, 50)
-    latents = base.encode_latents(to_pixels(base, [main_picture(base, scene, RECIPE)])).repeat(len(timesteps), 1, 1, 1)
+    view = make_views(base, scene, RECIPE)[0]
+    latents = view.latents.repeat(len(timesteps), 1, 1, 1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     noised = add_noise(latents, noise, base.alphas[timesteps])
 
@@ -256,8 +257,7 @@ def change_of_the_base(base, scene, adapter, prompt, *, around):
         bank.load(0, adapter.lora)
         with bank.active([0]):
             change = (predict(prompt, [adapter.embedding] if TOKEN_MARK in prompt else []) - alone).square().mean(1)
-    mask = torch.from_numpy(cut(scene.image, scene.objects[0].mask, whole_window(scene.objects[0].mask), 64)[1])
-    outside = 1 - latent_mask(mask[None], 16)
+    outside = 1 - view.weights
     return float((change * outside).sum() / outside.sum() if around else change.mean())
 
 
