@@ -5,30 +5,28 @@ not depend on what the weights are, so none are needed. A base of 5.6 GiB is wri
 """
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from group import catalog_scenes
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 from transformers.utils.logging import disable_progress_bar
 
 from objdrive.bank import AdapterBank
 from objdrive.base import Base
 from objdrive.base_files import find_base
-from objdrive.images import decode_photo
 from objdrive.personalize import FineTuned, fitting_group_size, personalize, token_phrase
 from objdrive.recipe import Recipe, make_recipe
 from objdrive.sampler import Request, draw_pictures
-from objdrive.views import Scene, SceneObject
+from objdrive.views import Scene
 
-CATALOG = Path(__file__).parents[1] / "examples" / "catalog"
 GIB = 2**30
 
 
@@ -85,16 +83,8 @@ def write_base(folder: Path, size: Size) -> tuple[Path, Path]:
 
 def read_scenes(count: int) -> list[Scene]:
     """So many scenes of one object of the example catalog; its objects again if it has fewer."""
-    with (CATALOG / "manifest.csv").open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if not row["scene"]]
-    scenes = []
-    for number in range(count):
-        row = rows[number % len(rows)]
-        image, mask = ((CATALOG / row[role]).read_bytes() if row[role] else None for role in ("image", "mask"))
-        photo = decode_photo(image, mask, name=row["object_id"])
-        subject = SceneObject(row["object_id"], row["class_name"], photo.mask)
-        scenes.append(Scene(f"{row['object_id']}-{number}", photo.image, (subject,)))
-    return scenes
+    repeated = islice(cycle(catalog_scenes()), count)
+    return [replace(scene, key=f"{scene.key}-{number}") for number, scene in enumerate(repeated)]
 
 
 def fine_tune(base: Base, scenes: Sequence[Scene], recipe: Recipe) -> list[FineTuned]:

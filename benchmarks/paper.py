@@ -236,8 +236,8 @@ class Benchmark:
         encoders, options = (effort.encoders, ("--base-alone", "--controls")) if whole else (effort.encoders[:1], ())
         drawn = Drawn(effort.prompts, effort.seeds, effort.sample_steps, encoders, options)
         gallery = self._set / half / GALLERY_FILE
-        sharing = {"objects": objects, "share_gpu": effort.share_gpu}
-        return measure(self._out / part, contenders, gallery, self._base.name, drawn, **sharing)
+        out, base = self._out / part, self._base.name
+        return measure(out, contenders, gallery, base, drawn, objects=objects, share_gpu=effort.share_gpu)
 
     def _describe(self) -> str:
         effort = self._effort

@@ -110,30 +110,29 @@ def as_pixels(pictures: NDArray[np.uint8]) -> Tensor:
 def _cuts(base: Base, scene: Scene, recipe: Recipe) -> Iterator[_Cut]:
     everything = tuple(range(len(scene.objects)))
     window = close_window(_together(scene.objects), recipe.least_fill)
-    for ground in _GROUNDS if recipe.plain_ground else (None,):
-        yield _cut_view(base, scene, everything, window, recipe, ground)
+    yield from _cut_views(base, scene, everything, window, recipe, _GROUNDS if recipe.plain_ground else ())
     if recipe.zoom == 0 or len(scene.objects) == 1:
         return
     for index in everything:
         # On a plain ground in any case: a prompt that names this object alone must not be taught what the others look
         # like, and it is enough that they are seen, whatever their weight in the loss.
         close = object_window(scene.objects[index].mask, _USUAL_FILL)
-        for ground in _GROUNDS:
-            yield _cut_view(base, scene, (index,), close, recipe, ground)
+        yield from _cut_views(base, scene, (index,), close, recipe, _GROUNDS)
 
 
-def _cut_view(
-    base: Base, scene: Scene, shown: tuple[int, ...], window: Window, recipe: Recipe, ground: int | None
-) -> _Cut:
-    """On the photo's own ground if none is given."""
+def _cut_views(
+    base: Base, scene: Scene, shown: tuple[int, ...], window: Window, recipe: Recipe, grounds: Sequence[int]
+) -> Iterator[_Cut]:
+    """A view on each of the greys `grounds`; on the photo's own ground if there are none."""
     mask = _together([scene.objects[index] for index in shown])
     others = [one for index, one in enumerate(scene.objects) if index not in shown]
     if others:
         mask = mask * (1 - _together(others))
     picture, seen, inside = cut(scene.image, mask, window, base.resolution)
-    if ground is not None:
-        picture = object_alone(scene.image, mask, base.resolution, ground, window=window)
-    return _Cut(shown, picture, _loss_weights(base, seen, inside, recipe))
+    weights = _loss_weights(base, seen, inside, recipe)
+    on_grey = [object_alone(scene.image, mask, base.resolution, ground, window=window) for ground in grounds]
+    for view in on_grey or [picture]:
+        yield _Cut(shown, view, weights)
 
 
 def _together(objects: Sequence[SceneObject]) -> np.ndarray:
