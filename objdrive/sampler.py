@@ -147,9 +147,7 @@ def denoise(base: Base, samples: Sequence[Sample], bank: AdapterBank | None = No
     counts = [len(sample.states) for sample in samples]
     latents = torch.cat([sample.latents.expand(n, -1, -1, -1) for sample, n in zip(samples, counts, strict=True)])
     timesteps = torch.tensor([sample.stepper.timestep for sample in samples]).repeat_interleave(torch.tensor(counts))
-    # Rows of a sample share its slots: longer runs make larger and fewer matrix products.
-    rows = [1] * len(samples) if len(set(counts)) == 1 else counts
-    runs = [sample.slots for sample, n in zip(samples, rows, strict=True) for _ in range(n)]
+    runs = [sample.slots for sample, n in zip(samples, counts, strict=True) for _ in range(n)]
     with bank.active(runs) if bank is not None else nullcontext():
         outputs = base.predict(latents, timesteps.to(base.device), torch.cat([sample.states for sample in samples]))
     for sample, output in zip(samples, outputs.split(counts), strict=True):

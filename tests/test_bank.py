@@ -66,7 +66,7 @@ def by_hand(network, x, lora):
 
 
 class TestForward:
-    @pytest.mark.parametrize("slots", [[0, 1, 2], [2, 0], [1, 1, 0, 2, 2], [1]])
+    @pytest.mark.parametrize("slots", [[0, 1, 2], [2, 0], [1, 1, 0, 2, 2], [2, 2, 0, 0, 2, 2], [1, 1], [1]])
     @pytest.mark.parametrize("run", [1, 3])
     @pytest.mark.parametrize("shape", [(5,), (4, 5)])
     def test_each_sample_gets_its_own_adapter(self, network, slots, run, shape):
@@ -84,7 +84,7 @@ class TestForward:
     @pytest.mark.parametrize("run", [1, 2])
     def test_a_sample_may_have_several_adapters_with_scales_or_none(self, network, run):
         loras = [random_lora(WIDTHS, rank, seed) for seed, rank in enumerate((2, 1, 2))]
-        mixes = [{}, {0: 1.0}, {2: 0.5, 1: -1.5}, {1: 0.0}, {0: 1.0, 1: 1.0, 2: 1.0}]
+        mixes = [{}, {}, {0: 1.0}, {2: 0.5, 1: -1.5}, {2: 0.5, 1: -1.5}, {1: 0.0}, {0: 1.0, 1: 1.0, 2: 1.0}]
         x = torch.randn(len(mixes) * run, 4, 5, generator=torch.Generator().manual_seed(9))
         with AdapterBank(network, slots=3, rank=2) as bank:
             for slot, lora in enumerate(loras):
