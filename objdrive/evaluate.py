@@ -32,7 +32,8 @@ WINDOWS = ((0.0, 0.0, 1.0), (0.1, 0.1, 0.8), (0.2, 0.2, 0.6), (0.0, 0.2, 0.6), (
 
 _CROP_FILL = 0.8
 _GROUNDS = (255, 140, 25)
-_CHUNK = 64
+_CHUNK = 8
+"""Inputs of an encoder at once: on a processor the maps of 64 pictures take twice the time of eight times eight."""
 
 
 class Shown(BaseModel):
