@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -124,10 +123,10 @@ class AdapterBank:
             self._runs = previous
 
     def _index(self, runs: Sequence[int | Mapping[int, float]]) -> "_Runs | slice | None":
-        mixes = _in_long_runs([{run: 1.0} if isinstance(run, int) else run for run in runs])
         # The whole bank in order is what training uses; a slice spares it a copy of every layer.
-        if mixes == [{slot: 1.0} for slot in range(self.slots)]:
+        if list(runs) == list(range(self.slots)):
             return slice(None)
+        mixes = [{run: 1.0} if isinstance(run, int) else run for run in runs]
         return _Runs.of(mixes, next(iter(self.down.values())).device) if any(mixes) else None
 
     def _adding(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -168,12 +167,6 @@ class _Runs:
         a = down[self.slots].flatten(3) * self.scales[:, :, None, None]
         b = up[self.slots].transpose(1, 2)
         return a.reshape(runs, -1, *down.shape[2:]), b.reshape(runs, b.shape[1], -1)
-
-
-def _in_long_runs(mixes: Sequence[Mapping[int, float]]) -> list[Mapping[int, float]]:
-    """The same batch in as few equal runs as it can be taken in: they make larger and fewer matrix products."""
-    lengths = [len(list(same)) for _, same in groupby(mixes)]
-    return list(mixes[:: math.gcd(*lengths) or 1])
 
 
 def _add_lora(output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
