@@ -20,9 +20,9 @@ from jobs.cluster import connect
 from jobs.evaluation.compose import GALLERY_FILE, write_half
 from jobs.evaluation.pages import SCORES_FILE
 from jobs.pretrain.sprites import Sprites
-from objdrive.evaluate import EvaluationPrompt
-from objdrive.store import ArtifactStore
-from objdrive.summary import Figure
+from objdrive.adapters.store import ArtifactStore
+from objdrive.evaluation.prompts import EvaluationPrompt
+from objdrive.evaluation.summary import Figure
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 SMOKE_PROMPTS = Path(__file__).resolve().parent / "smoke_prompts.yaml"

@@ -31,15 +31,10 @@ from jobs.ledger import Ledger
 from jobs.outcomes import RowOutcome
 from jobs.plan import Unit
 from jobs.run import BatchRun
-from objdrive.adapter import Adapter, adapter_files
-from objdrive.artifact import (
-    ArtifactMetadata,
-    BaseRef,
-    SceneMember,
-    Sources,
-)
-from objdrive.manifest import pieces
-from objdrive.store import ArtifactStore
+from objdrive.adapters.adapter import Adapter, adapter_files
+from objdrive.adapters.artifact import ArtifactMetadata, BaseRef, SceneMember, Sources
+from objdrive.adapters.store import ArtifactStore
+from objdrive.catalog.manifest import pieces
 
 _DIGEST = "0" * 32
 _ROWS_PER_ROW_GROUP = 50_000

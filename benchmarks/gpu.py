@@ -19,13 +19,15 @@ from group import catalog_scenes
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 from transformers.utils.logging import disable_progress_bar
 
-from objdrive.bank import AdapterBank
-from objdrive.base import Base
-from objdrive.base_files import find_base
-from objdrive.personalize import FineTuned, fitting_group_size, personalize, token_phrase
-from objdrive.recipe import Recipe, make_recipe
-from objdrive.sampler import Request, draw_pictures
-from objdrive.views import Scene
+from objdrive.adapters.bank import AdapterBank
+from objdrive.base.files import find_base
+from objdrive.base.prompts import token_phrase
+from objdrive.base.stable_diffusion import Base
+from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.training.memory import fitting_group_size
+from objdrive.training.personalize import FineTuned, personalize
+from objdrive.training.recipe import Recipe, make_recipe
+from objdrive.training.views import Scene
 
 GIB = 2**30
 

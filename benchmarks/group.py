@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from objdrive.base import Base
-from objdrive.class_pictures import ClassPictures
-from objdrive.images import decode_photo
-from objdrive.personalize import personalize
-from objdrive.recipe import Recipe, make_recipe
-from objdrive.views import Scene, SceneObject
+from objdrive.base.stable_diffusion import Base
+from objdrive.catalog.photos import decode_photo
+from objdrive.training.class_pictures import ClassPictures
+from objdrive.training.personalize import personalize
+from objdrive.training.recipe import Recipe, make_recipe
+from objdrive.training.views import Scene, SceneObject
 
 CATALOG = Path(__file__).parents[1] / "examples" / "catalog"
 

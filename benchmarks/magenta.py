@@ -14,8 +14,8 @@ from PIL import Image
 from jobs.evaluation.compose import MANIFEST_FILE
 from jobs.evaluation.pages import by_method
 from jobs.evaluation.pictures import decode_pictures
-from objdrive.scores import Array
-from objdrive.summary import per_object
+from objdrive.evaluation.scores import Array
+from objdrive.evaluation.summary import per_object
 
 MAGENTA = (255, 0, 255)
 _TINGED = 60

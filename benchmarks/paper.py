@@ -22,11 +22,11 @@ from magenta import magenta_by_object, on_magenta
 from jobs.evaluation.compose import GALLERY_FILE, MANIFEST_FILE, PROMPTS
 from jobs.evaluation.pages import PICTURES_FILE, by_method, choose_trades, trade_figures
 from jobs.evaluation.pictures import CONTROLS
-from objdrive.base import Base
-from objdrive.base_files import BaseFiles, find_base
-from objdrive.recipe import make_recipe
-from objdrive.scores import Array, pareto_front, scalarise
-from objdrive.summary import Figure, Trade, difference, figure, per_object
+from objdrive.base.files import BaseFiles, find_base
+from objdrive.base.stable_diffusion import Base
+from objdrive.evaluation.scores import Array, pareto_front, scalarise
+from objdrive.evaluation.summary import Figure, Trade, difference, figure, per_object
+from objdrive.training.recipe import make_recipe
 
 FACTORS = (0.3, 1.0, 3.0)
 SHARES = (0.25, 0.5, 2.0)

@@ -37,10 +37,10 @@ from jobs.evaluation.compose import (
 from jobs.evaluation.pages import PICTURES_FILE, by_method
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, have_sprites
-from objdrive.base import Base
-from objdrive.evaluate import read_prompts
-from objdrive.scores import Array
-from objdrive.summary import difference, figure, per_object
+from objdrive.base.stable_diffusion import Base
+from objdrive.evaluation.prompts import read_prompts
+from objdrive.evaluation.scores import Array
+from objdrive.evaluation.summary import difference, figure, per_object
 
 RECIPES = ("paper", "objdrive")
 SIZES = (0.6, 0.3, 0.15, 0.1)

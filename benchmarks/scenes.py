@@ -34,20 +34,22 @@ from jobs.evaluation.pictures import BASE_ALONE, SCENES, Pool
 from jobs.evaluation.scoring import Scorer, read_gallery
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, have_sprites
-from objdrive.adapter import parse_adapter
-from objdrive.bank import AdapterBank
-from objdrive.base import Base
-from objdrive.class_pictures import seed_of
-from objdrive.encoders import Encoder, load_encoder
-from objdrive.evaluate import EvaluationPrompt, Gallery, cut_windows, embed, read_prompts
-from objdrive.images import encode_picture
-from objdrive.plots import plot_sheet
-from objdrive.recipe import make_recipe
-from objdrive.sampler import Request, draw_pictures, marked_phrase
-from objdrive.scores import Array
-from objdrive.store import ArtifactStore
-from objdrive.summary import figure
-from objdrive.views import as_pixels
+from objdrive.adapters.adapter import parse_adapter
+from objdrive.adapters.bank import AdapterBank
+from objdrive.adapters.store import ArtifactStore
+from objdrive.base.prompts import marked_phrase
+from objdrive.base.stable_diffusion import Base
+from objdrive.evaluation.encoders import Encoder, load_encoder
+from objdrive.evaluation.plots import plot_sheet
+from objdrive.evaluation.prompts import EvaluationPrompt, read_prompts
+from objdrive.evaluation.reference import Gallery
+from objdrive.evaluation.ruler import cut_windows, embed
+from objdrive.evaluation.scores import Array
+from objdrive.evaluation.summary import figure
+from objdrive.pictures import as_pixels, encode_picture
+from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.seeds import seed_of
+from objdrive.training.recipe import make_recipe
 
 RECIPES = ("paper", "objdrive")
 SIZES = (2, 3)

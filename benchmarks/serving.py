@@ -23,13 +23,14 @@ from diffusers.utils import logging as diffusers_logging
 from matplotlib import pyplot
 from transformers.utils import logging as transformers_logging
 
-from objdrive.adapter import Adapter, adapter_files
-from objdrive.artifact import ArtifactKey, ArtifactMetadata, BaseRef, SceneMember, SourceRecord, Sources
-from objdrive.bank import AdapterBank
-from objdrive.base import Base
-from objdrive.base_files import EMBEDDED
-from objdrive.engine import DrawRequest, Engine
-from objdrive.store import ArtifactStore
+from objdrive.adapters.adapter import Adapter, adapter_files
+from objdrive.adapters.artifact import ArtifactKey, ArtifactMetadata, BaseRef, SceneMember, SourceRecord, Sources
+from objdrive.adapters.bank import AdapterBank
+from objdrive.adapters.store import ArtifactStore
+from objdrive.base.files import EMBEDDED
+from objdrive.base.stable_diffusion import Base
+from objdrive.sampling.engine import Engine
+from objdrive.sampling.requests import DrawRequest
 
 STEPS = 25
 GUIDANCE_SCALE = 4.0

@@ -20,9 +20,9 @@ from jobs.fanout import Task, Workers, fan_out
 from jobs.ingest import Checked, Target, ingest
 from jobs.plan import Unit
 from jobs.settings import FineTuneSettings
-from objdrive.base_files import find_base
-from objdrive.manifest import pieces
-from objdrive.recipe import make_recipe
+from objdrive.base.files import find_base
+from objdrive.catalog.manifest import pieces
+from objdrive.training.recipe import make_recipe
 
 CATALOG = Path(__file__).parents[1] / "examples" / "catalog" / "manifest.csv"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from objdrive.store import ArtifactStore
+from objdrive.adapters.store import ArtifactStore
 
 OBJECTS = ("cupcake-01", "phone-01", "couch-01", "rose-01", "bathtub-01", "abacus-01", "alarm-clock-01", "hourglass-01")
 SIZE, GAP = 96, 6

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from objdrive.base import Base
+from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
 
 

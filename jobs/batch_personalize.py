@@ -17,12 +17,12 @@ from jobs.ingest import Target
 from jobs.ledger import REJECTS_FILE, Ledger
 from jobs.run import BatchRun
 from jobs.settings import FineTuneSettings
-from objdrive.base_files import find_base
+from objdrive.adapters.store import RESULTS_FILE, ArtifactStore
+from objdrive.base.files import find_base
+from objdrive.catalog.manifest import pieces
 from objdrive.errors import ObjdriveError
-from objdrive.manifest import pieces
-from objdrive.recipe import PRESETS, Recipe, make_recipe
-from objdrive.report import Failure, Picture, Report, ReportedObject, render
-from objdrive.store import RESULTS_FILE, ArtifactStore
+from objdrive.evaluation.report import Failure, Picture, Report, ReportedObject, render
+from objdrive.training.recipe import PRESETS, Recipe, make_recipe
 
 REPORT_FILE = "report.html"
 _REPORTED_OBJECTS = 200

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from objdrive.base_files import EMBEDDED
+from objdrive.base.files import EMBEDDED
 from objdrive.errors import ObjdriveError
 
 

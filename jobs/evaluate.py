@@ -30,11 +30,12 @@ from jobs.evaluation.pictures import (
     read_reference,
 )
 from jobs.evaluation.scoring import Scorer, by_chance, check_gallery, score
-from objdrive.base import Base
-from objdrive.encoders import load_encoder
+from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
-from objdrive.evaluate import EvaluationPrompt, Reference, read_prompts
-from objdrive.recipe import make_recipe
+from objdrive.evaluation.encoders import load_encoder
+from objdrive.evaluation.prompts import EvaluationPrompt, read_prompts
+from objdrive.evaluation.reference import Reference
+from objdrive.training.recipe import make_recipe
 
 ENCODERS = ("imagenet", "clip")
 

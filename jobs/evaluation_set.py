@@ -8,7 +8,7 @@ from jobs.command import exit_status
 from jobs.evaluation.compose import PROMPTS, read_halves, write_half
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import draw_sprites, have_sprites
-from objdrive.evaluate import read_prompts
+from objdrive.evaluation.prompts import read_prompts
 
 _DRAWN_HALVES = {"development": ("apple", "book"), "test": ("kite",)}
 

@@ -15,8 +15,8 @@ from jobs.ingest import Checked, digest_inputs, read_photo, source_record
 from jobs.outcomes import RowOutcome, fail_row
 from jobs.plan import Unit
 from jobs.settings import FineTuneSettings
-from objdrive.adapter import adapter_files
-from objdrive.artifact import (
+from objdrive.adapters.adapter import adapter_files
+from objdrive.adapters.artifact import (
     ArtifactMetadata,
     BaseRef,
     Preview,
@@ -25,23 +25,21 @@ from objdrive.artifact import (
     adapter_digest,
     library_versions,
 )
-from objdrive.bank import AdapterBank
-from objdrive.base import TOKEN_MARK, Base
-from objdrive.class_pictures import ClassPictures, seed_of
-from objdrive.errors import RowError
-from objdrive.images import Photo, encode_picture, masks_overlap
-from objdrive.masks import intersection_over_union
-from objdrive.personalize import (
-    Diverged,
-    FineTuned,
-    fitting_group_size,
-    personalize,
-    token_phrase,
-)
-from objdrive.recipe import METHOD_VERSION
-from objdrive.sampler import Request, draw_pictures
-from objdrive.store import ArtifactStore, StoreError
-from objdrive.views import Scene, SceneObject
+from objdrive.adapters.bank import AdapterBank
+from objdrive.adapters.store import ArtifactStore
+from objdrive.base.prompts import TOKEN_MARK, token_phrase
+from objdrive.base.stable_diffusion import Base
+from objdrive.catalog.masks import intersection_over_union
+from objdrive.catalog.photos import Photo, masks_overlap
+from objdrive.errors import RowError, StoreError
+from objdrive.pictures import encode_picture
+from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.seeds import seed_of
+from objdrive.training.class_pictures import ClassPictures
+from objdrive.training.memory import fitting_group_size
+from objdrive.training.personalize import Diverged, FineTuned, personalize
+from objdrive.training.recipe import METHOD_VERSION
+from objdrive.training.views import Scene, SceneObject
 
 PREVIEW_PROMPTS = (
     "a photo of {} on grass",

@@ -13,12 +13,14 @@ import ray.data
 from ray.data import TaskPoolStrategy
 
 from jobs.spool import spooled
-from objdrive.artifact import ArtifactMetadata, Member, SourceRecord, adapter_digest
-from objdrive.errors import RowError
-from objdrive.images import SourceMark, decode_photo, read_source, stat_source
-from objdrive.manifest import Piece, Reject, Row, read_piece
-from objdrive.recipe import METHOD_VERSION
-from objdrive.store import ArtifactStore, StoreError
+from objdrive.adapters.artifact import ArtifactMetadata, Member, SourceRecord, adapter_digest
+from objdrive.adapters.store import ArtifactStore
+from objdrive.catalog.manifest import Piece, read_piece
+from objdrive.catalog.photos import decode_photo
+from objdrive.catalog.rows import Reject, Row
+from objdrive.catalog.sources import SourceMark, read_source, stat_source
+from objdrive.errors import RowError, StoreError
+from objdrive.training.recipe import METHOD_VERSION
 
 _ROWS_PER_BATCH = 64
 _BLOCK_BYTES = 32 * 2**10

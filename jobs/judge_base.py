@@ -24,9 +24,9 @@ from jobs.pretrain.judge import (
 )
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, have_sprites
-from objdrive.base import Base
+from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
-from objdrive.imagenet import ImageNetEncoder
+from objdrive.evaluation.imagenet import ImageNetEncoder
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from jobs.ingest import Checked
 from jobs.outcomes import RowOutcome
-from objdrive.manifest import Reject
-from objdrive.store import RESULTS_FILE, ArtifactStore
+from objdrive.adapters.store import RESULTS_FILE, ArtifactStore
+from objdrive.catalog.rows import Reject
 
 REJECTS_FILE = "rejects.parquet"
 _ROWS_PER_BATCH = 10_000

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobs.ingest import Checked, pack, unpack
 from jobs.leases import Task
-from objdrive.manifest import Reject
+from objdrive.catalog.rows import Reject
 
 MAX_SCENE = 6
 """Most objects that one adapter is taught at once."""

@@ -15,8 +15,10 @@ from jobs.ledger import Ledger
 from jobs.outcomes import fail_row
 from jobs.plan import plan
 from jobs.progress import Progress, Standing
-from objdrive.manifest import Piece, Reject
-from objdrive.store import ArtifactStore, StoreError
+from objdrive.adapters.store import ArtifactStore
+from objdrive.catalog.manifest import Piece
+from objdrive.catalog.rows import Reject
+from objdrive.errors import StoreError
 
 
 class BatchRun:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from jobs.fanout import Work
 from jobs.ingest import Target
-from objdrive.recipe import Recipe
+from objdrive.training.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import ObjdriveError
-from objdrive.store import ArtifactStore
 
 COMMANDS_GROUP = "objdrive.commands"
 """Entry points of this group add commands: they are called with the parser's subparsers."""

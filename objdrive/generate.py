@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from PIL import Image
 from pydantic import ValidationError
 
-from objdrive.adapter import parse_adapter
-from objdrive.artifact import ArtifactMetadata
-from objdrive.bank import AdapterBank
-from objdrive.base import Base
+from objdrive.adapters.adapter import parse_adapter
+from objdrive.adapters.artifact import ArtifactMetadata
+from objdrive.adapters.bank import AdapterBank
+from objdrive.adapters.store import ArtifactStore
+from objdrive.base.prompts import marked_phrase
+from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
-from objdrive.recipe import Recipe
-from objdrive.sampler import Request, draw_pictures, marked_phrase
-from objdrive.store import ArtifactStore
+from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.training.recipe import Recipe
 
 
 def generate(

@@ -19,8 +19,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.responses import Response
 
-from objdrive.artifact import ArtifactKey, ArtifactMetadata, BaseRef
-from objdrive.engine import DrawRequest
+from objdrive.adapters.artifact import ArtifactKey, ArtifactMetadata, BaseRef
+from objdrive.sampling.requests import DrawRequest
 from serve.auth import ApiKey, Gate
 from serve.catalog import Catalog
 from serve.command import is_loopback

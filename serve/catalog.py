@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 
-from objdrive.artifact import ArtifactMetadata
+from objdrive.adapters.artifact import ArtifactMetadata
+from objdrive.adapters.store import RESULTS_FILE, ArtifactStore
 from objdrive.errors import ObjdriveError
-from objdrive.store import RESULTS_FILE, ArtifactStore
 from serve.errors import logger
 
 _T = TypeVar("_T")

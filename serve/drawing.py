@@ -7,11 +7,12 @@ from typing import Protocol
 
 from PIL.PngImagePlugin import PngInfo
 
-from objdrive.base import Base
-from objdrive.engine import Drawing, DrawRequest, Engine, Partial, Picture
-from objdrive.engine import Event as EngineEvent
+from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
-from objdrive.images import encode_picture
+from objdrive.pictures import encode_picture
+from objdrive.sampling.engine import Engine
+from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture
+from objdrive.sampling.requests import Event as EngineEvent
 from serve.errors import api_error
 
 BASE_ALONE = "base"

@@ -12,7 +12,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from objdrive.engine import DrawRequest, Engine
+from objdrive.sampling.engine import Engine
+from objdrive.sampling.requests import DrawRequest
 from serve.drawing import BaseInfo, Event, FinishedPicture, LocalGenerators, PartialPicture, Refused
 from serve.errors import RETRY_AFTER_SECONDS, ApiError, logger
 from serve.health import HealthCheck

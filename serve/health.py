@@ -2,8 +2,9 @@
 
 import asyncio
 
-from objdrive.engine import DrawRequest, Engine
 from objdrive.errors import Draining, ObjdriveError
+from objdrive.sampling.engine import Engine
+from objdrive.sampling.requests import DrawRequest
 
 
 class HealthCheck:

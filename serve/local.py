@@ -8,8 +8,8 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from objdrive.base import Base
-from objdrive.engine import Engine
+from objdrive.base.stable_diffusion import Base
+from objdrive.sampling.engine import Engine
 from serve.api import Services, create_app
 from serve.auth import Gate
 from serve.catalog import Catalog

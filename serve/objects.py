@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from objdrive.artifact import OBJECT_ID_PATTERN, ArtifactMetadata
-from objdrive.store import ArtifactStore, StoreError
+from objdrive.adapters.artifact import OBJECT_ID_PATTERN, ArtifactMetadata
+from objdrive.adapters.store import ArtifactStore
+from objdrive.errors import StoreError
 from serve.errors import ApiError, logger
 
 FRESH_SECONDS = 2.0

@@ -4,8 +4,8 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from objdrive.artifact import ArtifactKey, ArtifactMetadata
-from objdrive.engine import DrawRequest
+from objdrive.adapters.artifact import ArtifactKey, ArtifactMetadata
+from objdrive.sampling.requests import DrawRequest
 from serve.drawing import BaseInfo
 from serve.errors import ApiError
 from serve.schema import MAX_OBJECTS, GenerationRequest

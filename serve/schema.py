@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
 
-from objdrive.artifact import BaseRef
+from objdrive.adapters.artifact import BaseRef
 
 MAX_OBJECTS = 4
 MAX_PICTURES = 10

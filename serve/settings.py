@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import ObjdriveError
-from objdrive.store import ArtifactStore
 
 _LEAST_SECRET_BYTES = 32
 Count = Annotated[int, Field(ge=1)]

@@ -16,13 +16,13 @@ import transformers
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
-from objdrive.adapter import Adapter, adapter_files
-from objdrive.artifact import ArtifactKey, ArtifactMetadata, BaseRef, SceneMember, SourceRecord, Sources
-from objdrive.bank import AdapterBank
-from objdrive.base import Base
-from objdrive.base_files import EMBEDDED
-from objdrive.images import decode_photo
-from objdrive.views import Scene, SceneObject
+from objdrive.adapters.adapter import Adapter, adapter_files
+from objdrive.adapters.artifact import ArtifactKey, ArtifactMetadata, BaseRef, SceneMember, SourceRecord, Sources
+from objdrive.adapters.bank import AdapterBank
+from objdrive.base.files import EMBEDDED
+from objdrive.base.stable_diffusion import Base
+from objdrive.catalog.photos import decode_photo
+from objdrive.training.views import Scene, SceneObject
 
 CATALOG = Path(__file__).parents[1] / "examples" / "catalog"
 EPSILON_SCHEDULER = {

@@ -6,9 +6,9 @@ import io
 import torch
 from PIL import Image
 
-from objdrive.adapter import Adapter, adapter_files
-from objdrive.artifact import ArtifactMetadata, BaseRef, Preview, SceneMember, SourceRecord, Sources
-from objdrive.bank import AdapterBank
+from objdrive.adapters.adapter import Adapter, adapter_files
+from objdrive.adapters.artifact import ArtifactMetadata, BaseRef, Preview, SceneMember, SourceRecord, Sources
+from objdrive.adapters.bank import AdapterBank
 
 RANK = 4
 STEPS = 2

@@ -13,12 +13,12 @@ from PIL import Image
 from jobs.ingest import Target, check_row
 from jobs.plan import Unit
 from jobs.settings import FineTuneSettings
-from objdrive.artifact import LORA_FILE, METADATA_FILE
-from objdrive.base_files import EMBEDDED
+from objdrive.adapters.artifact import LORA_FILE, METADATA_FILE
+from objdrive.adapters.store import ArtifactStore
+from objdrive.base.files import EMBEDDED
+from objdrive.catalog.manifest import read_manifest
 from objdrive.cli import main
-from objdrive.manifest import read_manifest
-from objdrive.recipe import make_recipe
-from objdrive.store import ArtifactStore
+from objdrive.training.recipe import make_recipe
 
 MANIFEST = Path(__file__).parents[1] / "examples" / "catalog" / "manifest.csv"
 FAST = ["steps=2", "prototype_steps=1", "class_pool=1", "sample_steps=2"]

@@ -15,10 +15,10 @@ from jobs.pretrain.contexts import CONTEXTS, Rng
 from jobs.pretrain.packs import PACKS
 from jobs.pretrain.scenes import STYLES, Thing, put, render
 from jobs.pretrain.sprites import Sprites
-from objdrive.class_pictures import seed_of
 from objdrive.errors import ObjdriveError
-from objdrive.evaluate import EvaluationPrompt, Shown
-from objdrive.images import encode_picture
+from objdrive.evaluation.prompts import EvaluationPrompt, Shown
+from objdrive.pictures import encode_picture
+from objdrive.seeds import seed_of
 
 HALVES = Path(__file__).parent / "halves.yaml"
 PROMPTS = Path(__file__).parent / "prompts.yaml"

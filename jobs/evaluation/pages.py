@@ -10,12 +10,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.evaluation.pictures import BASE_ALONE, CONTROLS, COPY
-from objdrive.evaluate import METRICS, EvaluationPrompt
-from objdrive.grids import ObjectGrid, Table, render_grids
-from objdrive.images import encode_picture
-from objdrive.plots import plot_sheet, plot_trade
-from objdrive.scores import scalarise
-from objdrive.summary import Figure, Trade, figure, per_object
+from objdrive.evaluation.grids import ObjectGrid, Table, render_grids
+from objdrive.evaluation.plots import plot_sheet, plot_trade
+from objdrive.evaluation.prompts import EvaluationPrompt
+from objdrive.evaluation.ruler import METRICS
+from objdrive.evaluation.scores import scalarise
+from objdrive.evaluation.summary import Figure, Trade, figure, per_object
+from objdrive.pictures import encode_picture
 
 PICTURES_FILE = "pictures.parquet"
 SCORES_FILE = "scores.parquet"

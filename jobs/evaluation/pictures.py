@@ -17,15 +17,19 @@ import torch
 from PIL import Image
 
 from jobs.bases import load_planned
-from objdrive.adapter import Adapter, parse_adapter
-from objdrive.artifact import ArtifactMetadata
-from objdrive.bank import AdapterBank
-from objdrive.class_pictures import seed_of
+from objdrive.adapters.adapter import Adapter, parse_adapter
+from objdrive.adapters.artifact import ArtifactMetadata
+from objdrive.adapters.bank import AdapterBank
+from objdrive.adapters.store import ArtifactStore
+from objdrive.base.prompts import marked_phrase
+from objdrive.catalog.photos import decode_photo
+from objdrive.catalog.sources import SourceMark, read_source
 from objdrive.errors import ObjdriveError
-from objdrive.evaluate import EvaluationPrompt, Reference
-from objdrive.images import SourceMark, decode_photo, encode_picture, read_source
-from objdrive.sampler import Request, draw_pictures, marked_phrase
-from objdrive.store import ArtifactStore
+from objdrive.evaluation.prompts import EvaluationPrompt
+from objdrive.evaluation.reference import Reference
+from objdrive.pictures import encode_picture
+from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.seeds import seed_of
 
 BASE_ALONE = "base"
 COPY = "copy"

@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 import ray
 
 from jobs.evaluation.pictures import Pool, as_dataset, decode_pictures
-from objdrive.encoders import identify, load_encoder
 from objdrive.errors import ObjdriveError
-from objdrive.evaluate import METRICS, Asked, Design, EvaluationPrompt, Gallery, Reference, Ruler, check_shown, embed
-from objdrive.views import as_pixels
+from objdrive.evaluation.encoders import identify, load_encoder
+from objdrive.evaluation.prompts import EvaluationPrompt
+from objdrive.evaluation.reference import Design, Gallery, Reference, check_shown
+from objdrive.evaluation.ruler import METRICS, Asked, Ruler, embed
+from objdrive.pictures import as_pixels
 
 _FEATURES = ["objects", "backdrops"]
 _KEPT = ("method", "object_id", "class_name", "prompt_id", "kind", "number")

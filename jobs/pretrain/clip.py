@@ -18,7 +18,7 @@ from jobs.pretrain.data import Rows, read_rows
 from jobs.pretrain.loop import load_matching
 from jobs.pretrain.pictures import grid
 from jobs.pretrain.settings import Folders
-from objdrive.base_files import find_base
+from objdrive.base.files import find_base
 
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _START, _END = "<|startoftext|>", "<|endoftext|>"

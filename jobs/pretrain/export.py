@@ -10,7 +10,7 @@ from jobs.pretrain.config import Config
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites
 from jobs.pretrain.unet import SCHEDULE
-from objdrive.base_files import PARTS, find_base
+from objdrive.base.files import PARTS, find_base
 
 _INDEX = {
     "_class_name": "StableDiffusionPipeline",

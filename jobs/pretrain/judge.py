@@ -17,10 +17,10 @@ from jobs.pretrain.pictures import grid
 from jobs.pretrain.scenes import Composer, Mix, Scene, with_article
 from jobs.pretrain.sprites import Sprites
 from jobs.pretrain.vae import psnr
-from objdrive.base import Base
-from objdrive.imagenet import ImageNetEncoder
-from objdrive.sampler import Request, draw_pictures
-from objdrive.views import as_pixels
+from objdrive.base.stable_diffusion import Base
+from objdrive.evaluation.imagenet import ImageNetEncoder
+from objdrive.pictures import as_pixels
+from objdrive.sampling.sampler import Request, draw_pictures
 
 GUIDANCE = 4.0
 _TAUGHT = Mix(pair=0, style=0, tint=0, word_alone=0, no_context=0, stretched=0.5)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from jobs.pretrain.packs import EDGE, PACKS, Icons, fetch
 from jobs.pretrain.settings import Folders
 from objdrive.errors import ObjdriveError
-from objdrive.imagenet import ImageNetEncoder
+from objdrive.evaluation.imagenet import ImageNetEncoder
 
 CLASSES = Path(__file__).parent / "classes.yaml"
 NEAR = 0.85

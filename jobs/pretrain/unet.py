@@ -24,8 +24,9 @@ from jobs.pretrain.pictures import grid
 from jobs.pretrain.scenes import with_article
 from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites
-from objdrive.base_files import find_base
-from objdrive.losses import add_noise, latent_mask, object_loss, timestep_odds, velocity_weight
+from objdrive.base.files import find_base
+from objdrive.base.noise import add_noise, timestep_odds, velocity_weight
+from objdrive.training.losses import latent_mask, object_loss
 
 SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,

@@ -12,7 +12,7 @@ from jobs.pretrain.config import Config
 from jobs.pretrain.data import read_rows
 from jobs.pretrain.pictures import grid
 from jobs.pretrain.settings import Folders
-from objdrive.base_files import find_base
+from objdrive.base.files import find_base
 from objdrive.errors import ObjdriveError
 
 _KL = 1e-5

@@ -17,8 +17,8 @@ import pytest
 import ray
 from moto.server import ThreadedMotoServer
 
+from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import ObjdriveError
-from objdrive.store import ArtifactStore
 
 ROOT = Path(__file__).parents[2]
 CATALOG = ROOT / "examples" / "catalog"

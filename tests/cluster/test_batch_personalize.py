@@ -15,7 +15,7 @@ import s3fs
 from conftest import CATALOG, Job, assert_whole, commits, write_manifest
 from PIL import Image
 
-from objdrive.store import ArtifactStore
+from objdrive.adapters.store import ArtifactStore
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 

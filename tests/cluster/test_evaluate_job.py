@@ -10,9 +10,9 @@ import pytest
 
 from jobs.evaluation.compose import write_half
 from jobs.pretrain.sprites import draw_sprites
-from objdrive.artifact import SourceRecord, Sources
-from objdrive.evaluate import read_prompts
-from objdrive.store import ArtifactStore
+from objdrive.adapters.artifact import SourceRecord, Sources
+from objdrive.adapters.store import ArtifactStore
+from objdrive.evaluation.prompts import read_prompts
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = """

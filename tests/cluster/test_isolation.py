@@ -8,9 +8,10 @@ import psutil
 import pytest
 from under_fire import STYLES, VERSIONS, Catalog, draw_alone, least_difference
 
-from objdrive.engine import DrawRequest, Engine
+from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import Cancelled
-from objdrive.store import ArtifactStore
+from objdrive.sampling.engine import Engine
+from objdrive.sampling.requests import DrawRequest
 
 pytestmark = pytest.mark.cluster
 

@@ -21,8 +21,8 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
 from random_store import commit
 
-from objdrive.base import Base
-from objdrive.store import ArtifactStore
+from objdrive.adapters.store import ArtifactStore
+from objdrive.base.stable_diffusion import Base
 from serve.auth import new_key
 from serve.local import local_app
 from serve.settings import Settings

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from objdrive.base import Base
-from objdrive.sampler import Request, draw_pictures
+from objdrive.base.stable_diffusion import Base
+from objdrive.sampling.sampler import Request, draw_pictures
 
 ROOT = Path(__file__).parents[2]
 

@@ -26,11 +26,11 @@ from PIL import Image
 from random_store import commit, digest_of
 from under_fire import STYLES, Catalog, draw_alone, least_difference
 
-from objdrive.artifact import ArtifactKey
-from objdrive.base import Base
-from objdrive.engine import DrawRequest
-from objdrive.sampler import to_pictures
-from objdrive.store import ArtifactStore
+from objdrive.adapters.artifact import ArtifactKey
+from objdrive.adapters.store import ArtifactStore
+from objdrive.base.stable_diffusion import Base
+from objdrive.pictures import to_pictures
+from objdrive.sampling.requests import DrawRequest
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 

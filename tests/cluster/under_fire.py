@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from objdrive.adapter import parse_adapter
-from objdrive.bank import AdapterBank
-from objdrive.sampler import Request, draw_latents, marked_phrase
+from objdrive.adapters.adapter import parse_adapter
+from objdrive.adapters.bank import AdapterBank
+from objdrive.base.prompts import marked_phrase
+from objdrive.sampling.sampler import Request, draw_latents
 
 VERSIONS = 2
 STYLES = [

@@ -28,11 +28,12 @@ from jobs.evaluation.scoring import by_chance
 from jobs.pretrain.packs import PACKS
 from jobs.pretrain.scenes import STYLES
 from jobs.pretrain.sprites import Sprites, draw_sprites
-from objdrive.artifact import SourceRecord, Sources
+from objdrive.adapters.artifact import SourceRecord, Sources
+from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import ObjdriveError
-from objdrive.evaluate import EvaluationPrompt, Reference, read_prompts
-from objdrive.images import encode_picture
-from objdrive.store import ArtifactStore
+from objdrive.evaluation.prompts import EvaluationPrompt, read_prompts
+from objdrive.evaluation.reference import Reference
+from objdrive.pictures import encode_picture
 
 SHIPPED = read_prompts(PROMPTS)
 TWO = [prompt for prompt in SHIPPED if prompt.id in ("grass", "night")]

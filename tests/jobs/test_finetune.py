@@ -18,11 +18,11 @@ from jobs.finetune import PREVIEW_PROMPTS, FineTune
 from jobs.ingest import Checked, Target, check_row
 from jobs.plan import Unit
 from jobs.settings import FineTuneSettings
-from objdrive.adapter import parse_adapter
+from objdrive.adapters.adapter import parse_adapter
+from objdrive.adapters.store import ArtifactStore
+from objdrive.catalog.manifest import read_manifest
 from objdrive.errors import ObjdriveError
-from objdrive.manifest import read_manifest
-from objdrive.recipe import make_recipe
-from objdrive.store import ArtifactStore
+from objdrive.training.recipe import make_recipe
 
 CATALOG = Path(__file__).parents[2] / "examples" / "catalog"
 FAST = ["steps=2", "prototype_steps=1", "class_pool=1", "sample_steps=2"]

@@ -11,9 +11,9 @@ import pytest
 from jobs.ingest import Checked
 from jobs.ledger import REJECTS_FILE, Ledger
 from jobs.outcomes import RowOutcome
-from objdrive.images import SourceMark
-from objdrive.manifest import Reject, Row
-from objdrive.store import RESULTS_FILE, ArtifactStore
+from objdrive.adapters.store import RESULTS_FILE, ArtifactStore
+from objdrive.catalog.rows import Reject, Row
+from objdrive.catalog.sources import SourceMark
 
 DIGEST = "0123456789abcdef" * 2
 METRICS = {"loss_object": 0.25, "loss_class": 0.5, "steps": 2.0, "seconds": 1.5}

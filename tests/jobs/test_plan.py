@@ -7,8 +7,8 @@ import pytest
 
 from jobs.ingest import Checked
 from jobs.plan import MAX_SCENE, plan
-from objdrive.images import SourceMark
-from objdrive.manifest import Reject, Row
+from objdrive.catalog.rows import Reject, Row
+from objdrive.catalog.sources import SourceMark
 
 DIGEST = "0123456789abcdef" * 2
 OTHER_DIGEST = "fedcba9876543210" * 2

@@ -34,7 +34,7 @@ from jobs.pretrain.sprites import Sprites, draw_sprites, near_held
 from jobs.pretrain.unet import UnetObjective, build_unet, latents_folder, make_latents, stratified
 from jobs.pretrain.vae import build_vae, normalise_latents, psnr, take_over
 from jobs.pretrain_base import main as pretrain
-from objdrive.base_files import EMBEDDED, find_base
+from objdrive.base.files import EMBEDDED, find_base
 from objdrive.errors import ObjdriveError
 
 

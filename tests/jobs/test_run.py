@@ -13,10 +13,11 @@ from jobs.fanout import Workers
 from jobs.ingest import Checked, Target
 from jobs.ledger import Ledger
 from jobs.run import BatchRun
+from objdrive.adapters.store import ArtifactStore
+from objdrive.catalog.rows import Reject, Row
+from objdrive.catalog.sources import SourceMark
 from objdrive.errors import ObjdriveError
-from objdrive.images import SourceMark, encode_picture
-from objdrive.manifest import Reject, Row
-from objdrive.store import ArtifactStore
+from objdrive.pictures import encode_picture
 
 
 class AnyBase:

@@ -14,9 +14,9 @@ import uvicorn
 import yaml
 from random_store import RANK, commit
 
-from objdrive.base import Base
-from objdrive.engine import Engine
-from objdrive.store import ArtifactStore
+from objdrive.adapters.store import ArtifactStore
+from objdrive.base.stable_diffusion import Base
+from objdrive.sampling.engine import Engine
 from serve.api import Services, create_app
 from serve.auth import Gate, new_key
 from serve.catalog import Catalog

@@ -15,9 +15,10 @@ from PIL import Image
 from random_store import RANK, STEPS, commit, digest_of
 from starlette.testclient import TestClient
 
-from objdrive.artifact import METADATA_FILE
-from objdrive.engine import ArtifactKey, DrawRequest, Engine
-from objdrive.store import ArtifactStore
+from objdrive.adapters.artifact import METADATA_FILE, ArtifactKey
+from objdrive.adapters.store import ArtifactStore
+from objdrive.sampling.engine import Engine
+from objdrive.sampling.requests import DrawRequest
 from serve.api import create_app
 from serve.local import local_app
 from serve.settings import Settings

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from random_store import metadata_of
 
+from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import StoreError
-from objdrive.store import ArtifactStore
 from serve.catalog import Catalog
 
 

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from random_store import commit
 
+from objdrive.adapters.store import ArtifactStore
 from objdrive.cli import main
-from objdrive.store import ArtifactStore
 from serve.auth import read_keys
 
 ROOT = Path(__file__).parents[2]

@@ -4,9 +4,10 @@ import threading
 import pytest
 from random_store import RANK
 
-from objdrive.base import Base
-from objdrive.engine import DrawRequest, Engine
+from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
+from objdrive.sampling.engine import Engine
+from objdrive.sampling.requests import DrawRequest
 from serve.health import HealthCheck
 
 

@@ -10,7 +10,7 @@ from conftest import serving
 from PIL import Image
 from random_store import commit, digest_of
 
-from objdrive.store import ArtifactStore
+from objdrive.adapters.store import ArtifactStore
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 import pytest
 
+from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import ObjdriveError
-from objdrive.store import ArtifactStore
 from serve.settings import Settings
 
 

@@ -1,0 +1,109 @@
+"""An adapter, and its files as stock diffusers loads them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from objdrive.adapters.artifact import EMBEDDING_FILE, LORA_FILE
+from objdrive.errors import ObjdriveError
+
+_UNET = "unet."
+_LORA_A = ".lora_A.weight"
+_LORA_B = ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a fine-tune yields for one object.
+
+    `lora` maps ``"<module path in the UNet>.lora_A.weight"`` to a (rank, in) tensor and ``".lora_B.weight"`` to
+    (out, rank), of convolutions (rank, in, kh, kw) and (out, rank, 1, 1); the scale is 1, any alpha is folded in. It is
+    empty for methods that learn only the embedding. `embedding` is the (d,) input embedding of the object's token.
+    """
+
+    lora: dict[str, Tensor]
+    embedding: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The highest rank of its layers; 0 without LoRA."""
+        return max((len(tensor) for key, tensor in self.lora.items() if key.endswith(_LORA_A)), default=0)
+
+
+def adapter_files(adapter: Adapter, *, token: str) -> dict[str, bytes]:
+    """Return the adapter's files by name, as ``load_lora_weights`` and ``load_textual_inversion`` read them.
+
+    An adapter without LoRA has no `LORA_FILE`: diffusers rejects an empty one. Raises ObjdriveError, naming
+    the tensor, for an adapter that `parse_adapter` would refuse, such as one with NaNs after a diverged
+    fine-tune.
+    """
+    _check_adapter(adapter)
+    files = {EMBEDDING_FILE: _save({token: adapter.embedding})}
+    if adapter.lora:
+        files[LORA_FILE] = _save({_UNET + key: tensor for key, tensor in adapter.lora.items()})
+    return files
+
+
+def parse_adapter(files: Mapping[str, bytes], *, token: str) -> Adapter:
+    """Return the adapter that `files` (an artifact's files by name; others are ignored) hold, on the CPU.
+
+    Raises ObjdriveError, naming the file or tensor, for a missing or unreadable file, a foreign tensor name,
+    shapes that do not pair up, and values that are not finite floating-point numbers.
+    """
+    if EMBEDDING_FILE not in files:
+        raise ObjdriveError(f"the artifact has no {EMBEDDING_FILE}; fine-tune the object again")
+    embeddings = _load(EMBEDDING_FILE, files[EMBEDDING_FILE])
+    if set(embeddings) != {token}:
+        raise ObjdriveError(f"{EMBEDDING_FILE} holds tokens {sorted(embeddings)}, expected only {token!r}")
+    lora = _load(LORA_FILE, files[LORA_FILE]) if LORA_FILE in files else {}
+    for key in lora:
+        if not key.startswith(_UNET):
+            raise ObjdriveError(f"{LORA_FILE}: tensor {key!r} is not named {_UNET}<module path>...")
+    adapter = Adapter({key.removeprefix(_UNET): lora[key] for key in lora}, embeddings[token])
+    _check_adapter(adapter)
+    return adapter
+
+
+def _save(tensors: Mapping[str, Tensor]) -> bytes:
+    # Adapters trained as a group are slices of stacked tensors; safetensors takes only contiguous ones.
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(own, metadata={"format": "pt"})
+
+
+def _load(name: str, data: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise ObjdriveError(f"{name} is not a readable safetensors file: {error}") from error
+
+
+def _check_adapter(adapter: Adapter) -> None:
+    _check_tensor("the embedding", adapter.embedding, dimensions=(1,))
+    for key, tensor in adapter.lora.items():
+        if not key.endswith((_LORA_A, _LORA_B)):
+            raise ObjdriveError(f"LoRA tensor {key!r} is not named <module path>{_LORA_A} or {_LORA_B}")
+        _check_tensor(f"LoRA tensor {key!r}", tensor, dimensions=(2, 4))
+    modules = dict.fromkeys(key.removesuffix(_LORA_A).removesuffix(_LORA_B) for key in adapter.lora)
+    for module in modules:
+        down, up = adapter.lora.get(module + _LORA_A), adapter.lora.get(module + _LORA_B)
+        if down is None or up is None:
+            raise ObjdriveError(f"LoRA module {module!r} has only one of {_LORA_A} and {_LORA_B}")
+        if down.shape[0] != up.shape[1]:
+            raise ObjdriveError(
+                f"LoRA module {module!r}: {_LORA_A} {tuple(down.shape)} and {_LORA_B} {tuple(up.shape)} "
+                "differ in rank; expected (rank, in) and (out, rank)"
+            )
+
+
+def _check_tensor(what: str, tensor: Tensor, *, dimensions: tuple[int, ...]) -> None:
+    if tensor.ndim not in dimensions or tensor.numel() == 0:
+        expected = " or ".join(map(str, dimensions))
+        raise ObjdriveError(f"{what} has shape {tuple(tensor.shape)}, expected {expected} dimension(s)")
+    if not tensor.is_floating_point():
+        raise ObjdriveError(f"{what} has dtype {tensor.dtype}, expected a floating-point one")
+    if not torch.isfinite(tensor).all():
+        raise ObjdriveError(f"{what} has values that are not finite; fine-tune at a lower learning rate")

@@ -1,0 +1,1 @@
+"""What comes in: rows and their rules, readers, sources, photos, geometry and masks."""

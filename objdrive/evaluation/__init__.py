@@ -1,0 +1,1 @@
+"""Measuring: encoders, scores, the ruler, summaries and reports."""

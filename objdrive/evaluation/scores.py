@@ -1,0 +1,88 @@
+"""The arithmetic of measuring, as pure functions: similarities, intervals, the front of the best trades."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating]
+Statistic = Callable[[Array], Array]
+"""(R, M) means of M figures -> (R,) values."""
+
+
+def unit(features: Array) -> Array:
+    """Features (..., D) at length 1.
+
+    Raises:
+        ValueError: one of them has no length, so no direction either.
+    """
+    lengths = np.linalg.norm(features, axis=-1, keepdims=True)
+    if not (lengths > 0).all():
+        raise ValueError("features without a length: the encoder gave zeros, or values that are not numbers")
+    scaled: Array = features / lengths
+    return scaled
+
+
+def centres(features: Array, cells: NDArray[np.intp], shape: tuple[int, ...]) -> Array:
+    """(rows, columns, D): directions of the means of features (N, D) in their cells (N, 2) of a table."""
+    sums = np.zeros((*shape, features.shape[1]), np.float32)
+    np.add.at(sums, tuple(cells.T), features)
+    return unit(sums)
+
+
+def best_match(windows: Array, views: Array) -> Array:
+    """(...,): cosine of the window and the view that agree most, of windows (..., W, D) and views (V, D), unit."""
+    found: Array = (windows @ views.T).max(axis=(-2, -1))
+    return found
+
+
+def bootstrap_interval(
+    values: Array,
+    statistic: Statistic | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 4000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of a statistic of means, over objects drawn again with replacement (Efron, 1979).
+
+    Args:
+        values: (N, M), M figures of each of N objects.
+        statistic: of the M means; default: the first mean.
+        level: share of the resampled statistics that lie in the interval.
+        resamples: how many.
+        seed: of the draws; the same values and seed give the same interval.
+
+    Returns:
+        Its ends.
+
+    Raises:
+        ValueError: no values.
+    """
+    if values.ndim != 2 or not len(values):
+        raise ValueError(f"expected values (N, M) of at least one object, got shape {values.shape}")
+    rng = np.random.default_rng(seed)
+    count = len(values)
+    # How often each object was drawn: no (resamples, N, M) is ever held.
+    draws = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    means = draws @ values / count
+    statistics = means[:, 0] if statistic is None else statistic(means)
+    tail = 50 * (1 - level)
+    low, high = np.percentile(statistics, (tail, 100 - tail))
+    return float(low), float(high)
+
+
+def scalarise(points: Array) -> Array:
+    """(...,): harmonic mean of fidelity and generalization (..., 2) in [0, 1], which is high only if both are."""
+    fidelity, generalization = np.moveaxis(points, -1, 0)
+    total = fidelity + generalization
+    means: Array = np.divide(2 * fidelity * generalization, total, out=np.zeros(np.shape(total)), where=total > 0)
+    return means
+
+
+def pareto_front(points: Array) -> NDArray[np.bool_]:
+    """(N,): which points (N, K), the larger the better, no other point equals or beats everywhere, beating it once."""
+    no_worse = (points[None, :, :] >= points[:, None, :]).all(axis=-1)
+    better = (points[None, :, :] > points[:, None, :]).any(axis=-1)
+    front: NDArray[np.bool_] = np.logical_not(np.logical_and(no_worse, better).any(axis=-1))
+    return front

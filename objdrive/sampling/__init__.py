@@ -1,0 +1,1 @@
+"""Drawing: schedulers, sampler, residency of adapters, and the engine."""

@@ -1,0 +1,435 @@
+"""The engine: many requests, many objects, one denoising batch that requests join and leave at every step."""
+
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from objdrive.adapters.artifact import ArtifactKey
+from objdrive.adapters.bank import AdapterBank
+from objdrive.adapters.store import ArtifactStore
+from objdrive.base.prompts import place_objects
+from objdrive.base.stable_diffusion import Base
+from objdrive.errors import Cancelled, Draining, DrawingFailed, ObjdriveError, QueueFull
+from objdrive.pictures import to_pictures
+from objdrive.sampling.checks import check_request
+from objdrive.sampling.histogram import Histogram, HistogramSnapshot
+from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture, _logger
+from objdrive.sampling.residency import Claim, Residency, Resident, Tier
+from objdrive.sampling.sampler import Request, Sample, begin, denoise, fitting_batch_size
+
+_MOST_OVERTAKEN = 32
+_LONGEST_RETRY_SECONDS = 60.0
+_NOT_FINITE = "the picture's values are not finite: lower guidance_scale or adapter_scale"
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine's start, and gauges.
+
+    Attributes:
+        requests: ended requests by outcome: ``drawn`` or an error's code (refused ones included).
+        waiting: requests that wait for a place in the batch.
+        running: requests in the batch.
+        queue_seconds: from `submit` to the first step.
+        batch_size: requests in a step.
+        step_seconds: a step's forward pass and update.
+        decode_seconds: decoding a batch of pictures.
+        swap_seconds: copying one adapter into a slot.
+        hits: needed adapters by the tier where they were found.
+        resident: adapters in slots.
+        hosted: adapters in host memory.
+        hosted_bytes: their size.
+    """
+
+    requests: Mapping[str, int]
+    waiting: int
+    running: int
+    queue_seconds: HistogramSnapshot
+    batch_size: HistogramSnapshot
+    step_seconds: HistogramSnapshot
+    decode_seconds: HistogramSnapshot
+    swap_seconds: HistogramSnapshot
+    hits: Mapping[Tier, int]
+    resident: int
+    hosted: int
+    hosted_bytes: int
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """A request on its way through the engine."""
+
+    drawing: Drawing
+    claim: Claim
+    submitted: float
+    overtaken: int = 0
+
+
+@dataclass(eq=False)
+class _Place:
+    """A request that holds a place in the batch."""
+
+    ticket: _Ticket
+    sample: Sample
+    prompt: str
+    started: float
+    partials_after: tuple[int, ...]
+    ended: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return self.sample.stepper.done
+
+    @property
+    def shows(self) -> bool:
+        """Whether there is something to show after the step just taken."""
+        return self.finished or self.sample.stepper.taken in self.partials_after
+
+    @property
+    def seen(self) -> Tensor:
+        """(1, C, h, h) latents of what the picture is, or will become."""
+        return self.sample.latents if self.finished else self.sample.stepper.predicted
+
+    def partial(self, image: Image.Image) -> Partial:
+        stepper = self.sample.stepper
+        return Partial(image, self.partials_after.index(stepper.taken), stepper.taken, stepper.steps)
+
+
+class Engine:
+    """Draws requests on a thread of its own, all that run sharing every pass of the UNet (continuous batching).
+
+    A request is admitted as soon as its adapters are in the bank and a place in the batch is free, in the order of
+    arrival; those whose adapters are still being loaded are overtaken. One that waits for slots is overtaken only by
+    requests that need no further slot, and not for ever. All methods are thread-safe. The base must have no other user
+    meanwhile.
+
+    Args:
+        base: what draws.
+        store: where artifacts come from.
+        batch_size: most requests in a step; with guidance each takes two rows of the UNet's batch.
+        slots: how many adapters the bank holds; at least as many as one request names.
+        rank: the highest rank of an adapter.
+        host_bytes: limit of host memory for adapters, see `Residency`.
+        queue_limit: most requests that wait.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        store: ArtifactStore,
+        *,
+        batch_size: int,
+        slots: int,
+        rank: int,
+        host_bytes: int,
+        queue_limit: int,
+    ) -> None:
+        for name, value in {"batch_size": batch_size, "slots": slots, "queue_limit": queue_limit}.items():
+            if value < 1:
+                raise ObjdriveError(f"{name}={value} must be at least 1")
+        self._base = base
+        self._batch_size = batch_size
+        self._queue_limit = queue_limit
+        self._bank = AdapterBank(base.unet, slots=slots, rank=rank)
+        self._residency = Residency(base, store, self._bank, host_bytes=host_bytes, on_loaded=self._wake)
+        self._condition = threading.Condition()
+        self._waiting: deque[_Ticket] = deque()
+        self._unfinished = 0
+        self._awake = False
+        self._draining = False
+        self._closing = False
+        self._batch: list[_Place] = []
+        self._outcomes: Counter[str] = Counter()
+        self._mean_draw_seconds = 1.0
+        self._queue_seconds = Histogram()
+        self._batch_sizes = Histogram([2**power for power in range(batch_size.bit_length() + 1)])
+        self._step_seconds = Histogram()
+        self._decode_seconds = Histogram()
+        self._thread = threading.Thread(target=self._run, name="objdrive-engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def submit(self, request: DrawRequest) -> Drawing:
+        """Take a request; its drawing starts as soon as there is room.
+
+        Raises:
+            QueueFull: too many wait already.
+            Draining: the engine takes nothing new.
+            InvalidPrompt, UnknownObject, ObjdriveError: the request cannot be drawn, whatever the store holds.
+        """
+        try:
+            check_request(request, self._base, self._bank.slots)
+            return self._enqueue(request)
+        except ObjdriveError as error:
+            self._count(error.code)
+            raise
+
+    def stats(self) -> EngineStats:
+        """Return counters and gauges as they are now."""
+        with self._condition:
+            outcomes, waiting = dict(self._outcomes), len(self._waiting)
+        return EngineStats(
+            requests=outcomes,
+            waiting=waiting,
+            running=len(self._batch),
+            queue_seconds=self._queue_seconds.snapshot(),
+            batch_size=self._batch_sizes.snapshot(),
+            step_seconds=self._step_seconds.snapshot(),
+            decode_seconds=self._decode_seconds.snapshot(),
+            swap_seconds=self._residency.swap_seconds.snapshot(),
+            hits=self._residency.hits,
+            resident=len(self._residency.resident),
+            hosted=len(self._residency.hosted),
+            hosted_bytes=self._residency.hosted_bytes,
+        )
+
+    def drain(self) -> None:
+        """Refuse new requests, and return when all that were taken have ended."""
+        with self._condition:
+            self._draining = True
+            self._condition.wait_for(lambda: not self._unfinished)
+
+    def close(self) -> None:
+        """Refuse new requests, cancel all that were taken, and take the bank off the base."""
+        with self._condition:
+            self._draining = self._closing = True
+            self._condition.notify_all()
+        self._thread.join()
+        closed = Draining("the engine was closed before the picture was drawn: ask another")
+        self._end_batch(closed)
+        self._end_waiting(closed)
+        self._residency.close()
+        self._bank.close()
+
+    def _enqueue(self, request: DrawRequest) -> Drawing:
+        drawing = Drawing(request, self._withdraw)
+        ticket = _Ticket(drawing, Claim(request.objects), time.monotonic())
+        with self._condition:
+            if self._draining:
+                raise Draining("the engine is draining and takes no new requests: ask another")
+            if len(self._waiting) >= self._queue_limit:
+                raise self._queue_full()
+            self._waiting.append(ticket)
+            self._unfinished += 1
+        # Not left to the engine's thread, which may be within a step: the load runs beside it.
+        self._residency.prepare(ticket.claim)
+        self._wake()
+        return drawing
+
+    def _queue_full(self) -> QueueFull:
+        rounds = math.ceil((len(self._waiting) + 1) / self._batch_size)
+        seconds = min(max(1.0, rounds * self._mean_draw_seconds), _LONGEST_RETRY_SECONDS)
+        return QueueFull(f"{len(self._waiting)} requests wait already: try again in {seconds:.0f} s", seconds)
+
+    def _withdraw(self, drawing: Drawing) -> None:
+        with self._condition:
+            ticket = next((ticket for ticket in self._waiting if ticket.drawing is drawing), None)
+            if ticket:
+                self._waiting.remove(ticket)
+        if ticket:
+            self._end(ticket, _cancelled())
+        # One that runs is seen by the engine's thread at its next step.
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._condition:
+            self._awake = True
+            self._condition.notify_all()
+
+    def _run(self) -> None:
+        while self._await_work():
+            try:
+                self._drop_cancelled()
+                self._admit()
+                if self._batch:
+                    self._step()
+            except Exception as error:
+                # No later request must find the thread dead.
+                _logger.exception("a step of %d drawings failed", len(self._batch))
+                if self._batch:
+                    self._end_batch(_failure(error))
+                else:
+                    self._end_waiting(_failure(error))
+
+    def _await_work(self) -> bool:
+        with self._condition:
+            self._condition.wait_for(lambda: self._closing or self._awake or self._batch)
+            self._awake = False
+            return not self._closing
+
+    def _drop_cancelled(self) -> None:
+        for place in [place for place in self._batch if place.ticket.drawing.cancelled]:
+            self._batch.remove(place)
+            self._end(place.ticket, _cancelled())
+
+    def _admit(self) -> None:
+        with self._condition:
+            waiting = list(self._waiting)
+        blocked: _Ticket | None = None
+        for ticket in waiting:
+            if len(self._batch) == self._batch_size:
+                break
+            if not self._residency.prepare(ticket.claim) or not self._residency.ready(ticket.claim):
+                continue
+            if blocked and not self._may_overtake(ticket, blocked):
+                continue
+            # One whose adapters went meanwhile is loading again, and nobody has to wait for that.
+            if not self._seat(ticket) and self._residency.ready(ticket.claim):
+                blocked = blocked or ticket
+
+    def _may_overtake(self, ticket: _Ticket, blocked: _Ticket) -> bool:
+        if blocked.overtaken == _MOST_OVERTAKEN or not self._residency.needs_no_slot(ticket.claim):
+            return False
+        blocked.overtaken += 1
+        return True
+
+    def _seat(self, ticket: _Ticket) -> bool:
+        """Give the ticket a place, or an end if it cannot be drawn; False if its slots are not to be had yet."""
+        try:
+            residents = self._residency.lease(ticket.claim)
+            if residents is None:
+                return False
+            begun: _Place | ObjdriveError = self._begin(ticket, {resident.key: resident for resident in residents})
+        except ObjdriveError as error:
+            begun = error
+        except Exception as error:
+            _logger.exception("a drawing of %s could not begin", ", ".join(map(str, ticket.drawing.request.objects)))
+            begun = _failure(error)
+        with self._condition:
+            cancelled = ticket not in self._waiting
+            if not cancelled:
+                self._waiting.remove(ticket)
+        if cancelled:
+            self._residency.release(ticket.claim)
+            self._wake()
+        elif isinstance(begun, _Place):
+            self._batch.append(begun)
+        else:
+            self._end(ticket, begun)
+        return True
+
+    def _begin(self, ticket: _Ticket, residents: Mapping[ArtifactKey, Resident]) -> _Place:
+        request = ticket.drawing.request
+        shown = [residents[key] for key in request.objects]
+        prompt = place_objects(request.prompt, [resident.class_name for resident in shown])
+        sample = begin(self._base, _sampler_request(request, prompt, shown))
+        started = time.monotonic()
+        self._queue_seconds.observe(started - ticket.submitted)
+        return _Place(ticket, sample, prompt, started, partial_steps(request.steps, request.partial_images))
+
+    def _step(self) -> None:
+        started = time.monotonic()
+        denoise(self._base, [place.sample for place in self._batch], self._bank)
+        self._step_seconds.observe(time.monotonic() - started)
+        self._batch_sizes.observe(len(self._batch))
+        self._show([place for place in self._batch if place.shows])
+        self._batch = [place for place in self._batch if not place.ended]
+
+    def _show(self, places: Sequence[_Place]) -> None:
+        """Deliver partial and finished pictures."""
+        finite = []
+        for place in places:
+            if place.seen.isfinite().all():
+                finite.append(place)
+            else:
+                self._end_place(place, DrawingFailed(_NOT_FINITE))
+        at_once = fitting_batch_size(self._base)
+        for first in range(0, len(finite), at_once):
+            some = finite[first : first + at_once]
+            started = time.monotonic()
+            images = to_pictures(self._base.decode_latents(torch.cat([place.seen for place in some])))
+            self._decode_seconds.observe(time.monotonic() - started)
+            for place, image in zip(some, images, strict=True):
+                if place.finished:
+                    self._end_place(place, self._picture(place, image))
+                else:
+                    place.ticket.drawing.tell(place.partial(image))
+
+    def _picture(self, place: _Place, image: Image.Image) -> Picture:
+        request = place.ticket.drawing.request
+        seconds = time.monotonic() - place.started
+        self._mean_draw_seconds += 0.1 * (seconds - self._mean_draw_seconds)
+        return Picture(
+            image=image,
+            latents=place.sample.latents[0].cpu(),
+            objects=request.objects,
+            seed=request.seed,
+            prompt=place.prompt,
+            base=self._base.name,
+            base_fingerprint=self._base.fingerprint,
+            queue_seconds=place.started - place.ticket.submitted,
+            draw_seconds=seconds,
+        )
+
+    def _end_place(self, place: _Place, event: Picture | ObjdriveError) -> None:
+        place.ended = True
+        self._end(place.ticket, event)
+
+    def _end_batch(self, error: ObjdriveError) -> None:
+        for place in self._batch:
+            if not place.ended:
+                self._end_place(place, error)
+        self._batch = []
+
+    def _end_waiting(self, error: ObjdriveError) -> None:
+        with self._condition:
+            tickets = list(self._waiting)
+            self._waiting.clear()
+        for ticket in tickets:
+            self._end(ticket, error)
+
+    def _end(self, ticket: _Ticket, event: Picture | ObjdriveError) -> None:
+        self._residency.release(ticket.claim)
+        self._count("drawn" if isinstance(event, Picture) else event.code)
+        ticket.drawing.tell(event)
+        with self._condition:
+            self._unfinished -= 1
+        # Its place and slots may be what another waits for.
+        self._wake()
+
+    def _count(self, outcome: str) -> None:
+        with self._condition:
+            self._outcomes[outcome] += 1
+
+
+def partial_steps(steps: int, count: int) -> tuple[int, ...]:
+    """After which steps (counted from 1) to show `count` partial pictures, evenly, none after the last."""
+    wanted = {round((index + 1) * steps / (count + 1)) for index in range(count)}
+    return tuple(sorted(wanted & set(range(1, steps))))
+
+
+def _sampler_request(request: DrawRequest, prompt: str, shown: Sequence[Resident]) -> Request:
+    adapted = request.adapter_scale > 0
+    # Objects of one scene share their LoRA, which must not be added twice.
+    slots = {resident.lora_sha256: resident.slot for resident in shown if resident.lora_sha256}
+    return Request(
+        prompt=prompt,
+        seed=request.seed,
+        phrases=[resident.phrase if adapted else resident.class_name for resident in shown],
+        embeddings=[resident.embedding for resident in shown] if adapted else [],
+        slots={slot: request.adapter_scale for slot in slots.values()} if adapted else {},
+        negative_prompt=request.negative_prompt,
+        steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        scheduler=request.scheduler,
+    )
+
+
+def _cancelled() -> Cancelled:
+    return Cancelled("the request was cancelled before its picture was drawn")
+
+
+def _failure(error: Exception) -> DrawingFailed:
+    return DrawingFailed(f"the picture could not be drawn ({type(error).__name__}): the server's log says more")

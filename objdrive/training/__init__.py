@@ -1,0 +1,1 @@
+"""One-shot fine-tunes: recipe, prototype, losses, views and the loop."""

@@ -1,0 +1,106 @@
+"""What one scene brings to its fine-tune: views, prompts and class pictures, drawn anew at every step."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from objdrive.base.noise import timestep_odds
+from objdrive.base.prompts import class_prompt, token_phrase
+from objdrive.base.stable_diffusion import Base
+from objdrive.seeds import seed_of
+from objdrive.training.class_pictures import ClassPictures
+from objdrive.training.recipe import Recipe
+from objdrive.training.views import Scene, View, make_views
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one scene brings to one step: first its views, then what the regularization keeps."""
+
+    clean: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    weights: Tensor
+    texts: list[str]
+    shown: list[tuple[int, ...]]
+    word_states: Tensor
+    kept_states: Tensor
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that is computed once for a scene, and the generator of everything random about it."""
+
+    generator: torch.Generator
+    views: list[View]
+    phrases: list[str]
+    class_latents: list[Tensor]
+    class_states: Tensor
+    word_states: Tensor
+    null_states: Tensor
+    odds: Tensor
+
+    @classmethod
+    def prepare(cls, base: Base, scene: Scene, recipe: Recipe, class_pictures: ClassPictures) -> "Material":
+        """Cut and encode the scene's views, and encode the prompts that stay the same."""
+        generator = torch.Generator().manual_seed(seed_of(f"{recipe.seed}:{scene.key}"))
+        names = [o.class_name for o in scene.objects]
+        views = make_views(base, scene, recipe)
+        worded = [class_prompt(" and ".join(names[i] for i in view.shown)) for view in views]
+        with torch.no_grad():
+            class_states, _ = base.encode_text([base.tokenize(class_prompt(name)) for name in names])
+            word_states, _ = base.encode_text([base.tokenize(text) for text in worded])
+            null_states, _ = base.encode_text([base.tokenize("")])
+        alphas = base.alphas.cpu()
+        return cls(
+            generator=generator,
+            views=views,
+            phrases=[token_phrase(recipe, name) for name in names],
+            class_latents=[class_pictures[name] for name in names] if recipe.ccr_weight else [],
+            class_states=class_states,
+            word_states=word_states,
+            null_states=null_states[0],
+            odds=timestep_odds(alphas) if recipe.timesteps == "log-normal" else torch.ones_like(alphas),
+        )
+
+    def draw(self, recipe: Recipe) -> Draw:
+        """The next step's draw; it uses the scene's own generator only."""
+        chosen = [self._view(recipe) for _ in range(recipe.views)]
+        views = [self.views[index] for index in chosen]
+        template = recipe.prompts[self._below(len(recipe.prompts))]
+        kept = [self._kept(recipe) for _ in range(recipe.class_samples if recipe.ccr_weight else 0)]
+        clean = torch.stack([view.latents for view in views] + [latents for latents, _ in kept])
+        return Draw(
+            clean=clean,
+            noise=torch.randn(clean.shape, generator=self.generator),
+            timesteps=torch.multinomial(self.odds, len(clean), replacement=True, generator=self.generator),
+            weights=torch.stack([view.weights for view in views]),
+            texts=[self._text(template, view) for view in views],
+            shown=[view.shown for view in views],
+            word_states=self.word_states[chosen],
+            kept_states=torch.stack([states for _, states in kept]) if kept else self.class_states[:0],
+        )
+
+    def _view(self, recipe: Recipe) -> int:
+        close = [index for index, view in enumerate(self.views) if len(view.shown) < len(self.phrases)]
+        zoomed = bool(close) and self._chance() < recipe.zoom
+        among = close if zoomed else [index for index in range(len(self.views)) if index not in close]
+        return among[self._below(len(among))]
+
+    def _kept(self, recipe: Recipe) -> tuple[Tensor, Tensor]:
+        """Latents and text states of a sample at which the base's prediction is kept."""
+        if self._chance() < recipe.ccr_unconditional:
+            return self.views[self._view(recipe)].latents, self.null_states
+        member = self._below(len(self.class_states))
+        pictures = self.class_latents[member]
+        return pictures[self._below(len(pictures))], self.class_states[member]
+
+    def _below(self, count: int) -> int:
+        return int(torch.randint(count, (), generator=self.generator))
+
+    def _chance(self) -> float:
+        return float(torch.rand((), generator=self.generator))
+
+    def _text(self, template: str, view: View) -> str:
+        return template.replace("{}", " and ".join(self.phrases[i] for i in view.shown))

@@ -1,0 +1,127 @@
+"""Which views a scene is learned from, and what counts in them."""
+
+import numpy as np
+import pytest
+import torch
+
+from objdrive.training.recipe import make_recipe
+from objdrive.training.views import Scene, SceneObject, make_views, with_mended_masks
+
+EDGE = 128
+
+
+def square(left, top, edge):
+    """(H, W) mask of a square, in parts of the picture's edge."""
+    mask = np.zeros((EDGE, EDGE), np.float32)
+    x, y, side = (round(value * EDGE) for value in (left, top, edge))
+    mask[y : y + side, x : x + side] = 1
+    return mask
+
+
+def scene(*masks):
+    image = np.random.default_rng(0).integers(0, 255, (EDGE, EDGE, 3), np.uint8)
+    return Scene("key", image, tuple(SceneObject(f"{n}", "mug", mask) for n, mask in enumerate(masks)))
+
+
+def views_of(base, *masks, overrides=()):
+    return make_views(base, scene(*masks), make_recipe(overrides=overrides))
+
+
+def filled(view):
+    """How much of a view is the object's."""
+    return float((view.weights > 0.5).float().mean())
+
+
+def test_a_large_object_is_seen_in_its_picture(tiny64):
+    for whole in views_of(tiny64, square(0.2, 0.2, 0.6)):
+        assert whole.shown == (0,)
+        assert filled(whole) == pytest.approx(0.36, abs=0.05)
+
+
+def test_an_object_is_seen_on_dark_and_on_light_grey(tiny64):
+    dark, light = views_of(tiny64, square(0.2, 0.2, 0.6))
+    corners = [float(tiny64.decode_latents(view.latents[None])[..., :8, :8].mean()) for view in (dark, light)]
+    assert corners == pytest.approx([0.25, 0.75], abs=0.05)
+    assert torch.equal(dark.weights, light.weights)
+
+
+@pytest.mark.parametrize("place", [(0.4, 0.4), (0.0, 0.85)])
+def test_a_small_object_is_seen_at_its_least_size_wherever_it_is(tiny64, place):
+    close, _ = views_of(tiny64, square(*place, 0.15))
+    assert filled(close) == pytest.approx(0.36, abs=0.05)
+
+
+def test_what_is_outside_of_the_mask_counts_for_nothing(tiny64):
+    view, _ = views_of(tiny64, square(0.25, 0.25, 0.5))
+    assert float(view.weights.min()) == 0
+    plain, _ = views_of(tiny64, square(0.25, 0.25, 0.5), overrides=["masked=false"])
+    assert bool((plain.weights == 1).all())
+
+
+def test_neighbours_are_seen_together_and_each_alone(tiny64):
+    whole, _, *close = views_of(tiny64, square(0, 0, 0.3), square(0.6, 0.6, 0.3))
+    assert whole.shown == (0, 1)
+    assert filled(whole) == pytest.approx(2 * 0.3**2, abs=0.05)
+    assert [view.shown for view in close] == [(0,), (0,), (1,), (1,)]
+    assert all(filled(view) == pytest.approx(0.6**2, abs=0.06) for view in close)
+
+
+def coloured(ground, colour, *masks):
+    """A scene of grey objects, with another colour where `ground` is 1."""
+    image = np.full((EDGE, EDGE, 3), 128, np.uint8)
+    image[ground > 0] = colour
+    return Scene("key", image, scene(*masks).objects)
+
+
+def test_each_object_has_a_mask_of_its_own_that_follows_the_picture():
+    exact = square(0.1, 0.3, 0.3), square(0.4, 0.3, 0.3)
+    image = coloured(np.maximum(*exact), (200, 60, 50), *exact).image
+    careless = square(0.15, 0.35, 0.2)
+    objects = (SceneObject("left", "mug", careless), SceneObject("right", "mug", exact[1]))
+    mended = with_mended_masks(Scene("key", image, objects))
+    assert np.abs(mended.objects[0].mask - exact[0]).mean() < 0.01
+    assert np.abs(careless - exact[0]).mean() > 0.04
+    assert (mended.objects[0].object_id, mended.key, mended.image) == ("left", "key", image)
+
+
+def test_of_its_neighbours_an_object_learns_nothing(tiny64):
+    masks = square(0.1, 0.3, 0.3), square(0.44, 0.3, 0.3)
+    blue, red = (
+        make_views(tiny64, coloured(masks[1], colour, *masks), make_recipe()) for colour in ((0, 0, 255), (255, 0, 0))
+    )
+    for one, other in zip(blue, red, strict=True):
+        assert torch.equal(one.latents, other.latents) == (one.shown == (0,))
+
+
+@pytest.mark.parametrize(("plain", "same"), [("true", True), ("false", False)])
+def test_of_the_photos_ground_an_object_learns_nothing_unless_asked_to(tiny64, plain, same):
+    mask = square(0.2, 0.2, 0.6)
+    recipe = make_recipe(overrides=[f"plain_ground={plain}"])
+    (blue, *_), (red, *_) = (
+        make_views(tiny64, coloured(1 - mask, colour, mask), recipe) for colour in ((0, 0, 255), (255, 0, 0))
+    )
+    assert torch.equal(blue.latents, red.latents) == same
+
+
+def test_where_masks_overlap_nothing_is_learned_alone(tiny64):
+    masks = square(0.1, 0.3, 0.4), square(0.3, 0.3, 0.4)
+    _, _, left, _, right, _ = views_of(tiny64, *masks)
+    assert filled(left) == pytest.approx(0.6**2 / 2, abs=0.06)
+    assert filled(right) == pytest.approx(0.6**2 / 2, abs=0.06)
+
+
+def test_neighbours_that_fill_the_photo_are_seen_alone_too(tiny64):
+    left = np.zeros((EDGE, EDGE), np.float32)
+    left[:, : EDGE // 2] = 1
+    assert all(bool(view.latents.isfinite().all()) for view in views_of(tiny64, left, 1 - left))
+
+
+def test_small_neighbours_are_cropped_together(tiny64):
+    whole, *_ = views_of(tiny64, square(0.4, 0.4, 0.1), square(0.52, 0.4, 0.1))
+    assert filled(whole) > 5 * 2 * 0.1**2
+
+
+def test_the_preset_of_the_paper_takes_the_photo_as_it_is(tiny64):
+    masks = square(0.4, 0.4, 0.15), square(0.6, 0.4, 0.15)
+    (whole,) = make_views(tiny64, scene(*masks), make_recipe("paper", overrides=["soft_mask=true"]))
+    assert filled(whole) == pytest.approx(2 * 0.15**2, abs=0.02)
