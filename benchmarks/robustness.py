@@ -35,7 +35,7 @@ from jobs.evaluation.compose import (
     read_halves,
 )
 from jobs.evaluation.pages import PICTURES_FILE, by_method
-from jobs.pretrain.settings import Folders
+from jobs.pretrain.folders import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, have_sprites
 from objdrive.base.stable_diffusion import Base
 from objdrive.evaluation.prompts import read_prompts

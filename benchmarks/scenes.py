@@ -32,7 +32,7 @@ from jobs.evaluation.compose import MANIFEST_FILE, PROMPTS, Subject, choose_subj
 from jobs.evaluation.pages import SHEET_FILE
 from jobs.evaluation.pictures import BASE_ALONE, SCENES, Pool
 from jobs.evaluation.scoring import Scorer, read_gallery
-from jobs.pretrain.settings import Folders
+from jobs.pretrain.folders import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, have_sprites
 from objdrive.adapters.adapter import parse_adapter
 from objdrive.adapters.bank import AdapterBank

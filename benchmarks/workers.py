@@ -20,6 +20,7 @@ from jobs.fanout import Task, Workers, fan_out
 from jobs.ingest import Checked, Target, ingest
 from jobs.plan import Unit
 from jobs.settings import FineTuneSettings
+from jobs.worker import make_fine_tune
 from objdrive.base.files import find_base
 from objdrive.catalog.manifest import pieces
 from objdrive.training.recipe import make_recipe
@@ -49,7 +50,7 @@ class MakeTimed:
     settings: FineTuneSettings
 
     def __call__(self) -> Timed:
-        work = self.settings()
+        work = make_fine_tune(self.settings)
         return Timed(work, work.group_size)
 
 

@@ -17,6 +17,7 @@ from jobs.ingest import Target
 from jobs.ledger import REJECTS_FILE, Ledger
 from jobs.run import BatchRun
 from jobs.settings import FineTuneSettings
+from jobs.worker import make_fine_tune
 from objdrive.adapters.store import RESULTS_FILE, ArtifactStore
 from objdrive.base.files import find_base
 from objdrive.catalog.manifest import pieces
@@ -92,7 +93,7 @@ def _run(arguments: argparse.Namespace) -> int:
         run = BatchRun(
             manifest_pieces,
             target,
-            _settings(arguments, recipe, target, workers),
+            partial(make_fine_tune, _settings(arguments, recipe, target, workers)),
             workers,
             ledger,
             limit=arguments.limit,
@@ -155,9 +156,9 @@ def _report(run: BatchRun, store: ArtifactStore, facts: list[tuple[str, str]], s
 
 
 def _previews(store: ArtifactStore, object_id: str, digest: str) -> list[Picture]:
-    if not digest:
+    artifact = store.metadata(object_id, digest) if digest else None
+    if artifact is None:
         return []
-    artifact = store.metadata(object_id, digest)
     return [Picture(preview.caption, store.read_file(artifact, preview.file)) for preview in artifact.previews]
 
 

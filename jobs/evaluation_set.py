@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jobs.command import exit_status
 from jobs.evaluation.compose import PROMPTS, read_halves, write_half
-from jobs.pretrain.settings import Folders
+from jobs.pretrain.folders import Folders
 from jobs.pretrain.sprites import draw_sprites, have_sprites
 from objdrive.evaluation.prompts import read_prompts
 

@@ -20,7 +20,7 @@ from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from jobs.leases import Lost, Task
+from jobs.leases import Collected, Lost, Task
 from jobs.queue_actor import QueueActor
 from objdrive.errors import ObjdriveError
 
@@ -49,7 +49,7 @@ class Workers:
         """As Ray Train wants it."""
         # A tenth of each core is left for reading rows: Ray Data would wait for ever on a full cluster.
         resources = {"CPU": 0.9, **({"GPU": self.gpus} if self.gpus else {})}
-        count = self.least if self.least == self.most else (self.least, self.most)
+        count: Any = self.least if self.least == self.most else (self.least, self.most)
         return ScalingConfig(num_workers=count, use_gpu=self.gpus > 0, resources_per_worker=resources)
 
 
@@ -81,7 +81,8 @@ class _FanoutTrainer(TorchTrainer):
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
+        # Ray Train v2 makes TorchTrainer another class than the one that type checkers see.
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
         return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
 
 
@@ -109,7 +110,8 @@ def fan_out(
     Raises:
         ObjdriveError: no worker could start, or Ray Train gave up with tasks left.
     """
-    queue = QueueActor.remote(workers=workers.least, stall_seconds=stall_seconds)
+    actor: Any = QueueActor
+    queue: ActorHandle[Any] = actor.remote(workers=workers.least, stall_seconds=stall_seconds)
     pump = _Pump(queue, iter(tasks), on_outcome, window)
     filesystem, path = storage
     trainer = _FanoutTrainer(
@@ -144,7 +146,7 @@ class _Pump:
     """The driver's side: feeds tasks, collects outcomes, and offers everything again when the queue was reborn."""
 
     def __init__(
-        self, queue: ActorHandle, tasks: Iterator[Task], on_outcome: Callable[[Task, Any], None], window: int
+        self, queue: "ActorHandle[Any]", tasks: Iterator[Task], on_outcome: Callable[[Task, Any], None], window: int
     ) -> None:
         self._queue = queue
         self._tasks = tasks
@@ -205,7 +207,8 @@ class _Pump:
         while True:
             last = self._stopping.is_set()
             self._offer_fresh()
-            collected = ray.get(self._queue.collect.remote(received))
+            answer: Any = self._queue.collect.remote(received)
+            collected: Collected = ray.get(answer)
             received = list(collected.outcomes)
             self.broken = collected.broken or self.broken
             for key, outcome in collected.outcomes.items():
@@ -272,11 +275,13 @@ def _worker_loop(config: dict[str, Any]) -> None:
 class _Beats:
     """Calling it says that work goes on, at most once a second and without waiting for the answer."""
 
-    def __init__(self, queue: ActorHandle, lease_id: str, rank: int, keys: list[str], process: ActorHandle) -> None:
+    def __init__(
+        self, queue: "ActorHandle[Any]", lease_id: str, rank: int, keys: list[str], process: "ActorHandle[Any]"
+    ) -> None:
         self.keys = keys
-        self._beat = lambda: queue.beat.remote(lease_id, rank, keys, process)
+        self._beat: Callable[[], ray.ObjectRef[bool]] = lambda: queue.beat.remote(lease_id, rank, keys, process)
         self._last = time.monotonic()
-        self._answer: ray.ObjectRef | None = None
+        self._answer: ray.ObjectRef[bool] | None = None
 
     def __call__(self) -> None:
         if time.monotonic() - self._last < _BEAT_SECONDS:

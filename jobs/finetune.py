@@ -102,11 +102,11 @@ class FineTune:
         results = self._personalize([unit.scene() for unit in loaded.values()], alive)
         fine = [(unit, r) for unit, r in zip(loaded.values(), results, strict=True) if isinstance(r, FineTuned)]
         previews = iter(self._draw_previews(fine, alive))
-        for (index, unit), result in zip(loaded.items(), results, strict=True):
+        for (index, one), result in zip(loaded.items(), results, strict=True):
             if isinstance(result, Diverged):
-                outcomes[index] = _fail(unit.unit, "diverged", result.message)
+                outcomes[index] = _fail(one.unit, "diverged", result.message)
             else:
-                outcomes[index] = self._commit(unit, result, next(previews), alive)
+                outcomes[index] = self._commit(one, result, next(previews), alive)
         return [outcomes[index] for index in range(len(payloads))]
 
     def _load(self, unit: Unit) -> _Loaded | list[RowOutcome]:

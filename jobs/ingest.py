@@ -74,7 +74,8 @@ def ingest(pieces: list[Piece], target: Target) -> Iterator[Checked | Reject]:
         rows.map_batches(
             _read, batch_size=1, num_cpus=_CPUS_PER_TASK / 2, compute=TaskPoolStrategy(size=readers)
         ).map_batches(
-            _check_all,
+            # Ray's annotations do not know `fn_kwargs`.
+            _check_all,  # type: ignore[arg-type]
             batch_size=None,
             fn_kwargs={"target": target},
             num_cpus=_CPUS_PER_TASK,
@@ -87,13 +88,13 @@ def ingest(pieces: list[Piece], target: Target) -> Iterator[Checked | Reject]:
     yield from map(unpack, spooled(chain.from_iterable(batch["record"] for batch in batches)))
 
 
-def _read(batch: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
+def _read(batch: Any) -> Iterator[dict[str, list[str]]]:
     rows = read_piece(Piece(**json.loads(batch["piece"][0])))
     while some := list(islice(rows, _ROWS_PER_BATCH)):
         yield {"record": [pack(row) for row in some]}
 
 
-def _check_all(batch: dict[str, Any], target: Target) -> dict[str, list[str]]:
+def _check_all(batch: Any, target: Target) -> dict[str, list[str]]:
     store = ArtifactStore(target.store_url)
 
     def check(record: str) -> str:

@@ -11,6 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from jobs.command import exit_status
 from jobs.pretrain.augment import coarse
+from jobs.pretrain.folders import Folders
 from jobs.pretrain.judge import (
     Effort,
     Judge,
@@ -22,7 +23,6 @@ from jobs.pretrain.judge import (
     reconstruction,
     sheet,
 )
-from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, have_sprites
 from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ray
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from jobs.cluster import connect
@@ -15,8 +16,9 @@ from jobs.pretrain.clip import export_clip, make_tokenizer
 from jobs.pretrain.config import Config, Part, read_config
 from jobs.pretrain.data import make_data
 from jobs.pretrain.export import begin_snapshot, finish_snapshot
+from jobs.pretrain.folders import Folders
 from jobs.pretrain.loop import Run, checkpoints, train
-from jobs.pretrain.settings import Folders, StageSettings
+from jobs.pretrain.stages import StageSettings
 from jobs.pretrain.unet import export_unet, make_latents
 from jobs.pretrain.vae import export_vae
 from objdrive.errors import ObjdriveError
@@ -86,7 +88,11 @@ def _run_stage(stage: str, config: Config, folders: Folders, options: argparse.N
     print(f"{stage}: {checkpoint}", flush=True)
 
 
-_EXPORTS: dict[str, Callable] = {"vae": export_vae, "clip": export_clip, "unet": export_unet}
+_EXPORTS: dict[str, Callable[[Config, Folders, dict[str, Tensor]], None]] = {
+    "vae": export_vae,
+    "clip": export_clip,
+    "unet": export_unet,
+}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """The lease queue as an actor. Apart from the rest, so that its process imports nothing heavy."""
 
 import time
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -25,5 +26,5 @@ class QueueActor(LeaseQueue):
         )
 
 
-def _kill(process: ActorHandle) -> None:
+def _kill(process: "ActorHandle[Any]") -> None:
     ray.kill(process)

@@ -110,7 +110,8 @@ class BatchRun:
                 self._make_work,
                 workers=self._workers,
                 on_outcome=self._on_outcome,
-                storage=(PyFileSystem(FSSpecHandler(filesystem)), folder),
+                # pyarrow's stubs call every handler abstract.
+                storage=(PyFileSystem(FSSpecHandler(filesystem)), folder),  # type: ignore[abstract]
                 stall_seconds=self._stall_seconds,
                 window=max(256, 64 * self._workers.most),
             )

@@ -1,15 +1,14 @@
-"""What a worker needs to make its work, in a module without heavy imports."""
+"""What a worker's fine-tunes depend on, in a module without heavy imports."""
 
 from dataclasses import dataclass
 
-from jobs.fanout import Work
 from jobs.ingest import Target
 from objdrive.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class FineTuneSettings:
-    """All that a worker needs to make its `FineTune`; picklable."""
+    """All that a worker needs to make its `jobs.finetune.FineTune`; picklable."""
 
     base: str
     clip: str | None
@@ -17,14 +16,3 @@ class FineTuneSettings:
     target: Target
     group_size: int | None
     threads: int | None
-
-    def __call__(self) -> Work:
-        """Load the base."""
-        # Ray's own actors read these settings too: only workers need torch.
-        import torch
-
-        from jobs.finetune import FineTune
-
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        return FineTune(self)

@@ -13,6 +13,7 @@ from PIL import Image
 from jobs.ingest import Target, check_row
 from jobs.plan import Unit
 from jobs.settings import FineTuneSettings
+from jobs.worker import make_fine_tune
 from objdrive.adapters.artifact import LORA_FILE, METADATA_FILE
 from objdrive.adapters.store import ArtifactStore
 from objdrive.base.files import EMBEDDED
@@ -34,7 +35,9 @@ def filled(tmp_path_factory, tiny64):
     target = Target(store.url, recipe.digest, tiny64.fingerprint)
     rows = [row for row in read_manifest(str(MANIFEST)) if not row.scene][:2]
     units = [Unit((check_row(row, store, target),), previews=False) for row in rows]
-    outcomes = FineTuneSettings("tiny64", None, recipe, target, group_size=2, threads=1)()(units, lambda: None)
+    outcomes = make_fine_tune(FineTuneSettings("tiny64", None, recipe, target, group_size=2, threads=1))(
+        units, lambda: None
+    )
     assert [outcome.status for (outcome,) in outcomes] == ["committed"] * 2
     return folder
 

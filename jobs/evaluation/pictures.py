@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,19 @@ CONTROLS = (COPY, SCENES)
 
 _ROWS_PER_BATCH = 64
 _KEY = b"objdrive"
-SCHEMA = pa.schema(
-    [
-        ("method", pa.string()),
-        ("object_id", pa.string()),
-        ("class_name", pa.string()),
-        ("prompt_id", pa.string()),
-        ("kind", pa.string()),
-        ("text", pa.string()),
-        ("number", pa.int64()),
-        ("store", pa.string()),
-        ("digest", pa.string()),
-        ("picture", pa.binary()),
-    ]
-)
+_COLUMNS: list[tuple[str, pa.DataType]] = [
+    ("method", pa.string()),
+    ("object_id", pa.string()),
+    ("class_name", pa.string()),
+    ("prompt_id", pa.string()),
+    ("kind", pa.string()),
+    ("text", pa.string()),
+    ("number", pa.int64()),
+    ("store", pa.string()),
+    ("digest", pa.string()),
+    ("picture", pa.binary()),
+]
+SCHEMA = pa.schema(_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,13 @@ def as_dataset(table: pa.Table) -> ray.data.Dataset:
     return ray.data.from_arrow([table.slice(n, _ROWS_PER_BATCH) for n in range(0, table.num_rows, _ROWS_PER_BATCH)])
 
 
+def as_tables(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
+    """A dataset's blocks, one by one."""
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        assert isinstance(table, pa.Table)
+        yield table
+
+
 def _batches(rows: int) -> int:
     return max(1, math.ceil(rows / _ROWS_PER_BATCH))
 
@@ -268,13 +275,13 @@ class Draw:
     ) -> Request:
         # Not by method: all draw an object's prompt from the same noise, so that their figures can be paired.
         seed = seed_of(f"{row['object_id']}:{row['prompt_id']}:{row['number']}")
-        how = {"steps": self._drawing.steps, "guidance_scale": self._drawing.guidance_scale}
+        request = partial(Request, steps=self._drawing.steps, guidance_scale=self._drawing.guidance_scale)
         if not row["store"]:
-            return Request(row["text"], seed, (row["class_name"],), **how)
+            return request(row["text"], seed, (row["class_name"],))
         key = (row["store"], row["object_id"], row["digest"])
         artifact, adapter = read[key]
         adapted = {slots[key]: 1.0} if key in slots else {}
-        return Request(row["text"], seed, (marked_phrase(artifact),), (adapter.embedding,), adapted, **how)
+        return request(row["text"], seed, (marked_phrase(artifact),), (adapter.embedding,), adapted)
 
 
 def _read_adapter(store: str, object_id: str, digest: str) -> tuple[ArtifactMetadata, Adapter]:
@@ -303,7 +310,7 @@ def _drawn(rows: Sequence[dict[str, Any]], drawing: Drawing, pool: Pool) -> Iter
         return
     asked = pa.Table.from_pylist(list(rows), pa.schema(list(SCHEMA)[:-1]))
     drawn = as_dataset(asked).map_batches(Draw, fn_constructor_args=(drawing, pool), **pool.options(len(rows)))
-    for table in drawn.iter_batches(batch_size=None, batch_format="pyarrow"):
+    for table in as_tables(drawn):
         yield table.select(SCHEMA.names).cast(SCHEMA)
 
 
@@ -314,6 +321,7 @@ def _digest(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]], 
     return digest.hexdigest().encode()
 
 
-def decode_pictures(column: pa.ChunkedArray) -> np.ndarray:
+def decode_pictures(column: "pa.ChunkedArray[Any]") -> np.ndarray:
     """(N, H, W, 3) uint8, of a column of encoded pictures of one size."""
-    return np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in column.to_pylist()])
+    pictures: list[Any] = column.to_pylist()
+    return np.stack([np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures])

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from jobs.evaluation.pictures import Pool, as_dataset, decode_pictures
+from jobs.evaluation.pictures import Pool, as_dataset, as_tables, decode_pictures
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.encoders import identify, load_encoder
 from objdrive.evaluation.prompts import EvaluationPrompt
@@ -62,7 +62,7 @@ class Embed:
 class Measure:
     """Ray Data's worker that scores pictures by one encoder."""
 
-    def __init__(self, scorer: Scorer, pool: Pool, ruler: list[ray.ObjectRef]) -> None:
+    def __init__(self, scorer: Scorer, pool: Pool, ruler: "list[ray.ObjectRef[Ruler]]") -> None:
         """`ruler` holds a reference to a `Ruler`, so that its features are sent to every node once."""
         self._name = scorer.name
         self._encoder = scorer.load(pool)
@@ -111,7 +111,7 @@ def score(
             scored = as_dataset(drawn).map_batches(
                 Measure, fn_constructor_args=(scorer, pool, [ruler]), **pool.options(drawn.num_rows)
             )
-            for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for table in as_tables(scored):
                 writer.write_table(table.select(SCHEMA.names).cast(SCHEMA))
     partial.replace(out)
 
@@ -125,7 +125,7 @@ def check_gallery(path: Path, object_ids: Iterable[str], prompt_ids: Iterable[st
     if not path.is_file():
         raise ObjdriveError(f"no gallery {path}: jobs/evaluation_set.py composes one")
     table = pq.read_table(path, columns=["object_id", "prompt_id"])
-    shown = table["object_id"].to_pylist(), table["prompt_id"].to_pylist()
+    shown: list[list[Any]] = [table[name].to_pylist() for name in table.column_names]
     check_shown(f"the gallery {path}", (object_ids, prompt_ids), shown)
 
 
@@ -151,7 +151,7 @@ def read_gallery(path: Path, prompts: Sequence[EvaluationPrompt], scorer: Scorer
         for row in table.drop_columns(_FEATURES).to_pylist()
     ]
     kept = [index for index, (_, prompt) in enumerate(rows) if prompt in wanted]
-    objects, backdrops = (np.stack(table[name].to_numpy())[kept] for name in _FEATURES)
+    objects, backdrops = (np.stack(list(table[name].to_numpy()))[kept] for name in _FEATURES)
     return Gallery.of([rows[index] for index in kept], objects, backdrops)
 
 
@@ -166,8 +166,7 @@ def _features(path: Path, scorer: Scorer, pool: Pool) -> Path:
         embedded = as_dataset(shown).map_batches(
             Embed, fn_constructor_args=(scorer, pool), **pool.options(shown.num_rows)
         )
-        tables = list(embedded.iter_batches(batch_size=None, batch_format="pyarrow"))
         partial = out.with_suffix(".partial")
-        pq.write_table(pa.concat_tables(tables), partial)
+        pq.write_table(pa.concat_tables(as_tables(embedded)), partial)
         partial.replace(out)
     return out

@@ -15,9 +15,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from jobs.pretrain.config import Config
 from jobs.pretrain.data import Rows, read_rows
+from jobs.pretrain.folders import Folders
 from jobs.pretrain.loop import load_matching
 from jobs.pretrain.pictures import grid
-from jobs.pretrain.settings import Folders
 from objdrive.base.files import find_base
 
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -73,7 +73,8 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """(N, length) token ids, padded with the end token."""
     length = tokenizer.model_max_length
     options: dict[str, Any] = {"padding": "max_length", "max_length": length, "truncation": True}
-    return tokenizer(captions, return_tensors="pt", **options).input_ids
+    ids: Tensor = tokenizer(captions, return_tensors="pt", **options).input_ids
+    return ids
 
 
 def build_clip(config: Config, tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -113,6 +114,9 @@ def contrast(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
 
 class ClipObjective(nn.Module):
     """Each picture belongs to its caption among those of the batch, and the other way round."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()

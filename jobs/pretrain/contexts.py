@@ -3,11 +3,13 @@
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 _FINE = 3
 Rng = np.random.Generator
-Backdrop = Callable[[Rng, int], np.ndarray]
+Pixels = NDArray[np.floating]
+Backdrop = Callable[[Rng, int], Pixels]
 """(n, n, 3) float32 in [0, 255], not yet clipped, drawn for an edge of n pixels."""
 
 COLOURS = {
@@ -25,28 +27,30 @@ COLOURS = {
 """Colour words, for plain backgrounds and for tinted objects."""
 
 
-def _colour(*rgb: float) -> np.ndarray:
+def _colour(*rgb: float) -> Pixels:
     return np.array(rgb, np.float32)
 
 
-def _grid(n: int) -> tuple[np.ndarray, np.ndarray]:
+def _grid(n: int) -> tuple[Pixels, Pixels]:
     """(n, n, 1) heights and widths in [0, 1)."""
     y, x = np.mgrid[0:n, 0:n].astype(np.float32) / n
     return y[..., None], x[..., None]
 
 
-def _noise(rng: Rng, n: int, cells: float) -> np.ndarray:
+def _noise(rng: Rng, n: int, cells: float) -> Pixels:
     """(n, n, 1) smooth noise of unit deviation at its knots, about `cells` bumps along an edge."""
     knots = rng.standard_normal((round(cells) + 2, round(cells) + 2)).astype(np.float32)
-    return np.asarray(Image.fromarray(knots).resize((n, n), Image.Resampling.BICUBIC))[..., None]
+    smooth = np.asarray(Image.fromarray(knots).resize((n, n), Image.Resampling.BICUBIC), np.float32)
+    return smooth[..., None]
 
 
-def _waves(phase: np.ndarray) -> np.ndarray:
-    return np.sin(2 * np.pi * phase)
+def _waves(phase: Pixels) -> Pixels:
+    waves: Pixels = np.sin(2 * np.pi * phase)
+    return waves
 
 
 def _plain(colour: tuple[float, float, float]) -> Backdrop:
-    def draw(rng: Rng, n: int) -> np.ndarray:
+    def draw(rng: Rng, n: int) -> Pixels:
         y, _ = _grid(n)
         shade = _colour(*colour) + 6 * rng.standard_normal(3).astype(np.float32)
         return shade + (y - 0.5) * rng.uniform(-30, 30) + 3 * _noise(rng, n, 4)
@@ -54,22 +58,22 @@ def _plain(colour: tuple[float, float, float]) -> Backdrop:
     return draw
 
 
-def _grass(rng: Rng, n: int) -> np.ndarray:
+def _grass(rng: Rng, n: int) -> Pixels:
     return _colour(70, 150, 50) + (14 * _noise(rng, n, 28) + 11 * _noise(rng, n, 6)) * _colour(0.7, 1, 0.5)
 
 
-def _sand(rng: Rng, n: int) -> np.ndarray:
+def _sand(rng: Rng, n: int) -> Pixels:
     y, x = _grid(n)
     ripples = _waves(y * rng.uniform(3, 5) + 0.15 * np.sin(5 * x + rng.uniform(0, 6)))
     return _colour(225, 200, 150) + 12 * ripples + 7 * _noise(rng, n, 4)
 
 
-def _snow(rng: Rng, n: int) -> np.ndarray:
+def _snow(rng: Rng, n: int) -> Pixels:
     ground = _colour(235, 242, 250) + 8 * _noise(rng, n, 4) * _colour(1, 1, 0.6)
     return _specks(rng, ground, _colour(185, 203, 232), 40, 0.012)
 
 
-def _specks(rng: Rng, ground: np.ndarray, colour: np.ndarray, count: int, radius: float) -> np.ndarray:
+def _specks(rng: Rng, ground: Pixels, colour: Pixels, count: int, radius: float) -> Pixels:
     """Scatter soft dots of a radius, in parts of the edge."""
     n = len(ground)
     y, x = _grid(n)
@@ -82,7 +86,7 @@ def _specks(rng: Rng, ground: np.ndarray, colour: np.ndarray, count: int, radius
     return ground * (1 - cover) + colour * cover
 
 
-def _wood(rng: Rng, n: int) -> np.ndarray:
+def _wood(rng: Rng, n: int) -> Pixels:
     y, _ = _grid(n)
     grain = _waves(y * rng.uniform(4, 6) + 0.35 * _noise(rng, n, 3))
     table = _colour(160, 105, 60) + 20 * grain + 4 * _noise(rng, n, 20)
@@ -92,7 +96,7 @@ def _wood(rng: Rng, n: int) -> np.ndarray:
     return table
 
 
-def _tiles(rng: Rng, n: int, gap: np.ndarray, size: tuple[float, float], shift: float, stone: np.ndarray) -> np.ndarray:
+def _tiles(rng: Rng, n: int, gap: Pixels, size: tuple[float, float], shift: float, stone: Pixels) -> Pixels:
     """A wall or floor of blocks (height, width in parts of the edge); every second row shifted by part of a block."""
     surface = np.ones((n, n, 3), np.float32) * gap
     height, width = round(size[0] * n), round(size[1] * n)
@@ -108,15 +112,15 @@ def _tiles(rng: Rng, n: int, gap: np.ndarray, size: tuple[float, float], shift: 
     return surface
 
 
-def _brick(rng: Rng, n: int) -> np.ndarray:
+def _brick(rng: Rng, n: int) -> Pixels:
     return _tiles(rng, n, _colour(200, 190, 180), (0.17, 0.34), 0.5, _colour(175, 75, 55))
 
 
-def _tiled_floor(rng: Rng, n: int) -> np.ndarray:
+def _tiled_floor(rng: Rng, n: int) -> Pixels:
     return _tiles(rng, n, _colour(120, 130, 135), (0.25, 0.25), 0, _colour(190, 215, 215))
 
 
-def _drawn(ground: np.ndarray, draw: Callable[[ImageDraw.ImageDraw, float], None]) -> np.ndarray:
+def _drawn(ground: Pixels, draw: Callable[[ImageDraw.ImageDraw, float], None]) -> Pixels:
     """Draw on a backdrop with smooth edges; `draw` gets a pen and the edge that it draws on."""
     n = len(ground)
     picture = Image.fromarray(ground.clip(0, 255).astype(np.uint8)).resize((_FINE * n, _FINE * n))
@@ -124,7 +128,7 @@ def _drawn(ground: np.ndarray, draw: Callable[[ImageDraw.ImageDraw, float], None
     return np.asarray(picture.resize((n, n), Image.Resampling.BOX)).astype(np.float32)
 
 
-def _underwater(rng: Rng, n: int) -> np.ndarray:
+def _underwater(rng: Rng, n: int) -> Pixels:
     y, x = _grid(n)
     rays = np.maximum(0, _waves(x * rng.uniform(1.5, 3) + 0.5 * y + rng.random()))
     water = _colour(20, 110, 170) * (1 - 0.55 * y) + 30 * rays * (1 - y)
@@ -137,53 +141,56 @@ def _underwater(rng: Rng, n: int) -> np.ndarray:
     return _drawn(water, bubbles)
 
 
-def _night(rng: Rng, n: int) -> np.ndarray:
+def _night(rng: Rng, n: int) -> Pixels:
     y, _ = _grid(n)
     sky = _colour(15, 18, 55) + _colour(25, 15, 50) * y + 5 * _noise(rng, n, 4)
     return _specks(rng, sky, _colour(255, 250, 220), 40, 0.009)
 
 
-def _sky(rng: Rng, n: int) -> np.ndarray:
+def _sky(rng: Rng, n: int) -> Pixels:
     y, _ = _grid(n)
     cloud = 1 / (1 + np.exp(-4 * (0.6 * _noise(rng, n, 6) + _noise(rng, n, 3) - 0.5)))
     return (_colour(95, 170, 235) + _colour(60, 40, 15) * y) * (1 - cloud) + _colour(250, 252, 255) * cloud
 
 
-def _sunset(rng: Rng, n: int) -> np.ndarray:
+def _sunset(rng: Rng, n: int) -> Pixels:
     y, _ = _grid(n)
     glow = 40 * np.exp(-((y - rng.uniform(0.65, 0.85)) ** 2) * 60) * _colour(1, 0.6, 0.1)
-    return _colour(90, 50, 120) * (1 - y) + _colour(250, 140, 60) * y + glow + 4 * _noise(rng, n, 3)
+    sky: Pixels = _colour(90, 50, 120) * (1 - y) + _colour(250, 140, 60) * y + glow + 4 * _noise(rng, n, 3)
+    return sky
 
 
-def _checkered(rng: Rng, n: int) -> np.ndarray:
+def _checkered(rng: Rng, n: int) -> Pixels:
     edge = n * rng.uniform(0.12, 0.2)
     y, x = np.mgrid[0:n, 0:n] + edge * rng.random((2, 1, 1))
     dark = ((y // edge + x // edge) % 2)[..., None]
     return np.where(dark, _colour(205, 50, 50), _colour(245, 240, 235)) + 3 * _noise(rng, n, 4)
 
 
-def _dotted(rng: Rng, n: int) -> np.ndarray:
+def _dotted(rng: Rng, n: int) -> Pixels:
     edge = n * rng.uniform(0.18, 0.26)
     y, x = np.mgrid[0:n, 0:n] + edge * rng.random((2, 1, 1))
     x = x + (y // edge % 2) * edge / 2
     inside = np.hypot(y % edge - edge / 2, x % edge - edge / 2) - 0.27 * edge
     cover = np.clip(0.5 - inside, 0, 1)[..., None]
-    return _colour(120, 200, 190) * (1 - cover) + _colour(250, 250, 245) * cover
+    dots: Pixels = _colour(120, 200, 190) * (1 - cover) + _colour(250, 250, 245) * cover
+    return dots
 
 
-def _striped(rng: Rng, n: int) -> np.ndarray:
+def _striped(rng: Rng, n: int) -> Pixels:
     edge = n * rng.uniform(0.1, 0.16)
     dark = ((np.arange(n) + edge * rng.random()) // edge % 2)[None, :, None]
     return np.where(dark, _colour(40, 70, 140), _colour(240, 238, 230)) + 3 * _noise(rng, n, 4)
 
 
-def _marble(rng: Rng, n: int) -> np.ndarray:
+def _marble(rng: Rng, n: int) -> Pixels:
     y, x = _grid(n)
     veins = np.abs(np.sin(3 * np.pi * (x + 0.6 * y + 0.5 * _noise(rng, n, 3) + 0.15 * _noise(rng, n, 9))))
-    return _colour(200, 203, 208) + 38 * np.minimum(1, veins * 1.5)
+    stone: Pixels = _colour(200, 203, 208) + 38 * np.minimum(1, veins * 1.5)
+    return stone
 
 
-def _leaves(rng: Rng, n: int) -> np.ndarray:
+def _leaves(rng: Rng, n: int) -> Pixels:
     def leaves(pen: ImageDraw.ImageDraw, edge: float) -> None:
         for cx, cy, size in zip(*(edge * rng.random((2, 60))), edge * rng.uniform(0.09, 0.14, 60), strict=True):
             turn = rng.uniform(0, np.pi)
@@ -196,14 +203,14 @@ def _leaves(rng: Rng, n: int) -> np.ndarray:
     return _drawn(np.ones((n, n, 3), np.float32) * _colour(140, 80, 40), leaves)
 
 
-def _flowers(rng: Rng, n: int) -> np.ndarray:
-    field = _colour(95, 165, 75) + 8 * _noise(rng, n, 10) * _colour(0.7, 1, 0.5)
+def _flowers(rng: Rng, n: int) -> Pixels:
+    field: Pixels = _colour(95, 165, 75) + 8 * _noise(rng, n, 10) * _colour(0.7, 1, 0.5)
     field = _specks(rng, field, _colour(250, 245, 250), 12, 0.035)
     field = _specks(rng, field, _colour(240, 120, 180), 12, 0.035)
     return _specks(rng, field, _colour(250, 215, 60), 12, 0.03)
 
 
-def _pebbles(rng: Rng, n: int) -> np.ndarray:
+def _pebbles(rng: Rng, n: int) -> Pixels:
     def pebbles(pen: ImageDraw.ImageDraw, edge: float) -> None:
         for cx, cy, rx in zip(*(edge * rng.random((2, 55))), edge * rng.uniform(0.08, 0.13, 55), strict=True):
             ry, tone = rx * rng.uniform(0.6, 0.9), int(rng.uniform(125, 200))
@@ -213,7 +220,7 @@ def _pebbles(rng: Rng, n: int) -> np.ndarray:
     return _drawn(np.ones((n, n, 3), np.float32) * _colour(70, 68, 66), pebbles)
 
 
-def _rain(rng: Rng, n: int) -> np.ndarray:
+def _rain(rng: Rng, n: int) -> Pixels:
     y, _ = _grid(n)
 
     def streaks(pen: ImageDraw.ImageDraw, edge: float) -> None:
@@ -223,7 +230,7 @@ def _rain(rng: Rng, n: int) -> np.ndarray:
     return _drawn(_colour(95, 105, 120) + 25 * (1 - y) + 8 * _noise(rng, n, 3), streaks)
 
 
-def _hills(rng: Rng, n: int) -> np.ndarray:
+def _hills(rng: Rng, n: int) -> Pixels:
     y, x = _grid(n)
     scene = _colour(150, 205, 240) + _colour(60, 35, 10) * y
     for depth, colour in enumerate((_colour(120, 175, 120), _colour(85, 150, 75), _colour(60, 120, 50))):
@@ -232,13 +239,13 @@ def _hills(rng: Rng, n: int) -> np.ndarray:
     return scene
 
 
-def _curtain(rng: Rng, n: int) -> np.ndarray:
+def _curtain(rng: Rng, n: int) -> Pixels:
     y, x = _grid(n)
     folds = _waves(x * rng.uniform(4, 6) + 0.1 * y * rng.uniform(-1, 1) + rng.random())
     return _colour(150, 30, 45) + 38 * folds * _colour(1, 0.35, 0.4) - 25 * y
 
 
-def _concrete(rng: Rng, n: int) -> np.ndarray:
+def _concrete(rng: Rng, n: int) -> Pixels:
     surface = _colour(165, 163, 158) + 7 * _noise(rng, n, 5) + 4 * _noise(rng, n, 24)
     return _specks(rng, surface, _colour(125, 123, 118), 25, 0.01)
 

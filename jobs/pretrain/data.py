@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from jobs.pretrain.config import Config
+from jobs.pretrain.folders import Folders
 from jobs.pretrain.scenes import Composer, Mix
-from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, have_sprites, make_sprites
 from objdrive.errors import ObjdriveError
 
@@ -91,7 +91,8 @@ def read_rows(folder: Path, resolution: int, *, rank: int = 0, world: int = 1) -
     """Read one worker's share of a folder of scenes."""
     table = read_share(folder, ("pixels", "caption"), rank, world)
     pixels = as_array(table["pixels"], np.uint8).reshape(-1, resolution, resolution, 3)
-    return Rows(torch.from_numpy(pixels).permute(0, 3, 1, 2), table["caption"].to_pylist())
+    captions: list[Any] = table["caption"].to_pylist()
+    return Rows(torch.from_numpy(pixels).permute(0, 3, 1, 2), captions)
 
 
 def check_columns(folder: Path, columns: Sequence[str]) -> None:
@@ -113,15 +114,18 @@ def read_share(folder: Path, columns: Sequence[str], rank: int, world: int) -> p
     return table.take(pa.array(range(rank, len(table), world)))
 
 
-def as_array(column: pa.ChunkedArray, dtype: Any) -> np.ndarray:
+def as_array(column: "pa.ChunkedArray[Any]", dtype: Any) -> np.ndarray:
     """(N, m): binary values of equal length as one writable array."""
     width = len(column[0].as_py()) // np.dtype(dtype).itemsize
     array = np.empty((len(column), width), dtype)
     start = 0
     for chunk in column.chunks:
         # Their bytes lie one after another: no value needs to become a Python object.
-        offsets = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-        values = np.frombuffer(chunk.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
+        _, places, content = chunk.buffers()
+        assert places is not None
+        assert content is not None
+        offsets = np.frombuffer(memoryview(places), np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        values = np.frombuffer(memoryview(content), np.uint8)[offsets[0] : offsets[-1]]
         array[start : start + len(chunk)] = values.view(dtype).reshape(len(chunk), width)
         start += len(chunk)
     return array

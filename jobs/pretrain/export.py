@@ -7,7 +7,7 @@ import diffusers
 from diffusers import DDIMScheduler
 
 from jobs.pretrain.config import Config
-from jobs.pretrain.settings import Folders
+from jobs.pretrain.folders import Folders
 from jobs.pretrain.sprites import Sprites
 from jobs.pretrain.unet import SCHEDULE
 from objdrive.base.files import PARTS, find_base

@@ -140,7 +140,7 @@ def average_decay(training: Training, step: int) -> float:
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether a device has instructions for bfloat16; without, steps take many times as long as in float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
@@ -161,7 +161,9 @@ class _Worker:
     def __init__(self, run: Run, stage: Stage, device: torch.device, rank: int, world: int) -> None:
         self._run, self._stage, self._device, self._rank, self._world = run, stage, device, rank, world
         self._mixed = run.training.bfloat16 and computes_bfloat16(device)
-        self._model = prepare_model(stage.objective) if world > 1 or device.type == "cuda" else stage.objective
+        self._model: Callable[..., dict[str, Tensor]] = (
+            prepare_model(stage.objective) if world > 1 or device.type == "cuda" else stage.objective
+        )
         if run.training.compile:
             self._model = torch.compile(self._model)
         self._mean = copy.deepcopy(stage.part).eval().requires_grad_(False)
@@ -185,7 +187,8 @@ class _Worker:
         size = max(1, run.training.batch // self._world)
         began = saved = noted = time.monotonic()
         before = progress.seconds
-        done, steps, sums = 0.0, 0, {}
+        done, steps = 0.0, 0
+        sums: dict[str, float] = {}
         while True:
             if steps % _SYNC_EVERY == 0:
                 now = time.monotonic()

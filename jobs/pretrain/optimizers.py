@@ -1,6 +1,7 @@
 """The optimisers of training: AdamW, and Muon for the matrices inside a network."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,12 +49,12 @@ class KernelMuon(Muon):
         super().__init__(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step the weights by their gradients."""
         pairs = list(zip(self.param_groups[0]["params"], self._weights, strict=True))
         for matrix, weight in pairs:
             matrix.copy_(weight.flatten(1))
             matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
-        super().step(closure)
+        super().step(closure)  # type: ignore[no-untyped-call]
         for matrix, weight in pairs:
             weight.copy_(matrix.view(weight.shape))

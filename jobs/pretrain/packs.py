@@ -201,7 +201,7 @@ class Icons:
         png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * EDGE, height=2 * EDGE)
         return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
-    def _open(self, member: str) -> io.BufferedIOBase:
+    def _open(self, member: str) -> io.BytesIO:
         file = self._tar.extractfile(member)
         if file is None:
             raise ObjdriveError(f"the archive of {self.pack.package} holds no file {member}")

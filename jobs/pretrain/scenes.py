@@ -129,8 +129,7 @@ class Composer:
             things.append(Thing(self._sprite(rng, each), edge, centre, rng.uniform(-6, 6)))
         a, b = with_article(first), with_article(second)
         if stacked:
-            ways = (f"{a} above {b}", f"{b} below {a}")
-            return ways[int(rng.integers(2))], things
+            return (f"{a} above {b}", f"{b} below {a}")[int(rng.integers(2))], things
         ways = (
             f"{a} and {b}",
             f"{a} and {b}",

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image, ImageDraw
 
+from jobs.pretrain.folders import Folders
 from jobs.pretrain.packs import EDGE, PACKS, Icons, fetch
-from jobs.pretrain.settings import Folders
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.imagenet import ImageNetEncoder
 
@@ -69,10 +69,11 @@ class Sprites:
         """Read what `save` wrote."""
         table = pq.read_table(path)
         classes = tuple(table.schema.metadata[b"classes"].decode().split("\n"))
-        pictures = [np.frombuffer(rgba, np.uint8).reshape(EDGE, EDGE, 4) for rgba in table["rgba"].to_pylist()]
-        labels = np.array([classes.index(name) for name in table["class_name"].to_pylist()])
-        sources = tuple(table["source"].to_pylist())
-        return cls(np.stack(pictures), classes, labels, sources, tuple(table["use"].to_pylist()))
+        rows = table.to_pylist()
+        pictures = [np.frombuffer(row["rgba"], np.uint8).reshape(EDGE, EDGE, 4) for row in rows]
+        labels = np.array([classes.index(row["class_name"]) for row in rows])
+        sources = tuple(row["source"] for row in rows)
+        return cls(np.stack(pictures), classes, labels, sources, tuple(row["use"] for row in rows))
 
 
 def make_sprites(cache: Path) -> Sprites:
@@ -119,7 +120,8 @@ def near_held(features: torch.Tensor, labels: np.ndarray, held: np.ndarray) -> n
     unit = F.normalize(features, dim=1)
     alike = (unit @ unit.T).numpy() >= NEAR
     same = labels[:, None] == labels[None, :]
-    return (alike & same & held[None, :]).any(axis=1) & ~held
+    near: np.ndarray = (alike & same & held[None, :]).any(axis=1) & ~held
+    return near
 
 
 @torch.inference_mode()

@@ -19,10 +19,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from jobs.pretrain.clip import tokenize
 from jobs.pretrain.config import Config
 from jobs.pretrain.data import as_array, check_columns, pool, read_share
+from jobs.pretrain.folders import Folders
 from jobs.pretrain.loop import load_matching
 from jobs.pretrain.pictures import grid
 from jobs.pretrain.scenes import with_article
-from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites
 from objdrive.base.files import find_base
 from objdrive.base.noise import add_noise, timestep_odds, velocity_weight
@@ -67,7 +67,8 @@ class Encode:
         latents = self._vae.encode(pixels).latent_dist.mode() * self._vae.config["scaling_factor"]
         masks = torch.from_numpy(as_array(batch["mask"], np.uint8)).view(-1, edge, edge).float()
         masks = latent_mask(masks, latents.shape[-1]).round().to(torch.uint8)
-        ids = tokenize(self._tokenizer, batch["caption"].to_pylist()).short()
+        captions: list[Any] = batch["caption"].to_pylist()
+        ids = tokenize(self._tokenizer, captions).short()
         return pa.table(
             {
                 "latent": [latent.tobytes() for latent in latents.half().cpu().contiguous().numpy()],
@@ -127,6 +128,8 @@ class UnetObjective(nn.Module):
     are drawn: most of a picture is backdrop, which outweighs thin objects. At strong noise, where an object might be
     anywhere, a loss by its mask would draw it larger.
     """
+
+    alphas: Tensor
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -200,7 +203,7 @@ class UnetStage:
         return self._with_noise(scenes, self._generator)
 
     @torch.inference_mode()
-    def judge(self, part: nn.Module) -> tuple[dict[str, float], Image.Image]:
+    def judge(self, part: UNet2DConditionModel) -> tuple[dict[str, float], Image.Image]:
         """Losses on held-out scenes with fixed noise; and samples of some classes in some contexts."""
         objective = UnetObjective(part).to(self._device)
         losses = [objective(batch) for batch in self._judged]
@@ -216,7 +219,7 @@ class UnetStage:
         return figures, grid(self.sample(part, prompts), _SHOWN_COLUMNS, zoom=2)
 
     @torch.inference_mode()
-    def sample(self, part: nn.Module, prompts: list[str]) -> Tensor:
+    def sample(self, part: UNet2DConditionModel, prompts: list[str]) -> Tensor:
         """(N, 3, n, n) pictures in [0, 1] of prompts."""
         scheduler = DDIMScheduler(**SCHEDULE)
         scheduler.set_timesteps(_SHOWN_STEPS)
@@ -228,7 +231,8 @@ class UnetStage:
             given, free = part(torch.cat([latents] * 2), timestep, states).sample.chunk(2)
             latents = scheduler.step(free + _SHOWN_GUIDANCE * (given - free), timestep, latents).prev_sample
         pictures = self._vae.decode(latents / self._vae.config["scaling_factor"]).sample
-        return (pictures / 2 + 0.5).clamp(0, 1)
+        shown: Tensor = (pictures / 2 + 0.5).clamp(0, 1)
+        return shown
 
     def _read(self, folders: Folders, scenes: Path, rank: int, world: int) -> EncodedScenes:
         table = read_share(latents_folder(folders, scenes), _ENCODED, rank, world)

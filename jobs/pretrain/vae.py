@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from jobs.pretrain.config import Config
 from jobs.pretrain.data import read_rows
+from jobs.pretrain.folders import Folders
 from jobs.pretrain.pictures import grid
-from jobs.pretrain.settings import Folders
 from objdrive.base.files import find_base
 from objdrive.errors import ObjdriveError
 
@@ -107,7 +107,7 @@ class VaeStage:
         return {"pixels": pixels.contiguous(memory_format=torch.channels_last)}
 
     @torch.inference_mode()
-    def judge(self, part: nn.Module) -> tuple[dict[str, float], Image.Image]:
+    def judge(self, part: AutoencoderKL) -> tuple[dict[str, float], Image.Image]:
         """PSNR on held-out scenes; and some of them, above what the autoencoder makes of them."""
         real = self._judged.images(torch.arange(min(256, len(self._judged.captions)))).to(self._device)
         made = reconstruct(part, real)

@@ -37,7 +37,7 @@ class Workshop:
         recipe = make_recipe("objdrive", overrides=[*FAST, *overrides])
         self.target = Target(self.store.url, recipe.digest, fingerprint)
         self.settings = FineTuneSettings("tiny64", None, recipe, self.target, group_size=None, threads=1)
-        self.fine_tune = self.settings()
+        self.fine_tune = FineTune(self.settings)
         shutil.copytree(CATALOG, folder, dirs_exist_ok=True)
         self.rows = {row.object_id: row for row in read_manifest(str(folder / "manifest.csv"))}
 

@@ -25,11 +25,11 @@ from jobs.pretrain.config import CONFIGS, Training, read_config
 from jobs.pretrain.contexts import COLOURS, CONTEXTS
 from jobs.pretrain.data import Compose, as_array
 from jobs.pretrain.export import begin_snapshot
+from jobs.pretrain.folders import Folders
 from jobs.pretrain.judge import Effort, Judge, diversity
 from jobs.pretrain.loop import average_decay, computes_bfloat16, learning_rate, load_matching
 from jobs.pretrain.packs import EDGE, Icons, Pack
 from jobs.pretrain.scenes import Composer, Mix
-from jobs.pretrain.settings import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, near_held
 from jobs.pretrain.unet import UnetObjective, build_unet, latents_folder, make_latents, stratified
 from jobs.pretrain.vae import build_vae, normalise_latents, psnr, take_over
