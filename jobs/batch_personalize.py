@@ -22,7 +22,7 @@ from objdrive.adapters.store import RESULTS_FILE, ArtifactStore
 from objdrive.base.files import find_base
 from objdrive.catalog.manifest import pieces
 from objdrive.errors import ObjdriveError
-from objdrive.evaluation.report import Failure, Picture, Report, ReportedObject, render
+from objdrive.evaluation.report import CaptionedPicture, Failure, Report, ReportedObject, render
 from objdrive.training.recipe import PRESETS, Recipe, make_recipe
 
 REPORT_FILE = "report.html"
@@ -155,11 +155,11 @@ def _report(run: BatchRun, store: ArtifactStore, facts: list[tuple[str, str]], s
     return render(Report("objdrive: what came out", facts, _counts(ledger), objects, failures))
 
 
-def _previews(store: ArtifactStore, object_id: str, digest: str) -> list[Picture]:
+def _previews(store: ArtifactStore, object_id: str, digest: str) -> list[CaptionedPicture]:
     artifact = store.metadata(object_id, digest) if digest else None
     if artifact is None:
         return []
-    return [Picture(preview.caption, store.read_file(artifact, preview.file)) for preview in artifact.previews]
+    return [CaptionedPicture(preview.caption, store.read_file(artifact, preview.file)) for preview in artifact.previews]
 
 
 def _counts(ledger: Ledger) -> dict[str, int]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import bootstrap
 
 Array = NDArray[np.floating]
 Statistic = Callable[[Array], Array]
@@ -44,32 +45,41 @@ def bootstrap_interval(
     resamples: int = 4000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic of means, over objects drawn again with replacement (Efron, 1979).
+    """BCa interval of a statistic of means, over objects drawn again with replacement (Efron, 1987).
 
     Args:
         values: (N, M), M figures of each of N objects.
         statistic: of the M means; default: the first mean.
-        level: share of the resampled statistics that lie in the interval.
+        level: share of repeated experiments whose interval holds the true value, if there are enough objects.
         resamples: how many.
         seed: of the draws; the same values and seed give the same interval.
 
     Returns:
-        Its ends.
+        Its ends. It has no width where all objects agree, or there is but one.
 
     Raises:
         ValueError: no values.
     """
     if values.ndim != 2 or not len(values):
         raise ValueError(f"expected values (N, M) of at least one object, got shape {values.shape}")
-    rng = np.random.default_rng(seed)
     count = len(values)
-    # How often each object was drawn: no (resamples, N, M) is ever held.
-    draws = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
-    means = draws @ values / count
-    statistics = means[:, 0] if statistic is None else statistic(means)
-    tail = 50 * (1 - level)
-    low, high = np.percentile(statistics, (tail, 100 - tail))
-    return float(low), float(high)
+    of_means: Statistic = statistic or (lambda means: means[:, 0])
+
+    def of_objects(drawn: NDArray[np.intp], axis: int) -> Array:
+        means = values[drawn].mean(axis=-2)
+        found: Array = of_means(means.reshape(-1, values.shape[1])).reshape(drawn.shape[:-1])
+        return found
+
+    everything = np.arange(count)
+    if count == 1:
+        point = float(of_objects(everything[None], -1)[0])
+        return point, point
+    without_one = np.array([np.delete(everything, one) for one in everything])
+    # BCa divides by the spread of these.
+    method = "BCa" if np.ptp(of_objects(without_one, -1)) > 1e-12 else "percentile"
+    options = {"confidence_level": level, "n_resamples": resamples, "vectorized": True, "batch": 1000}
+    found = bootstrap((everything,), of_objects, method=method, rng=np.random.default_rng(seed), **options)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def scalarise(points: Array) -> Array:

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from objdrive.evaluation.report import Failure, Picture, Report, ReportedObject, render
+from objdrive.evaluation.report import CaptionedPicture, Failure, Report, ReportedObject, render
 
 NASTY = "<script>alert(\"1\")</script> & 'co'"
 
@@ -73,7 +73,7 @@ def test_nothing_from_the_manifest_becomes_markup():
             title=NASTY,
             facts=[(NASTY, NASTY)],
             counts={NASTY: 1},
-            objects=[ReportedObject(NASTY, NASTY, NASTY, NASTY, NASTY, [Picture(NASTY, b"webp")])],
+            objects=[ReportedObject(NASTY, NASTY, NASTY, NASTY, NASTY, [CaptionedPicture(NASTY, b"webp")])],
             failures=[Failure(NASTY, NASTY, NASTY, NASTY)],
         )
     )
@@ -90,14 +90,20 @@ def test_nothing_from_the_manifest_becomes_markup():
 
 def test_pictures_are_part_of_the_page():
     webp = bytes(range(256))
-    page = Page(render(a_report(objects=[an_object(pictures=[Picture("on grass", webp), Picture("at sea", b"2")])])))
+    page = Page(
+        render(
+            a_report(
+                objects=[an_object(pictures=[CaptionedPicture("on grass", webp), CaptionedPicture("at sea", b"2")])]
+            )
+        )
+    )
     sources = [image["src"] for image in page.all("img")]
     assert [base64.b64decode(source.removeprefix("data:image/webp;base64,")) for source in sources] == [webp, b"2"]
     assert page.text("figcaption") == ["on grass", "at sea"]
 
 
 def test_the_page_loads_nothing_from_anywhere():
-    html = render(a_report(facts=[], objects=[an_object(pictures=[Picture("on grass", b"webp")])]))
+    html = render(a_report(facts=[], objects=[an_object(pictures=[CaptionedPicture("on grass", b"webp")])]))
     page = Page(html)
     loading = ("src", "href", "srcset", "data", "action")
     loaded = [attrs[key] for _, attrs in page.tags for key in loading if key in attrs]
@@ -118,10 +124,10 @@ def test_the_class_filter_offers_each_class_once():
 @pytest.mark.parametrize(
     ("counts", "headings"),
     [
-        ({"committed": 2, "rejected": 1}, ["Rows that came to nothing", "Objects"]),
+        ({"committed": 2, "rejected": 1}, ["Rows without an adapter", "Objects"]),
         (
             {"committed": 1500, "already there": 500, "rejected": 9, "failed": 1},
-            ["Rows that came to nothing (the first 1 of 10)", "Objects (the first 2 of 2,000)"],
+            ["Rows without an adapter (the first 1 of 10)", "Objects (the first 2 of 2,000)"],
         ),
     ],
 )

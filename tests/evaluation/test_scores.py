@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -36,12 +37,34 @@ def _binomial_quantile(count, chance, level):
     raise AssertionError
 
 
-def test_the_interval_of_a_share_is_that_of_the_binomial_distribution():
-    # The mean of 20 zeros and ones drawn again is binomial, so that its quantiles are known exactly.
-    values = np.array([1.0] * 13 + [0.0] * 7)[:, None]
-    low, high = bootstrap_interval(values, resamples=40_000)
-    assert low == pytest.approx(_binomial_quantile(20, 0.65, 0.025))
-    assert high == pytest.approx(_binomial_quantile(20, 0.65, 0.975))
+@pytest.mark.parametrize("hits", [13, 16, 18])
+def test_the_interval_of_a_share_is_bca_of_the_binomial_distribution(hits):
+    # The mean of 20 zeros and ones drawn again is binomial, so that BCa (Efron, 1987) can be computed exactly.
+    values = np.array([1.0] * hits + [0.0] * (20 - hits))
+    chance, normal = hits / 20, NormalDist()
+    below = sum(math.comb(20, k) * chance**k * (1 - chance) ** (20 - k) for k in range(hits))
+    bias = normal.inv_cdf(below + math.comb(20, hits) * chance**hits * (1 - chance) ** (20 - hits) / 2)
+    left_out = np.array([np.delete(values, one).mean() for one in range(20)])
+    pulls = left_out.mean() - left_out
+    acceleration = (pulls**3).sum() / (6 * (pulls**2).sum() ** 1.5)
+
+    def end(level):
+        reach = bias + normal.inv_cdf(level)
+        return _binomial_quantile(20, chance, normal.cdf(bias + reach / (1 - acceleration * reach)))
+
+    expected = end(0.025), end(0.975)
+    assert bootstrap_interval(values[:, None], resamples=40_000) == pytest.approx(expected)
+
+
+def test_where_objects_agree_or_are_one_the_interval_has_no_width():
+    assert bootstrap_interval(np.full((6, 1), 0.25)) == (0.25, 0.25)
+    assert bootstrap_interval(np.array([[0.7]])) == (0.7, 0.7)
+
+
+def test_an_interval_is_finite_where_leaving_one_out_changes_nothing():
+    # Either object alone scores 0, both together 0.5.
+    low, high = bootstrap_interval(np.eye(2), scalarise)
+    assert (low, high) == pytest.approx((0, 0.5))
 
 
 def test_the_interval_of_many_objects_is_the_normal_one():
