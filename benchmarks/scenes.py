@@ -30,7 +30,7 @@ from PIL import Image
 
 from jobs.evaluation.compose import MANIFEST_FILE, PROMPTS, Subject, choose_subjects, compose_group, read_halves
 from jobs.evaluation.pages import SHEET_FILE
-from jobs.evaluation.pictures import BASE_ALONE, SCENES, Pool
+from jobs.evaluation.pictures import BASE_METHOD, SCENES, Pool
 from jobs.evaluation.scoring import Scorer, read_gallery
 from jobs.pretrain.folders import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, have_sprites
@@ -81,7 +81,7 @@ class Effort:
     encoder: str
 
 
-class Judge:
+class SceneJudge:
     """Tells which objects of a group a picture shows."""
 
     def __init__(self, encoder: Encoder, gallery: Gallery) -> None:
@@ -160,7 +160,7 @@ def run(out: Path, sprites: Sprites, class_names: Sequence[str], base: Base, eff
     """Fine-tune what is not fine-tuned yet, draw, look, and write ``results.md`` and sheets of pictures."""
     gallery_file = have_gallery(out / "set", sprites, class_names, effort.prompts, base.resolution)
     gallery, encoder = _judge_by(gallery_file, base, effort)
-    judge = Judge(encoder, gallery)
+    judge = SceneJudge(encoder, gallery)
     subjects = choose_subjects(sprites, class_names)
     lines = ["# Several objects in a picture", "", _describe(base, effort), ""]
     lines += ["| objects | method | identity in its class | shows all | scenes |", "|---" * 5 + "|"]
@@ -170,7 +170,7 @@ def run(out: Path, sprites: Sprites, class_names: Sequence[str], base: Base, eff
         manifest = photograph(groups, sprites, out / "photos" / f"{size}")
         contenders = [Contender(f"{recipe} {size}", manifest, recipe, effort.overrides) for recipe in effort.recipes]
         stores = [ArtifactStore(fine_tune(out, one, base.name)) for one in contenders]
-        drawn = {BASE_ALONE: {group.name: studio.base_alone(group) for group in groups}}
+        drawn = {BASE_METHOD: {group.name: studio.base_alone(group) for group in groups}}
         for recipe, store in zip(effort.recipes, stores, strict=True):
             there = set(store.object_ids())
             whole = [group for group in groups if all(one.object_id in there for one in group.subjects)]

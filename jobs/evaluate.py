@@ -18,9 +18,9 @@ from jobs.command import absolute, absolute_model, add_base_options, exit_status
 from jobs.evaluation.compose import PROMPTS
 from jobs.evaluation.pages import PICTURES_FILE, REPORT_FILE, SCORES_FILE, write_pages
 from jobs.evaluation.pictures import (
-    BASE_ALONE,
+    BASE_METHOD,
     CONTROLS,
-    Drawing,
+    DrawingSettings,
     Pool,
     control_pictures,
     draw,
@@ -59,7 +59,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     recipe = make_recipe(tuning=base.files.tuning)
     names = options.encoder or ENCODERS
     _look_ahead(names, references, prompts, options)
-    drawing = Drawing(
+    drawing = DrawingSettings(
         options.base,
         options.clip,
         base.fingerprint,
@@ -108,8 +108,8 @@ def _stores(named: Sequence[str]) -> dict[str, str]:
     stores: dict[str, str] = {}
     for one in named:
         name, equals, url = one.partition("=")
-        if not equals or not name or name in stores or name in (BASE_ALONE, *CONTROLS):
-            taken = ", ".join((BASE_ALONE, *CONTROLS, *stores))
+        if not equals or not name or name in stores or name in (BASE_METHOD, *CONTROLS):
+            taken = ", ".join((BASE_METHOD, *CONTROLS, *stores))
             raise ObjdriveError(f"--store {one}: give NAME=URL, with a name of its own that is none of {taken}")
         stores[name] = absolute(url)
     return stores
@@ -123,7 +123,7 @@ def _encoder(name: str) -> str:
 
 def _facts(
     stores: Mapping[str, str],
-    drawing: Drawing,
+    drawing: DrawingSettings,
     references: Sequence[Reference],
     prompts: Sequence[EvaluationPrompt],
     options: argparse.Namespace,

@@ -13,8 +13,8 @@ from jobs.command import exit_status
 from jobs.pretrain.augment import coarse
 from jobs.pretrain.folders import Folders
 from jobs.pretrain.judge import (
+    BaseJudge,
     Effort,
-    Judge,
     SceneSet,
     diversity,
     draw,
@@ -58,7 +58,7 @@ def judge(bases: list[Base], sprites: Sprites, effort: Effort, out: Path) -> dic
     resolution = resolutions.pop()
     held = SceneSet.compose(sprites, "held", resolution, effort.judged)
     seen = SceneSet.compose(sprites, "train", resolution, effort.judged)
-    judged = Judge(sprites, resolution, effort)
+    judged = BaseJudge(sprites, resolution, effort)
     figures = {
         "scenes": _of_scenes(judged, seen),
         "scenes of held-out drawings": _of_scenes(judged, held),
@@ -100,7 +100,7 @@ _SHOWN = {
 }
 
 
-def _of_scenes(judged: Judge, scenes: SceneSet) -> dict[str, float]:
+def _of_scenes(judged: BaseJudge, scenes: SceneSet) -> dict[str, float]:
     """What the classifier makes of real scenes: the most that it can be trusted."""
     rows = [row for row, plain in enumerate(scenes.plain) if plain]
     features = judged.features(scenes.pixels[rows])

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from jobs.evaluation.pictures import BASE_ALONE, CONTROLS, COPY
+from jobs.evaluation.pictures import BASE_METHOD, CONTROLS, COPY
 from objdrive.evaluation.grids import ObjectGrid, Table, render_grids
 from objdrive.evaluation.plots import plot_sheet, plot_trade
 from objdrive.evaluation.prompts import EvaluationPrompt
@@ -45,7 +45,7 @@ def by_method(scores: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str
 
 
 def _in_order(methods: Iterable[str]) -> list[str]:
-    return sorted(methods, key=lambda method: (method in CONTROLS, method != BASE_ALONE))
+    return sorted(methods, key=lambda method: (method in CONTROLS, method != BASE_METHOD))
 
 
 def choose_trades(scores: Sequence[Mapping[str, Any]]) -> list[Trade]:

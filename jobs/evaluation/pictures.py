@@ -32,7 +32,7 @@ from objdrive.pictures import encode_picture
 from objdrive.sampling.sampler import Request, draw_pictures
 from objdrive.seeds import seed_of
 
-BASE_ALONE = "base"
+BASE_METHOD = "base"
 COPY = "copy"
 SCENES = "scenes"
 CONTROLS = (COPY, SCENES)
@@ -56,7 +56,7 @@ SCHEMA = pa.schema(_COLUMNS)
 
 
 @dataclass(frozen=True)
-class Drawing:
+class DrawingSettings:
     """How pictures are drawn; the same for every method.
 
     Attributes:
@@ -160,7 +160,7 @@ def plan_drawing(
     if base_alone:
         words = {one: artifact.class_name for of_method in artifacts.values() for one, artifact in of_method.items()}
         for object_id, word in words.items():
-            rows += _rows(BASE_ALONE, object_id, word, prompts, seeds, "", "")
+            rows += _rows(BASE_METHOD, object_id, word, prompts, seeds, "", "")
     return rows
 
 
@@ -238,10 +238,10 @@ def _batches(rows: int) -> int:
     return max(1, math.ceil(rows / _ROWS_PER_BATCH))
 
 
-class Draw:
+class DrawRows:
     """Ray Data's worker that draws rows with the base and their adapters."""
 
-    def __init__(self, drawing: Drawing, pool: Pool) -> None:
+    def __init__(self, drawing: DrawingSettings, pool: Pool) -> None:
         """Load the base.
 
         Raises:
@@ -290,7 +290,7 @@ def _read_adapter(store: str, object_id: str, digest: str) -> tuple[ArtifactMeta
 
 
 def draw(
-    rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]], drawing: Drawing, pool: Pool, out: Path
+    rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]], drawing: DrawingSettings, pool: Pool, out: Path
 ) -> None:
     """Draw rows and write them with the controls' to the table `out`, unless it holds just these already."""
     key = _digest(rows, controls, drawing)
@@ -305,16 +305,16 @@ def draw(
     partial.replace(out)
 
 
-def _drawn(rows: Sequence[dict[str, Any]], drawing: Drawing, pool: Pool) -> Iterator[pa.Table]:
+def _drawn(rows: Sequence[dict[str, Any]], drawing: DrawingSettings, pool: Pool) -> Iterator[pa.Table]:
     if not rows:
         return
     asked = pa.Table.from_pylist(list(rows), pa.schema(list(SCHEMA)[:-1]))
-    drawn = as_dataset(asked).map_batches(Draw, fn_constructor_args=(drawing, pool), **pool.options(len(rows)))
+    drawn = as_dataset(asked).map_batches(DrawRows, fn_constructor_args=(drawing, pool), **pool.options(len(rows)))
     for table in as_tables(drawn):
         yield table.select(SCHEMA.names).cast(SCHEMA)
 
 
-def _digest(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]], drawing: Drawing) -> bytes:
+def _digest(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]], drawing: DrawingSettings) -> bytes:
     digest = hashlib.sha256(json.dumps([drawing.fingerprint, drawing.steps, drawing.guidance_scale, rows]).encode())
     for row in controls:
         digest.update(f"{row['method']}:{row['object_id']}:{row['prompt_id']}:".encode() + row["picture"])

@@ -14,7 +14,7 @@ from jobs.pretrain.augment import varied
 from jobs.pretrain.clip import retrieval
 from jobs.pretrain.contexts import CONTEXTS
 from jobs.pretrain.pictures import grid
-from jobs.pretrain.scenes import Composer, Mix, Scene, with_article
+from jobs.pretrain.scenes import ComposedScene, Composer, Mix, with_article
 from jobs.pretrain.sprites import Sprites
 from jobs.pretrain.vae import psnr
 from objdrive.base.stable_diffusion import Base
@@ -52,7 +52,7 @@ class Effort:
         return {"steps": self.steps, "guidance_scale": GUIDANCE}
 
 
-class Judge:
+class BaseJudge:
     """Tells class and context of a picture, by two linear layers on ImageNet features.
 
     It learns from scenes of the training drawings, stretched and varied (`augment`): what a base draws is neither as
@@ -86,7 +86,7 @@ class Judge:
         return (features - self._mean) / self._deviation
 
 
-def _balanced(composer: Composer, rng: np.random.Generator, labels: Sequence[int], each: int) -> list[Scene]:
+def _balanced(composer: Composer, rng: np.random.Generator, labels: Sequence[int], each: int) -> list[ComposedScene]:
     """`each` scenes of every class, over all contexts in turn."""
     wanted = [(label, (label + turn) % len(CONTEXTS)) for turn in range(each) for label in labels]
     return [composer.compose(rng, label=label, context=context) for label, context in wanted]

@@ -74,7 +74,7 @@ class Run:
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """What a run has behind it, over all its resumptions."""
 
     step: int = 0
@@ -168,7 +168,7 @@ class _Worker:
             self._model = torch.compile(self._model)
         self._mean = copy.deepcopy(stage.part).eval().requires_grad_(False)
         self._optimizers = make_optimizers(stage.part, run.training)
-        self._progress = Progress()
+        self._progress = TrainingProgress()
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:
@@ -180,7 +180,7 @@ class _Worker:
             states = torch.load(folder / "optimizers.pt", map_location=self._device, weights_only=True)
             for optimizer, state in zip(self._optimizers, states, strict=True):
                 optimizer.load_state_dict(state)
-            self._progress = Progress(**json.loads((folder / "progress.json").read_text()))
+            self._progress = TrainingProgress(**json.loads((folder / "progress.json").read_text()))
 
     def work(self) -> None:
         run, progress = self._run, self._progress

@@ -32,7 +32,7 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class Scene:
+class ComposedScene:
     """A picture and what it shows.
 
     Attributes:
@@ -73,7 +73,7 @@ class Composer:
         self._rows = [np.flatnonzero(sprites.labels == label) for label in range(len(sprites.classes))]
         self._labels = [label for label, rows in enumerate(self._rows) if len(rows)]
 
-    def compose(self, rng: Rng, *, label: int | None = None, context: int | None = None) -> Scene:
+    def compose(self, rng: Rng, *, label: int | None = None, context: int | None = None) -> ComposedScene:
         """One scene, of a class and in a context if those are given, else of any."""
         mix = self._mix
         label = int(rng.choice(self._labels)) if label is None else label
@@ -95,7 +95,7 @@ class Composer:
             covered = np.maximum(covered, cover)
         pixels, mask = render(canvas, style), (255 * covered[..., 0]).round().astype(np.uint8)
         caption = _caption(rng, mix, self._sprites.classes[label], what, where, style, plain=not (pair or tinted))
-        return Scene(pixels, mask, caption, label, context, plain=not (pair or tinted or style))
+        return ComposedScene(pixels, mask, caption, label, context, plain=not (pair or tinted or style))
 
     def _single(self, rng: Rng, label: int) -> tuple[str, list[Thing], bool]:
         mix = self._mix

@@ -12,9 +12,9 @@ from jobs.evaluate import main as evaluate
 from jobs.evaluation.compose import PROMPTS, choose_subjects, read_halves, write_half
 from jobs.evaluation.pages import by_method, choose_trades, summarise, trade_figures, write_pages
 from jobs.evaluation.pictures import (
-    BASE_ALONE,
+    BASE_METHOD,
     SCHEMA,
-    Drawing,
+    DrawingSettings,
     Pool,
     control_pictures,
     draw,
@@ -37,7 +37,7 @@ from objdrive.pictures import encode_picture
 
 SHIPPED = read_prompts(PROMPTS)
 TWO = [prompt for prompt in SHIPPED if prompt.id in ("grass", "night")]
-DRAWING = Drawing("tiny64", None, "0" * 32, 2, 4.0)
+DRAWING = DrawingSettings("tiny64", None, "0" * 32, 2, 4.0)
 
 
 def test_the_halves_are_disjoint_and_hold_at_least_forty_known_classes_with_a_held_out_drawing(tiny64):
@@ -151,9 +151,9 @@ def test_every_method_is_asked_for_the_same_pictures(store, tiny64):
     asked = {}
     for row in rows:
         asked.setdefault(row["method"], []).append((row["object_id"], row["prompt_id"], row["number"]))
-    assert set(asked) == {"first", "second", BASE_ALONE}
+    assert set(asked) == {"first", "second", BASE_METHOD}
     assert len(asked["first"]) == 2 * 2 * 3
-    assert asked["first"] == asked["second"] == asked[BASE_ALONE]
+    assert asked["first"] == asked["second"] == asked[BASE_METHOD]
 
 
 def test_stores_that_cannot_be_measured_are_named(store, tmp_path, tiny64):
@@ -256,8 +256,8 @@ def test_trades_take_the_encoder_without_a_part_in_the_base():
 
 
 def test_the_base_comes_first_and_controls_come_last():
-    rows = [_score(method, "a", "clip") for method in ("copy", "paper", "scenes", BASE_ALONE, "lora")]
-    assert list(by_method(rows)) == [BASE_ALONE, "paper", "lora", "copy", "scenes"]
+    rows = [_score(method, "a", "clip") for method in ("copy", "paper", "scenes", BASE_METHOD, "lora")]
+    assert list(by_method(rows)) == [BASE_METHOD, "paper", "lora", "copy", "scenes"]
 
 
 def test_the_summary_holds_every_figure_once():
