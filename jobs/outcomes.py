@@ -19,5 +19,5 @@ class RowOutcome:
 
 
 def fail_row(record: Checked, code: str, message: str) -> RowOutcome:
-    """The outcome of a row that came to nothing; the message says which row it is about."""
+    """The outcome of a row that gets no adapter; the message says which row it is about."""
     return RowOutcome("failed", code=code, message=f"{record.row.where}: {message}")

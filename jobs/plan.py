@@ -88,8 +88,8 @@ def _settle_duplicate(
         return
     row = record.row
     message = (
-        f"{row.where}: object_id {row.object_id!r} stands with other content in {where} already, "
-        "which was used: give every object its own id"
+        f"{row.where}: object_id {row.object_id!r} was used by {where} already, for other content: "
+        "give every object its own id"
     )
     on_reject(Reject(row.object_id, row.where, "duplicate_id", message))
 

@@ -19,7 +19,7 @@ _TINTS = tuple(COLOURS)
 
 @dataclass(frozen=True)
 class Mix:
-    """How often what happens in scenes; `stretched` to a drawing."""
+    """The odds of what a scene may show; `stretched` is per drawing."""
 
     pair: float = 0.14
     style: float = 0.12
