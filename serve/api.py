@@ -23,10 +23,10 @@ from objdrive.adapters.artifact import ArtifactKey, ArtifactMetadata, BaseRef
 from objdrive.sampling.requests import DrawRequest
 from serve.auth import ApiKey, Gate
 from serve.catalog import Catalog
-from serve.command import is_loopback
 from serve.drawing import Accepted, BaseInfo, Event, FinishedPicture, Generators, PartialPicture, Refused, model_id
 from serve.errors import ApiError, add_error_handlers, api_error, error_responses
 from serve.guard import Drain, Guard
+from serve.hosts import is_loopback
 from serve.metrics import Meter, PrometheusMeter
 from serve.objects import Objects
 from serve.plan import defaults, object_ids, plan

@@ -1,11 +1,11 @@
 """The commands `objdrive serve` and `objdrive api-key`."""
 
 import argparse
-import ipaddress
 from pathlib import Path
 from typing import Any
 
 from objdrive.errors import ObjdriveError
+from serve.hosts import is_loopback
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -57,14 +57,6 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals:
         raise ObjdriveError(f"--set {text}: give NAME=VALUE")
     return name, value
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _add_api_key(parser: argparse.ArgumentParser) -> None:

@@ -15,9 +15,9 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from objdrive.sampling.engine import Engine
 from objdrive.sampling.requests import DrawRequest
 from serve.drawing import BaseInfo, Event, FinishedPicture, LocalGenerators, PartialPicture, Refused
+from serve.engine import make_engine
 from serve.errors import RETRY_AFTER_SECONDS, ApiError, logger
 from serve.health import HealthCheck
-from serve.local import make_engine
 from serve.metrics import MEASURED, PREFIX, SECONDS, samples
 from serve.settings import Settings
 

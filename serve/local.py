@@ -4,16 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
 import uvicorn
 from fastapi import FastAPI
 
-from objdrive.base.stable_diffusion import Base
-from objdrive.sampling.engine import Engine
 from serve.api import Services, create_app
 from serve.auth import Gate
 from serve.catalog import Catalog
 from serve.drawing import LocalGenerators
+from serve.engine import make_engine
 from serve.guard import Drain
 from serve.metrics import PrometheusMeter
 from serve.objects import Objects
@@ -21,23 +19,6 @@ from serve.settings import Settings
 from serve.signing import Signer
 
 _LAST_SECONDS = 5
-
-
-def make_engine(settings: Settings) -> tuple[Base, Engine]:
-    """Load the base and start an engine on it."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    base = Base.load(settings.base_name(), clip=settings.clip)
-    engine = Engine(
-        base,
-        settings.open_store(),
-        batch_size=settings.batch_size,
-        slots=settings.slots,
-        rank=settings.rank,
-        host_bytes=settings.host_mib * 2**20,
-        queue_limit=settings.queue_limit,
-    )
-    return base, engine
 
 
 @contextmanager
