@@ -23,13 +23,22 @@ from objdrive.adapters.artifact import ArtifactKey, ArtifactMetadata, BaseRef
 from objdrive.sampling.requests import DrawRequest
 from serve.auth import ApiKey, Gate
 from serve.catalog import Catalog
-from serve.drawing import Accepted, BaseInfo, Event, FinishedPicture, Generators, PartialPicture, Refused, model_id
+from serve.draw_requests import defaults, draw_requests, object_ids
+from serve.drawing import (
+    Accepted,
+    BaseInfo,
+    FinishedPicture,
+    Generators,
+    PartialPicture,
+    PictureEvent,
+    Refused,
+    model_id,
+)
 from serve.errors import ApiError, add_error_handlers, api_error, error_responses
 from serve.guard import Drain, Guard
 from serve.hosts import is_loopback
 from serve.metrics import Meter, PrometheusMeter
 from serve.objects import Objects
-from serve.plan import defaults, object_ids, plan
 from serve.schema import (
     MAX_PAGE,
     ClassCount,
@@ -169,7 +178,7 @@ def _add_images(app: FastAPI) -> None:
         services = _services(request)
         artifacts = await _visible(services, key, object_ids(asked.model))
         base = await _described(services.generators, services.draw_seconds)
-        requests = plan(asked, artifacts, base)
+        requests = draw_requests(asked, artifacts, base)
         services.gate.spend(key, len(requests))
         headers = _origin(requests, base)
         if asked.stream:
@@ -367,7 +376,7 @@ async def _draw_all(services: Services, requests: Sequence[DrawRequest]) -> list
     return [task.result() for task in tasks]
 
 
-async def _drawn(services: Services, one: DrawRequest) -> AsyncGenerator[Event, None]:
+async def _drawn(services: Services, one: DrawRequest) -> AsyncGenerator[PictureEvent, None]:
     """The drawing's events, within the time that it may take. Raises ApiError where it is refused."""
     started = time.monotonic()
     outcome = "cancelled"
@@ -411,7 +420,7 @@ async def _streamed(request: Request, one: DrawRequest, base: BaseInfo, headers:
 
 
 async def _server_sent(
-    request: Request, events: AsyncGenerator[Event, None], one: DrawRequest, size: str
+    request: Request, events: AsyncGenerator[PictureEvent, None], one: DrawRequest, size: str
 ) -> AsyncGenerator[bytes, None]:
     common: dict[str, Any] = {"size": size, "seed": one.seed, "model": model_id(one)}
     async with aclosing(events):

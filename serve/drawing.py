@@ -15,7 +15,8 @@ from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture
 from objdrive.sampling.requests import Event as EngineEvent
 from serve.errors import api_error
 
-BASE_ALONE = "base"
+BASE_MODEL_ID = "base"
+"""The model id of pictures that no adapter had a part in."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Refused:
     retry_after: int | None = None
 
 
-Event = Accepted | PartialPicture | FinishedPicture | Refused
+PictureEvent = Accepted | PartialPicture | FinishedPicture | Refused
 
 
 class Generators(Protocol):
@@ -67,14 +68,14 @@ class Generators(Protocol):
         """The base. Raises ApiError (503) while there is none."""
         ...
 
-    def draw(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+    def draw(self, request: DrawRequest) -> AsyncGenerator[PictureEvent, None]:
         """Draw a picture. Closing the iterator cancels it."""
         ...
 
 
 def model_id(request: DrawRequest) -> str:
     """The artifacts that a request is drawn with: ``object_id@digest``, several joined by ``+``."""
-    return "+".join(f"{key.object_id}@{key.digest}" for key in request.objects) or BASE_ALONE
+    return "+".join(f"{key.object_id}@{key.digest}" for key in request.objects) or BASE_MODEL_ID
 
 
 class LocalGenerators:
@@ -88,7 +89,7 @@ class LocalGenerators:
         """See `Generators`."""
         return self._info
 
-    async def draw(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+    async def draw(self, request: DrawRequest) -> AsyncGenerator[PictureEvent, None]:
         """See `Generators`."""
         try:
             drawing = self._engine.submit(request)
@@ -119,7 +120,7 @@ async def _told(drawing: Drawing) -> AsyncGenerator[EngineEvent, None]:
             return
 
 
-def _encoded(event: EngineEvent, request: DrawRequest) -> Event:
+def _encoded(event: EngineEvent, request: DrawRequest) -> PictureEvent:
     if isinstance(event, ObjdriveError):
         return _refused(event)
     if isinstance(event, Partial):

@@ -14,7 +14,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 from objdrive.sampling.engine import Engine
 from objdrive.sampling.requests import DrawRequest
-from serve.drawing import BaseInfo, Event, FinishedPicture, LocalGenerators, PartialPicture, Refused
+from serve.drawing import BaseInfo, FinishedPicture, LocalGenerators, PartialPicture, PictureEvent, Refused
 from serve.engine import make_engine
 from serve.errors import RETRY_AFTER_SECONDS, ApiError, logger
 from serve.health import HealthCheck
@@ -42,7 +42,7 @@ class Generator:
         """See `serve.drawing.Generators`."""
         return await self._generators.describe()
 
-    async def draw(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+    async def draw(self, request: DrawRequest) -> AsyncGenerator[PictureEvent, None]:
         """See `serve.drawing.Generators`."""
         for key in request.objects:
             await self.adapter(str(key))
@@ -125,9 +125,9 @@ class RayGenerators:
         assert self._info is not None
         return self._info
 
-    async def draw(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+    async def draw(self, request: DrawRequest) -> AsyncGenerator[PictureEvent, None]:
         """See `serve.drawing.Generators`."""
-        delivered: set[int | type[Event]] = set()
+        delivered: set[int | type[PictureEvent]] = set()
         attempts = 0
         while True:
             attempts += 1
@@ -148,7 +148,7 @@ class RayGenerators:
             refused.code in ("draining", "unavailable") and attempts < _ATTEMPTS
         )
 
-    async def _attempt(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+    async def _attempt(self, request: DrawRequest) -> AsyncGenerator[PictureEvent, None]:
         home = str(request.objects[0]) if request.objects else ""
         options = self._handle.options(stream=True, multiplexed_model_id=home)
         response: Any = options.draw.remote(request)

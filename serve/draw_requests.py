@@ -1,4 +1,4 @@
-"""From what a client asks to what is drawn."""
+"""Turns a generation request into draw requests, one for each picture."""
 
 import secrets
 from collections.abc import Sequence
@@ -29,14 +29,14 @@ def object_ids(model: str | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a drawing takes that asks for nothing else."""
+    """Steps and guidance of a request that names neither."""
 
     steps: int
     guidance_scale: float
 
 
 def defaults(artifacts: Sequence[ArtifactMetadata]) -> Defaults:
-    """Those of the first object's recipe, else the engine's."""
+    """The first object's, from its recipe; the engine's for the base alone."""
     recipe = artifacts[0].recipe if artifacts else {}
     return Defaults(
         int(recipe.get("sample_steps", DrawRequest.steps)),
@@ -44,11 +44,16 @@ def defaults(artifacts: Sequence[ArtifactMetadata]) -> Defaults:
     )
 
 
-def plan(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata], base: BaseInfo) -> list[DrawRequest]:
-    """One drawing for each picture asked for.
+def draw_requests(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata], base: BaseInfo) -> list[DrawRequest]:
+    """One request for each picture asked for, with seeds that count up.
+
+    Args:
+        asked: what the client asks for.
+        artifacts: of the objects that it names, in its order.
+        base: what draws.
 
     Raises:
-        ApiError: 400, what is asked for does not go together; 409, an artifact belongs to another base.
+        ApiError: 400, the fields contradict each other or the base; 409, an artifact belongs to another base.
     """
     _check(asked, base)
     for artifact in artifacts:
