@@ -7,11 +7,12 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from serve.api import Services, create_app
+from serve.api import create_app
 from serve.auth import Gate
 from serve.catalog import Catalog
 from serve.generator import Generator, RayGenerators, RayMeter
 from serve.objects import Objects
+from serve.services import Services
 from serve.settings import Settings
 from serve.signing import Signer
 

@@ -7,7 +7,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from serve.api import Services, create_app
+from serve.api import create_app
 from serve.auth import Gate
 from serve.catalog import Catalog
 from serve.drawing import LocalGenerators
@@ -15,6 +15,7 @@ from serve.engine import make_engine
 from serve.guard import Drain
 from serve.metrics import PrometheusMeter
 from serve.objects import Objects
+from serve.services import Services
 from serve.settings import Settings
 from serve.signing import Signer
 
