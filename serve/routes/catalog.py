@@ -1,13 +1,12 @@
 """The catalog: pages of objects, what is known of one, and its pictures."""
 
 import asyncio
-import re
 from typing import Annotated
 
 from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
-from objdrive.adapters.artifact import ArtifactMetadata
+from objdrive.adapters.artifact import ArtifactMetadata, PreviewKind
 from serve.dependencies import After, Asking, Limit, ObjectIdPath, Serving, media, visible, visible_page
 from serve.draw_requests import defaults
 from serve.errors import ApiError, error_responses
@@ -16,8 +15,6 @@ from serve.services import Services
 
 router = APIRouter(tags=["catalog"])
 
-_INPUT_CAPTION = "input"
-_NOT_A_SAMPLE = re.compile(r"^(input|mask|prototype only.*)$")
 _CLASSES = 1000
 _OF_AN_OBJECT = error_responses(401, 403, 404, 409, 503)
 _OF_A_PICTURE = _OF_AN_OBJECT | {200: media("image/webp")}
@@ -55,14 +52,14 @@ async def retrieve_object(object_id: ObjectIdPath, key: Asking, services: Servin
 async def thumbnail(object_id: ObjectIdPath, key: Asking, services: Serving) -> Response:
     """A small picture of the object in a context."""
     [artifact] = await visible(services, key, [object_id])
-    return await _preview(services, artifact, _thumbnail(artifact))
+    return await _preview(services, artifact, "picture")
 
 
 @router.get("/objects/{object_id}/reference", response_class=Response, responses=_OF_A_PICTURE)
 async def reference(object_id: ObjectIdPath, key: Asking, services: Serving) -> Response:
     """The photo that the object was learned from."""
     [artifact] = await visible(services, key, [object_id])
-    return await _preview(services, artifact, _reference(artifact))
+    return await _preview(services, artifact, "input")
 
 
 def _info(artifact: ArtifactMetadata) -> ObjectInfo:
@@ -78,20 +75,18 @@ def _info(artifact: ArtifactMetadata) -> ObjectInfo:
         row=artifact.row,
         steps=usual.steps,
         guidance_scale=usual.guidance_scale,
-        thumbnail=f"{path}/thumbnail" if _thumbnail(artifact) else None,
-        reference=f"{path}/reference" if _reference(artifact) else None,
+        thumbnail=f"{path}/thumbnail" if _file(artifact, "picture") else None,
+        reference=f"{path}/reference" if _file(artifact, "input") else None,
     )
 
 
-def _thumbnail(artifact: ArtifactMetadata) -> str | None:
-    return next((preview.file for preview in artifact.previews if not _NOT_A_SAMPLE.match(preview.caption)), None)
+def _file(artifact: ArtifactMetadata, kind: PreviewKind) -> str | None:
+    """The first preview of this kind."""
+    return next((preview.file for preview in artifact.previews if preview.kind == kind), None)
 
 
-def _reference(artifact: ArtifactMetadata) -> str | None:
-    return next((preview.file for preview in artifact.previews if preview.caption == _INPUT_CAPTION), None)
-
-
-async def _preview(services: Services, artifact: ArtifactMetadata, name: str | None) -> Response:
+async def _preview(services: Services, artifact: ArtifactMetadata, kind: PreviewKind) -> Response:
+    name = _file(artifact, kind)
     if name is None:
         raise ApiError("not_found", f"no such picture was kept of {artifact.object_id!r}")
     data = await services.objects.picture(artifact, name)

@@ -498,9 +498,25 @@ class TestCatalog:
             assert error(client.get("/objects/nope"), 404) == "unknown_object"
             assert error(client.get("/objects/nope/thumbnail"), 404) == "unknown_object"
 
+    def test_a_mended_objects_thumbnail_is_a_picture_of_it(self, small_base, tmp_path):
+        store = ArtifactStore(str(tmp_path / "store"))
+        previews = {
+            "input": "input",
+            "mask": "mask",
+            "mended_mask": "mended mask",
+            "prototype": "prototype only: a photo of {} on grass",
+            "picture": "a photo of {} on grass",
+        }
+        commit(store, small_base, "mug-1", previews=previews)
+        artifact = store.current("mug-1")
+        with serving(small_base, store, tmp_path) as server, server.client() as client:
+            thumbnail, reference = client.get("/objects/mug-1/thumbnail"), client.get("/objects/mug-1/reference")
+        assert thumbnail.content == store.read_file(artifact, artifact.previews[4].file)
+        assert reference.content == store.read_file(artifact, artifact.previews[0].file)
+
     def test_an_object_without_pictures(self, small_base, tmp_path):
         store = ArtifactStore(str(tmp_path / "store"))
-        commit(store, small_base, "mug-1", previews=())
+        commit(store, small_base, "mug-1", previews={})
         with serving(small_base, store, tmp_path) as server, server.client() as client:
             one = client.get("/objects/mug-1").json()
             assert one["thumbnail"] is one["reference"] is None
