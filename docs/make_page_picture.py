@@ -32,15 +32,16 @@ def main(url: str) -> None:
     if chromium is None:
         raise SystemExit("there is no Chromium: install it (Debian: apt-get install chromium)")
     out = Path(__file__).with_name("page.png")
-    # Chromium's sandbox does not start as root, as which containers run; only this repository's page is loaded.
-    options = {"executable_path": chromium, "args": ["--no-sandbox"]}
-    with listening(url) as address, sync_playwright() as playwright, playwright.chromium.launch(**options) as browser:
+    with listening(url) as address, sync_playwright() as playwright:
+        # Chromium's sandbox does not start as root, as which containers run; only this repository's page is loaded.
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         expect.set_options(timeout=PATIENCE)
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         page.goto(address)
         for run in RUNS:
             draw(page, *run)
         page.screenshot(path=out)
+        browser.close()
     with Image.open(out) as picture:
         # 256 colours make it a quarter of the size, and are hardly seen.
         picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, optimize=True)

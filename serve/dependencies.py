@@ -39,14 +39,16 @@ async def authenticated(
     # By its name too: a page of another site may have a name of its own lead to this machine.
     hosts = (request.client.host if request.client else "", request.url.hostname or "")
     if gate.open and not all(map(is_loopback, hosts)):
-        raise ApiError("invalid_api_key", "this server has no API keys, and so answers its own machine only")
+        raise ApiError(
+            "invalid_api_key", "this server has no API keys, so it answers only requests from its own machine"
+        )
     return await asyncio.to_thread(gate.key, request.headers.get("authorization"))
 
 
 Asking = Annotated[ApiKey, Depends(authenticated)]
 ObjectIdPath = Annotated[str, Path(description="The object's id.", examples=["alarm-clock-01"])]
-Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="How many at most.")]
-After = Annotated[str, Query(max_length=128, description="The id behind which the page begins.")]
+Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="How many to return at most.")]
+After = Annotated[str, Query(max_length=128, description="The page begins after this id.")]
 
 
 async def visible(services: Services, key: ApiKey, ids: Sequence[str]) -> list[ArtifactMetadata]:
@@ -89,7 +91,7 @@ async def described(generators: Generators, seconds: float) -> BaseInfo:
         raise ApiError("unavailable", "no generator answers") from None
 
 
-def media(kind: str) -> dict[str, Any]:
-    """The OpenAPI document's part on an answer that is not JSON."""
+def media(kind: str, description: str) -> dict[str, Any]:
+    """The OpenAPI document's part on an answer of a media type that is not JSON."""
     schema = {"type": "string"} if kind.startswith("text") else {"type": "string", "format": "binary"}
-    return {"content": {kind: {"schema": schema}}, "description": "As it says."}
+    return {"content": {kind: {"schema": schema}}, "description": description}

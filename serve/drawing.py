@@ -16,7 +16,7 @@ from objdrive.sampling.requests import Event as EngineEvent
 from serve.errors import api_error
 
 BASE_MODEL_ID = "base"
-"""The model id of pictures that no adapter had a part in."""
+"""The model id of pictures that the base alone draws."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class BaseInfo:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The drawing has a place in the queue. Comes first."""
+    """The drawing has a place in the queue. Always the first event."""
 
 
 @dataclass(frozen=True)
 class PartialPicture:
-    """What it looks like on its way (PNG); `index` counts from 0."""
+    """The picture before it is finished (PNG); `index` counts from 0."""
 
     index: int
     png: bytes
@@ -43,7 +43,7 @@ class PartialPicture:
 
 @dataclass(frozen=True)
 class FinishedPicture:
-    """The picture (PNG, with what drew it in its text chunks) and its prompt as it was drawn. Comes last."""
+    """The picture (PNG; its text chunks say what drew it) and the prompt that was drawn. The last event."""
 
     png: bytes
     prompt: str
@@ -51,7 +51,7 @@ class FinishedPicture:
 
 @dataclass(frozen=True)
 class Refused:
-    """There will be no picture. Comes last. A value, not an exception: it crosses processes as it is."""
+    """There will be no picture. The last event. A value, not an exception, so that it crosses processes unchanged."""
 
     code: str
     message: str
@@ -62,7 +62,7 @@ PictureEvent = Accepted | PartialPicture | FinishedPicture | Refused
 
 
 class Generators(Protocol):
-    """Whatever draws pictures."""
+    """Draws pictures, in this process or in others."""
 
     async def describe(self) -> BaseInfo:
         """The base. Raises ApiError (503) while there is none."""
@@ -105,7 +105,7 @@ class LocalGenerators:
 
 
 async def _told(drawing: Drawing) -> AsyncGenerator[EngineEvent, None]:
-    """What the engine's thread tells, in the event loop; ends after the last event."""
+    """The events of the engine's thread, in the event loop, up to the last one."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[EngineEvent] = asyncio.Queue()
 
@@ -129,7 +129,7 @@ def _encoded(event: EngineEvent, request: DrawRequest) -> PictureEvent:
 
 
 def _facts(picture: Picture, request: DrawRequest) -> PngInfo:
-    """What drew the picture, to travel with it."""
+    """What drew the picture, for its text chunks."""
     facts = {
         "Software": "objdrive",
         "objdrive:model": model_id(request),

@@ -24,7 +24,7 @@ _LAST_SECONDS = 5
 
 @contextmanager
 def local_app(settings: Settings) -> Iterator[tuple[FastAPI, Drain]]:
-    """The API over an engine in this process, and the switch that lets no new request in."""
+    """The API over an engine in this process, and the switch that begins its shutdown."""
     store = settings.open_store()
     gate = Gate(settings.api_keys)
     signer = Signer(settings.signing_secret())
@@ -51,13 +51,13 @@ class _Server(uvicorn.Server):
         self._drain = drain
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Refuse what comes on connections that are open still; what is being drawn is finished."""
+        """Refuse new requests, on open connections too, and finish the pictures that are being drawn."""
         self._drain.begin()
         super().handle_exit(sig, frame)
 
 
 def run_server(settings: Settings, host: str, port: int) -> None:
-    """Serve until a signal says to stop."""
+    """Serve until a signal (SIGINT, SIGTERM) stops it."""
     with local_app(settings) as (app, drain):
         config = uvicorn.Config(
             app,

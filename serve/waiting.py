@@ -1,4 +1,4 @@
-"""Waiting for pictures: no longer than they may take, and no longer than the client waits itself."""
+"""Waiting for pictures, until their time limit or until the client goes away."""
 
 import asyncio
 import time

@@ -17,14 +17,16 @@ router = APIRouter(tags=["catalog"])
 
 _CLASSES = 1000
 _OF_AN_OBJECT = error_responses(401, 403, 404, 409, 503)
-_OF_A_PICTURE = _OF_AN_OBJECT | {200: media("image/webp")}
+_OF_A_PICTURE = _OF_AN_OBJECT | {200: media("image/webp", "The picture.")}
 
 
 @router.get("/objects", responses=error_responses(400, 401, 503))
 async def search_objects(
     key: Asking,
     services: Serving,
-    q: Annotated[str, Query(max_length=100, description="Part of an id, class or free column.")] = "",
+    q: Annotated[
+        str, Query(max_length=100, description="Part of an id, of a class, or of the manifest's free columns.")
+    ] = "",
     class_name: Annotated[str, Query(max_length=200)] = "",
     limit: Limit = 24,
     after: After = "",
@@ -50,7 +52,7 @@ async def retrieve_object(object_id: ObjectIdPath, key: Asking, services: Servin
 
 @router.get("/objects/{object_id}/thumbnail", response_class=Response, responses=_OF_A_PICTURE)
 async def thumbnail(object_id: ObjectIdPath, key: Asking, services: Serving) -> Response:
-    """A small picture of the object in a context."""
+    """A small picture of the object in another context."""
     [artifact] = await visible(services, key, [object_id])
     return await _preview(services, artifact, "picture")
 
@@ -88,7 +90,7 @@ def _file(artifact: ArtifactMetadata, kind: PreviewKind) -> str | None:
 async def _preview(services: Services, artifact: ArtifactMetadata, kind: PreviewKind) -> Response:
     name = _file(artifact, kind)
     if name is None:
-        raise ApiError("not_found", f"no such picture was kept of {artifact.object_id!r}")
+        raise ApiError("not_found", f"the artifact of {artifact.object_id!r} has no preview of the kind {kind!r}")
     data = await services.objects.picture(artifact, name)
     headers = {"cache-control": "private, max-age=60", "x-objdrive-digest": artifact.digest}
     return Response(data, media_type="image/webp", headers=headers)

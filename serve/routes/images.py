@@ -25,7 +25,7 @@ from serve.waiting import draw_all, unless_gone
 router = APIRouter(tags=["images"])
 
 _STREAMED = {
-    "description": "The pictures; with `stream`, server-sent events of partial pictures and the finished one.",
+    "description": "The pictures. With `stream`: server-sent events, partial pictures and the finished one.",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
 
@@ -64,14 +64,14 @@ async def generate(asked: GenerationRequest, key: Asking, services: Serving, req
 @router.get(
     "/v1/images/results/{token}",
     response_class=Response,
-    responses=error_responses(403, 404, 408, 409, 429, 503) | {200: media("image/png")},
+    responses=error_responses(403, 404, 408, 409, 429, 503) | {200: media("image/png", "The picture.")},
 )
 async def result(
-    token: Annotated[str, Path(description="From an answer's `url`.", examples=["eNq..."])],
+    token: Annotated[str, Path(description="The last part of an answer's `url`.", examples=["eNq..."])],
     services: Serving,
     request: Request,
 ) -> Response:
-    """The picture that a signed link stands for. Needs no key."""
+    """The picture of a signed link. Needs no key."""
     key, draw = _linked(services, token)
     png = services.results.get(token)
     if png is None:
@@ -97,7 +97,7 @@ def _linked(services: Services, token: str) -> tuple[ApiKey, DrawRequest]:
     fields: dict[str, Any] = claims["draw"]
     draw = DrawRequest(**fields | {"objects": tuple(ArtifactKey(**one) for one in fields["objects"])})
     if key is None or not all(key.may_see(one.object_id) for one in draw.objects):
-        raise ApiError("invalid_signature", "the key that the link was made with is no longer good for it")
+        raise ApiError("invalid_signature", "the API key that made this link is no longer valid for these objects")
     return key, draw
 
 

@@ -1,4 +1,4 @@
-"""What operators ask: whether the server is there, whether it can draw, and what it has measured."""
+"""For operators: whether the server answers, whether it can draw, and what it has measured."""
 
 from fastapi import APIRouter
 from fastapi.responses import Response
@@ -22,7 +22,7 @@ async def health() -> Health:
 
 @router.get("/readyz", responses=error_responses(503))
 async def ready(services: Serving) -> Health:
-    """Whether it can draw, and with what."""
+    """Whether the server can draw, and with which base."""
     base = await described(services.generators, _READY_SECONDS)
     return Health(base=BaseRef(id=base.id, fingerprint=base.fingerprint), resolution=base.resolution)
 
@@ -31,9 +31,9 @@ def metrics_router(meter: PrometheusMeter) -> APIRouter:
     """The endpoint that Prometheus asks a server of one process; on a cluster it asks Ray."""
     router = APIRouter(tags=["operations"])
 
-    @router.get("/metrics", response_class=Response, responses={200: media("text/plain")})
+    @router.get("/metrics", response_class=Response, responses={200: media("text/plain", "The measurements.")})
     async def metrics() -> Response:
-        """Measurements, for Prometheus."""
+        """The server's measurements, in Prometheus' format."""
         return Response(meter.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
