@@ -20,6 +20,7 @@ from objdrive.adapters.artifact import (
     ArtifactMetadata,
     BaseRef,
     Preview,
+    PreviewKind,
     SceneMember,
     Sources,
     adapter_digest,
@@ -69,6 +70,7 @@ class _Loaded:
 @dataclass(frozen=True)
 class _Drawn:
     object_id: str
+    kind: PreviewKind
     caption: str
     picture: Image.Image
 
@@ -156,23 +158,24 @@ class FineTune:
                 bank=bank,
                 on_step=alive,
             )
-        for (slot, object_id, caption, _), picture in zip(asks, pictures, strict=True):
-            drawn[slot].append(_Drawn(object_id, caption, picture))
+        for (slot, object_id, kind, caption, _), picture in zip(asks, pictures, strict=True):
+            drawn[slot].append(_Drawn(object_id, kind, caption, picture))
         return drawn
 
-    def _asks(self, slot: int, loaded: _Loaded, result: FineTuned) -> list[tuple[int, str, str, Request]]:
-        """(slot, object id, caption, request) of each preview: one with the prototype only, then the contexts."""
+    def _asks(self, slot: int, loaded: _Loaded, result: FineTuned) -> list[tuple[int, str, PreviewKind, str, Request]]:
+        """(slot, object id, kind, caption, request) of each preview: one with the prototype only, then the contexts."""
         if not loaded.unit.previews:
             return []
-        asks = []
+        asks: list[tuple[int, str, PreviewKind, str, Request]] = []
         ask = partial(Request, steps=self._recipe.sample_steps, guidance_scale=self._recipe.guidance_scale)
         for record, prototype, adapter in zip(loaded.unit.rows, result.prototypes, result.adapters, strict=True):
             object_id, phrase = record.row.object_id, token_phrase(self._recipe, record.row.class_name)
             seeds = [seed_of(f"{loaded.digest}:{prompt}") for prompt in PREVIEW_PROMPTS]
             first = ask(PREVIEW_PROMPTS[0], seeds[0], (phrase,), (prototype,))
-            asks.append((slot, object_id, f"prototype only: {PREVIEW_PROMPTS[0]}", first))
+            asks.append((slot, object_id, "prototype", f"prototype only: {PREVIEW_PROMPTS[0]}", first))
             for prompt, seed in zip(PREVIEW_PROMPTS, seeds, strict=True):
-                asks.append((slot, object_id, prompt, ask(prompt, seed, (phrase,), (adapter.embedding,), {slot: 1.0})))
+                request = ask(prompt, seed, (phrase,), (adapter.embedding,), {slot: 1.0})
+                asks.append((slot, object_id, "picture", prompt, request))
         return asks
 
     def _commit(
@@ -185,20 +188,23 @@ class FineTune:
         outcomes = []
         for index, (record, photo) in enumerate(zip(loaded.unit.rows, loaded.photos, strict=True)):
             object_id = record.row.object_id
-            drawn = [(p.caption, p.picture) for p in previews if p.object_id == object_id]
+            drawn = [(p.kind, p.caption, p.picture) for p in previews if p.object_id == object_id]
             learned_by = result.masks[index]
             mended = learned_by is not photo.mask
             # A catalog shows every object, those without drawn previews too.
-            pictures = [("input", _thumbnail(photo.image))]
+            pictures: list[tuple[PreviewKind, str, Image.Image]] = [("input", "input", _thumbnail(photo.image))]
             if drawn:
-                pictures.append(("mask", _mask_picture(photo.mask)))
+                pictures.append(("mask", "mask", _mask_picture(photo.mask)))
                 if mended:
-                    pictures.append(("mended mask", _mask_picture(learned_by)))
+                    pictures.append(("mended_mask", "mended mask", _mask_picture(learned_by)))
                 pictures += drawn
             names = [f"previews/{number}.webp" for number in range(len(pictures))]
             files = adapter_files(result.adapters[index], token=_token(object_id))
-            files |= {name: _webp(picture) for name, (_, picture) in zip(names, pictures, strict=True)}
-            notes = [Preview(file=name, caption=c) for name, (c, _) in zip(names, pictures, strict=True)]
+            files |= {name: _webp(picture) for name, (*_, picture) in zip(names, pictures, strict=True)}
+            notes = [
+                Preview(file=name, kind=kind, caption=caption)
+                for name, (kind, caption, _) in zip(names, pictures, strict=True)
+            ]
             try:
                 committed = self._store.commit(files, self._metadata(loaded, record, result, notes), alive=alive)
             except StoreError as error:

@@ -7,11 +7,12 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from serve.api import Services, create_app
+from serve.api import create_app
 from serve.auth import Gate
 from serve.catalog import Catalog
 from serve.generator import Generator, RayGenerators, RayMeter
 from serve.objects import Objects
+from serve.services import Services
 from serve.settings import Settings
 from serve.signing import Signer
 
@@ -21,7 +22,7 @@ _DRAIN_MARGIN_SECONDS = 10.0
 
 @serve.ingress()
 class Api:
-    """A replica of the ingress. The app is made where it runs: it holds connections, threads and an index."""
+    """A replica of the ingress. It makes the app itself: an app holds connections, threads and an index."""
 
     def __init__(self, settings: Settings, secret: bytes, generator: "DeploymentHandle[Any]") -> None:
         self._settings = settings
@@ -29,7 +30,7 @@ class Api:
         self._generator = generator
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Serve calls this after the constructor."""
+        """The app; Serve calls this after the constructor."""
         settings = self._settings
         store = settings.open_store()
         return create_app(
@@ -50,14 +51,14 @@ def build(args: dict[str, Any]) -> Application:
     """The application with these settings (see `serve.settings.Settings`).
 
     Raises:
-        ObjdriveError: a setting is not known or not right.
+        ObjdriveError: a setting is unknown, or its value is not allowed.
     """
     settings = Settings.of(**args)
     settings = settings.model_copy(update={"base": settings.base_name()})
     least, _, most = settings.generators.partition(":")
     grace = settings.draw_seconds + _DRAIN_MARGIN_SECONDS
     generator: Any = serve.deployment(
-        # The engine queues; what it has no room for goes to another replica, then waits at the ingress.
+        # The engine queues. What it has no room for goes to another replica, then waits at the ingress.
         max_ongoing_requests=settings.queue_limit + settings.batch_size,
         max_queued_requests=settings.queue_limit,
         autoscaling_config={
@@ -76,7 +77,7 @@ def build(args: dict[str, Any]) -> Application:
     )
     api: Any = serve.deployment(
         max_ongoing_requests=_INGRESS_REQUESTS,
-        # Beyond it Serve itself refuses, in its own words.
+        # Beyond this, Serve itself refuses, with a message of its own.
         max_queued_requests=_INGRESS_REQUESTS,
         ray_actor_options={"num_cpus": 0.5},
         graceful_shutdown_timeout_s=grace,

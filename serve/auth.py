@@ -1,4 +1,4 @@
-"""API keys: who may ask, for which objects, and how much may be drawn for them."""
+"""API keys: which objects a key sees, and how many pictures it may draw."""
 
 import hashlib
 import hmac
@@ -26,14 +26,14 @@ _RELOAD_SECONDS = 5.0
 class ApiKey(BaseModel):
     """An API key as the key file holds it.
 
-    Keys are random, 256 bits, so that their plain SHA-256 gives nothing away.
+    A key is 256 random bits, so its plain SHA-256 reveals nothing.
 
     Attributes:
-        name: for logs, and for taking it back.
+        name: for logs, and to find the entry when the key is to be revoked.
         sha256: of the key, hexadecimal.
-        prefix: objects whose ids begin with it are all that the key sees; empty: every object.
-        requests_per_minute: pictures drawn, on average; what draws nothing is not counted.
-        burst: how many at once.
+        prefix: the key sees only objects whose ids begin with it; empty: every object.
+        requests_per_minute: pictures that may be drawn, on average. Requests that draw nothing are not counted.
+        burst: pictures that may be drawn at once.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,11 +56,15 @@ class _KeyFile(BaseModel):
 
 
 ANYONE = ApiKey(name="anyone", sha256="0" * 64, requests_per_minute=1e9, burst=1_000_000)
-"""Who asks when there are no keys."""
+"""The key of every request to a server without keys."""
 
 
 def new_key(name: str, *, prefix: str = "") -> tuple[str, ApiKey]:
-    """Make a key: the secret, which is nowhere kept, and its entry for the key file."""
+    """Make a key: its secret, which is stored nowhere, and its entry for the key file.
+
+    Raises:
+        ObjdriveError: the name or the prefix is not allowed.
+    """
     secret = _KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     try:
         return secret, ApiKey(name=name, sha256=_hash(secret), prefix=prefix)
@@ -72,7 +76,7 @@ def read_keys(path: Path) -> list[ApiKey]:
     """Read a key file: YAML or JSON, ``{keys: [{name, sha256, prefix, ...}]}``.
 
     Raises:
-        ObjdriveError: it can't be read, or is not of that form, or names a key twice.
+        ObjdriveError: the file can't be read, is not of that form, or has two keys of one name.
     """
     try:
         keys = _KeyFile.model_validate(yaml.safe_load(path.read_text())).keys
@@ -81,19 +85,21 @@ def read_keys(path: Path) -> list[ApiKey]:
     names = [key.name for key in keys]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise ObjdriveError(f"the key file {path} names {', '.join(sorted(twice))} twice: give each key its own name")
+        raise ObjdriveError(
+            f"the key file {path} names {', '.join(sorted(twice))} twice: give each key a name of its own"
+        )
     return keys
 
 
 class Gate:
-    """Lets requests in by their key. Safe for use from threads.
+    """Admits requests by their key. Safe for use from threads.
 
-    A change of the key file counts within seconds; a key that is taken out no longer opens. A file that has become
-    unreadable leaves the keys as they were.
+    A change of the key file takes effect within seconds: a key that was removed is refused. While the file can't be
+    read, the keys stay as they were.
 
     Args:
-        path: the key file; None: no key is asked for.
-        clock: seconds that only grow.
+        path: the key file; None: requests need no key.
+        clock: seconds, never running backwards.
     """
 
     def __init__(self, path: Path | None, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -106,7 +112,7 @@ class Gate:
 
     @property
     def open(self) -> bool:
-        """Whether no key is asked for."""
+        """Whether requests need no key."""
         return self._path is None
 
     def key(self, authorization: str | None) -> ApiKey:
@@ -121,23 +127,23 @@ class Gate:
         if scheme.lower() != "bearer" or not secret:
             raise ApiError("invalid_api_key", 'send your API key in a header "Authorization: Bearer <key>"')
         hashed = _hash(secret.strip())
-        # All of them are looked at: how long it takes must not tell which one it was nearly.
+        # Every key is compared: the time that it takes must not tell which one was nearly right.
         found = [key for key in self._current() if hmac.compare_digest(key.sha256, hashed)]
         if not found:
-            raise ApiError("invalid_api_key", "there is no such API key")
+            raise ApiError("invalid_api_key", "this API key is not valid")
         return found[0]
 
     def named(self, name: str) -> ApiKey | None:
-        """The key of this name, if it still opens."""
+        """The key of this name; None if there is none such any more."""
         if self._path is None:
             return ANYONE if name == ANYONE.name else None
         return next((key for key in self._current() if key.name == name), None)
 
     def spend(self, key: ApiKey, amount: int = 1) -> None:
-        """Count pictures that are to be drawn for a key.
+        """Count pictures that will be drawn for a key.
 
         Raises:
-            ApiError: 429, the key's rate is used up.
+            ApiError: 429, the key has used up its rate.
         """
         with self._lock:
             bucket = self._buckets.get(key.name)
@@ -159,7 +165,7 @@ class Gate:
                 try:
                     self._keys = read_keys(self._path)
                 except ObjdriveError:
-                    logger.exception("the keys stay as they were")
+                    logger.exception("the key file can't be read; the keys stay as they were")
             return self._keys
 
 
@@ -173,10 +179,10 @@ class TokenBucket:
         self._filled = now
 
     def take(self, amount: int, now: float) -> float:
-        """Take tokens; 0.0 if they were there, else the seconds until they will be, and none is taken."""
+        """Take tokens and return 0.0. If there are too few, take none and return the seconds until there are enough."""
         self._tokens = min(self.key.burst, self._tokens + (now - self._filled) * self._rate)
         self._filled = now
-        # More than the bucket ever holds is let in when it is full, and paid back later.
+        # A request for more than the bucket can hold is admitted when it is full, and leaves a debt.
         needed = min(amount, self.key.burst)
         if self._tokens < needed:
             return (needed - self._tokens) / self._rate

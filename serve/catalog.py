@@ -1,11 +1,11 @@
-"""The catalog's index: which objects there are, for pages and searches.
+"""An index of the catalog, for pages and searches.
 
-A store of a million objects can't be listed for every page. An index (SQLite, in a file of its own that lasts as
-long as the process) is brought up to date in the background; a request reads one page of it. The index may lag
-behind the store: whoever shows an object asks the store about it (see `serve.objects`).
+A store of a million objects can't be listed for every page. So an index (SQLite, in a temporary file) is kept up to
+date in the background, and a request reads one page of it. The index may lag behind the store: before an object is
+shown, the store is asked about it (see `serve.objects`).
 
-Which objects there are, is listed. What they are, is read from the runs' tables of results, a million rows in
-seconds, and from the artifacts that no such table has.
+The ids come from a listing of the store. Classes and free columns come from the runs' tables of results, which read a
+million rows in seconds; objects that are in no table are read from their artifacts.
 """
 
 import sqlite3
@@ -47,7 +47,7 @@ class Catalog:
 
     Args:
         store: whose objects.
-        refresh_seconds: between two looks at the store; a store that takes long to list is looked at less often.
+        refresh_seconds: time between two refreshes; longer for a store that takes long to list.
     """
 
     def __init__(self, store: ArtifactStore, *, refresh_seconds: float = _REFRESH_SECONDS) -> None:
@@ -63,11 +63,11 @@ class Catalog:
         self._thread = threading.Thread(target=self._keep_fresh, name="catalog", daemon=True)
 
     def start(self) -> None:
-        """Begin to follow the store."""
+        """Start to keep the index up to date, in a thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop following it."""
+        """Stop the thread, and delete the index."""
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -79,9 +79,9 @@ class Catalog:
 
         Args:
             limit: how many at most.
-            after: an id; the page begins behind it.
+            after: an id; the page begins after it.
             prefix: only ids that begin with it.
-            q: only objects whose id, class or free columns hold it, in any case of letters.
+            q: only objects whose id, class or free columns contain it; upper and lower case are the same.
             class_name: only objects of this class.
         """
         sql = "select object_id from objects where object_id > ? and object_id >= ? and object_id < ?"
@@ -120,10 +120,10 @@ class Catalog:
             try:
                 self.refresh()
             except ObjdriveError as error:
-                logger.warning("the catalog stays as it is: %s", error)
+                logger.warning("the catalog could not be refreshed, and stays as it is: %s", error)
             except Exception:
-                # Whatever it was, it may be over by the next time.
-                logger.exception("the catalog stays as it is")
+                # Whatever it was may be over at the next refresh.
+                logger.exception("the catalog could not be refreshed, and stays as it is")
             took = time.monotonic() - started
             if self._stop.wait(max(self._refresh_seconds, 10 * took)):
                 return
@@ -150,7 +150,7 @@ class Catalog:
                     for batch in pq.ParquetFile(file).iter_batches(_BATCH):
                         _describe(writer, (_described_row(row) for row in batch.to_pylist()))
             except (ObjdriveError, OSError, ValueError, KeyError) as error:
-                # A run that is under way has none yet; what it commits is read from the artifacts.
+                # A run that is still going has no table yet; what it commits is read from the artifacts.
                 logger.debug("no results of run %s: %s", run_id, error)
                 continue
             self._runs_read.add(run_id)

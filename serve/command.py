@@ -1,11 +1,11 @@
 """The commands `objdrive serve` and `objdrive api-key`."""
 
 import argparse
-import ipaddress
 from pathlib import Path
 from typing import Any
 
 from objdrive.errors import ObjdriveError
+from serve.hosts import is_loopback
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -16,13 +16,15 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", required=True, help="the store's address")
-    parser.add_argument("--base", default="", help="(default: the one that the store's objects note)")
+    parser.add_argument("--base", default="", help="(default: the one that the store's objects were fine-tuned on)")
     parser.add_argument("--clip", help="folder or hub id of the CLIP with the image tower, for bases without one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--api-keys", type=Path, metavar="FILE", help="who may ask: see 'objdrive api-key'")
-    who.add_argument("--no-auth", action="store_true", help="answer whoever asks from this machine")
+    who.add_argument(
+        "--api-keys", type=Path, metavar="FILE", help="file of the API keys; 'objdrive api-key' makes its entries"
+    )
+    who.add_argument("--no-auth", action="store_true", help="need no API keys, and answer only this machine")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, such as batch_size=4"
     )
@@ -32,7 +34,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     if arguments.no_auth and not is_loopback(arguments.host):
         raise ObjdriveError(
-            f"--no-auth --host {arguments.host}: without keys only this machine may ask; give --api-keys FILE"
+            f"--no-auth --host {arguments.host}: a server without keys listens on loopback addresses only; "
+            "give --api-keys FILE, or --host 127.0.0.1"
         )
     # Heavy imports, which no other command needs.
     from transformers.utils.logging import disable_progress_bar
@@ -59,17 +62,9 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _add_api_key(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", help="whose it is")
-    parser.add_argument("--prefix", default="", help="it sees only objects whose ids begin with this")
+    parser.add_argument("name", help="whose key it is")
+    parser.add_argument("--prefix", default="", help="the key sees only objects whose ids begin with this")
     parser.set_defaults(run=_api_key)
 
 
@@ -78,6 +73,6 @@ def _api_key(arguments: argparse.Namespace) -> int:
 
     secret, entry = new_key(arguments.name, prefix=arguments.prefix)
     prefix = f', prefix: "{entry.prefix}"' if entry.prefix else ""
-    print(f"# The key, shown only now: {secret}")
-    print(f'# Its entry for the file of keys, under "keys:":\n- {{name: {entry.name}, sha256: {entry.sha256}{prefix}}}')
+    print(f"# The key, shown only this once: {secret}")
+    print(f'# Its entry in the key file, under "keys:":\n- {{name: {entry.name}, sha256: {entry.sha256}{prefix}}}')
     return 0

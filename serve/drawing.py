@@ -15,7 +15,8 @@ from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture
 from objdrive.sampling.requests import Event as EngineEvent
 from serve.errors import api_error
 
-BASE_ALONE = "base"
+BASE_MODEL_ID = "base"
+"""The model id of pictures that the base alone draws."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class BaseInfo:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The drawing has a place in the queue. Comes first."""
+    """The drawing has a place in the queue. Always the first event."""
 
 
 @dataclass(frozen=True)
 class PartialPicture:
-    """What it looks like on its way (PNG); `index` counts from 0."""
+    """The picture before it is finished (PNG); `index` counts from 0."""
 
     index: int
     png: bytes
@@ -42,7 +43,7 @@ class PartialPicture:
 
 @dataclass(frozen=True)
 class FinishedPicture:
-    """The picture (PNG, with what drew it in its text chunks) and its prompt as it was drawn. Comes last."""
+    """The picture (PNG; its text chunks say what drew it) and the prompt that was drawn. The last event."""
 
     png: bytes
     prompt: str
@@ -50,31 +51,31 @@ class FinishedPicture:
 
 @dataclass(frozen=True)
 class Refused:
-    """There will be no picture. Comes last. A value, not an exception: it crosses processes as it is."""
+    """There will be no picture. The last event. A value, not an exception, so that it crosses processes unchanged."""
 
     code: str
     message: str
     retry_after: int | None = None
 
 
-Event = Accepted | PartialPicture | FinishedPicture | Refused
+PictureEvent = Accepted | PartialPicture | FinishedPicture | Refused
 
 
 class Generators(Protocol):
-    """Whatever draws pictures."""
+    """Draws pictures, in this process or in others."""
 
     async def describe(self) -> BaseInfo:
         """The base. Raises ApiError (503) while there is none."""
         ...
 
-    def draw(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+    def draw(self, request: DrawRequest) -> AsyncGenerator[PictureEvent, None]:
         """Draw a picture. Closing the iterator cancels it."""
         ...
 
 
 def model_id(request: DrawRequest) -> str:
     """The artifacts that a request is drawn with: ``object_id@digest``, several joined by ``+``."""
-    return "+".join(f"{key.object_id}@{key.digest}" for key in request.objects) or BASE_ALONE
+    return "+".join(f"{key.object_id}@{key.digest}" for key in request.objects) or BASE_MODEL_ID
 
 
 class LocalGenerators:
@@ -88,7 +89,7 @@ class LocalGenerators:
         """See `Generators`."""
         return self._info
 
-    async def draw(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+    async def draw(self, request: DrawRequest) -> AsyncGenerator[PictureEvent, None]:
         """See `Generators`."""
         try:
             drawing = self._engine.submit(request)
@@ -104,7 +105,7 @@ class LocalGenerators:
 
 
 async def _told(drawing: Drawing) -> AsyncGenerator[EngineEvent, None]:
-    """What the engine's thread tells, in the event loop; ends after the last event."""
+    """The events of the engine's thread, in the event loop, up to the last one."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[EngineEvent] = asyncio.Queue()
 
@@ -119,7 +120,7 @@ async def _told(drawing: Drawing) -> AsyncGenerator[EngineEvent, None]:
             return
 
 
-def _encoded(event: EngineEvent, request: DrawRequest) -> Event:
+def _encoded(event: EngineEvent, request: DrawRequest) -> PictureEvent:
     if isinstance(event, ObjdriveError):
         return _refused(event)
     if isinstance(event, Partial):
@@ -128,7 +129,7 @@ def _encoded(event: EngineEvent, request: DrawRequest) -> Event:
 
 
 def _facts(picture: Picture, request: DrawRequest) -> PngInfo:
-    """What drew the picture, to travel with it."""
+    """What drew the picture, for its text chunks."""
     facts = {
         "Software": "objdrive",
         "objdrive:model": model_id(request),

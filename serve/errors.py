@@ -1,4 +1,4 @@
-"""Errors over HTTP: one JSON shape (OpenAI's), with codes that stay."""
+"""Errors over HTTP: one JSON shape (OpenAI's), and codes that never change their meaning."""
 
 import logging
 from collections.abc import Sequence
@@ -50,21 +50,21 @@ _PARAMS = {
 }
 _PUBLIC_MESSAGES = {
     "unknown_object": "the object's artifact is gone",
-    "corrupt_artifact": "the object's artifact is damaged: it must be personalized again",
-    "store_unreachable": "the store can't be reached just now",
+    "corrupt_artifact": "the object's artifact is damaged: personalize the object again",
+    "store_unreachable": "the store can't be reached at the moment",
     "drawing_failed": "the picture could not be drawn",
 }
-"""Instead of messages from below that name addresses of the store, which are not the client's business."""
+"""For clients, in place of messages that name addresses of the store."""
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
 class ApiError(ObjdriveError):
-    """A request is answered with an error.
+    """The error that a request is answered with.
 
     Attributes:
         code: one of `STATUS`.
-        param: the field of the request that it is about.
-        retry_after: seconds until it makes sense to ask again; None: asking again does not help.
+        param: the request's field that caused it.
+        retry_after: seconds after which asking again may help; None: it does not help.
     """
 
     def __init__(self, code: str, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
@@ -96,7 +96,7 @@ class ApiError(ObjdriveError):
 
 
 def api_error(error: Exception) -> ApiError:
-    """What to answer to an exception; whatever has no code of its own is an internal error, and logged."""
+    """The answer to an exception. One without a code of its own is logged, and answered as an internal error."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ObjdriveError) and error.code in STATUS:
@@ -105,7 +105,7 @@ def api_error(error: Exception) -> ApiError:
         retry_after = round(error.retry_after) if isinstance(error, QueueFull) else None
         return ApiError(error.code, _PUBLIC_MESSAGES.get(error.code, str(error)), retry_after=retry_after)
     logger.error("internal error", exc_info=error)
-    return ApiError("internal_error", "something went wrong here; the server's log says what")
+    return ApiError("internal_error", "something went wrong in the server: its log says what")
 
 
 def error_response(error: ApiError) -> Response:
@@ -114,13 +114,13 @@ def error_response(error: ApiError) -> Response:
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI document's part on errors of these kinds."""
+    """The OpenAPI document's part on errors of these statuses."""
     codes = {status: [code for code, its in STATUS.items() if its == status] for status in statuses}
     return {status: {"model": ErrorResponse, "description": " or ".join(names)} for status, names in codes.items()}
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Have every error of the app in that shape."""
+    """Answer every error of the app in that shape."""
 
     async def refuse(_: Request, error: Exception) -> Response:
         return error_response(api_error(error))

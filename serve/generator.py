@@ -1,4 +1,4 @@
-"""The deployment that draws: an engine in every replica."""
+"""The Serve deployment that draws pictures: each replica has an engine."""
 
 import asyncio
 import threading
@@ -14,10 +14,10 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 from objdrive.sampling.engine import Engine
 from objdrive.sampling.requests import DrawRequest
-from serve.drawing import BaseInfo, Event, FinishedPicture, LocalGenerators, PartialPicture, Refused
+from serve.drawing import BaseInfo, FinishedPicture, LocalGenerators, PartialPicture, PictureEvent, Refused
+from serve.engine import make_engine
 from serve.errors import RETRY_AFTER_SECONDS, ApiError, logger
 from serve.health import HealthCheck
-from serve.local import make_engine
 from serve.metrics import MEASURED, PREFIX, SECONDS, samples
 from serve.settings import Settings
 
@@ -29,7 +29,7 @@ _GONE = (RayActorError, TaskCancelledError, ReplicaUnavailableError)
 
 
 class Generator:
-    """One replica: a base, and an engine on it."""
+    """A replica: a base, and an engine on it."""
 
     def __init__(self, settings: Settings) -> None:
         base, self._engine = make_engine(settings)
@@ -42,7 +42,7 @@ class Generator:
         """See `serve.drawing.Generators`."""
         return await self._generators.describe()
 
-    async def draw(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+    async def draw(self, request: DrawRequest) -> AsyncGenerator[PictureEvent, None]:
         """See `serve.drawing.Generators`."""
         for key in request.objects:
             await self.adapter(str(key))
@@ -53,25 +53,25 @@ class Generator:
         max_num_models_per_replica=_ADVERTISED_ADAPTERS
     )
     async def adapter(self, model_id: str) -> str:
-        """Tell Serve which adapters are in use here, by ``object_id@digest``.
+        """Tell Serve which adapters this replica uses, by ``object_id@digest``.
 
-        The engine keeps the adapters: Serve's cache evicts without asking who still draws with one, and loads one at
-        a time.
+        The engine holds the adapters, not Serve's cache: that one evicts adapters that are still drawn with, and loads
+        them one at a time.
         """
         return model_id
 
     async def check_health(self) -> None:
-        """Serve replaces a replica whose engine draws nothing."""
+        """Raises if the engine no longer draws; Serve then replaces the replica."""
         await self._health.check()
 
     async def __del__(self) -> None:
-        """Serve calls this when the replica has finished its requests."""
+        """Close the engine; Serve calls this after the replica's last request."""
         self._closed.set()
         await asyncio.to_thread(self._engine.close)
 
 
 def _export(engine: Engine, closed: threading.Event) -> None:
-    """Hand the engine's measurements to Ray's metrics every few seconds."""
+    """Pass the engine's measurements to Ray's metrics every few seconds."""
     gauges: dict[str, Gauge] = {}
     while not closed.wait(_EXPORT_SECONDS):
         for name, description, labels, value in samples(engine.stats()):
@@ -81,7 +81,7 @@ def _export(engine: Engine, closed: threading.Event) -> None:
 
 
 class RayMeter:
-    """Hands the API's measurements to Ray's metrics, which Prometheus reads from every node."""
+    """Passes the API's measurements to Ray's metrics, which Prometheus reads from every node."""
 
     def __init__(self) -> None:
         self._counters = {
@@ -107,8 +107,8 @@ class RayMeter:
 class RayGenerators:
     """The replicas of a `Generator` deployment, as the API sees them.
 
-    A drawing whose replica goes away is begun again on another: it comes out the same, and partial pictures that were
-    delivered are not delivered twice.
+    When a drawing's replica goes away, another one draws the picture anew. It comes out the same, and no partial
+    picture is delivered twice.
     """
 
     def __init__(self, handle: "DeploymentHandle[Any]") -> None:
@@ -121,13 +121,13 @@ class RayGenerators:
             try:
                 self._info = await self._handle.describe.remote()
             except (*_GONE, BackPressureError, DeploymentUnavailableError) as error:
-                raise ApiError("unavailable", "no generator is there just now") from error
+                raise ApiError("unavailable", "no generator is available at the moment") from error
         assert self._info is not None
         return self._info
 
-    async def draw(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+    async def draw(self, request: DrawRequest) -> AsyncGenerator[PictureEvent, None]:
         """See `serve.drawing.Generators`."""
-        delivered: set[int | type[Event]] = set()
+        delivered: set[int | type[PictureEvent]] = set()
         attempts = 0
         while True:
             attempts += 1
@@ -143,12 +143,12 @@ class RayGenerators:
             await asyncio.sleep(_PAUSE_SECONDS)
 
     def _again(self, refused: Refused, attempts: int, *, begun: bool) -> bool:
-        # Who lost a place in a queue gets another, however long that takes: the API ends what takes too long.
+        # A drawing that lost its place in a queue gets another, however long it takes: the API holds the time limit.
         return (begun and refused.code == "queue_full") or (
             refused.code in ("draining", "unavailable") and attempts < _ATTEMPTS
         )
 
-    async def _attempt(self, request: DrawRequest) -> AsyncGenerator[Event, None]:
+    async def _attempt(self, request: DrawRequest) -> AsyncGenerator[PictureEvent, None]:
         home = str(request.objects[0]) if request.objects else ""
         options = self._handle.options(stream=True, multiplexed_model_id=home)
         response: Any = options.draw.remote(request)
@@ -159,10 +159,10 @@ class RayGenerators:
             logger.warning("a generator went away: %s", error)
             yield Refused("unavailable", "the generator went away", RETRY_AFTER_SECONDS)
         except DeploymentUnavailableError:
-            yield Refused("unavailable", "no generator is there just now", RETRY_AFTER_SECONDS)
+            yield Refused("unavailable", "no generator is available at the moment", RETRY_AFTER_SECONDS)
         except BackPressureError:
             yield Refused("queue_full", "too many requests wait already: try again", RETRY_AFTER_SECONDS)
         finally:
-            # Whoever stops listening wants no picture any more.
+            # Nobody listens any more.
             with suppress(RuntimeError):
                 response.cancel()

@@ -1,4 +1,4 @@
-"""What every request passes first: limits, refusal while draining, careful headers, errors answered, counting."""
+"""Middleware that every request passes: size limit, refusal while draining, security headers, errors, metrics."""
 
 import time
 from collections.abc import MutableMapping
@@ -19,18 +19,18 @@ _HEADERS = [
 
 
 class Drain:
-    """Whether the server is on its way out."""
+    """Whether the server is shutting down."""
 
     def __init__(self) -> None:
         self.begun = False
 
     def begin(self) -> None:
-        """Let no new request in; those that are in go on."""
+        """Refuse new requests; finish those that have begun."""
         self.begun = True
 
 
 class Guard:
-    """ASGI middleware."""
+    """ASGI middleware over the whole app."""
 
     def __init__(self, app: ASGIApp, *, meter: Meter, drain: Drain) -> None:
         self._app = app
@@ -63,12 +63,12 @@ class Guard:
                 raise
             await error_response(api_error(error))(scope, receive, answer)
         finally:
-            # A request that never was answered: its client went away.
+            # Without a status, the client went away before the answer.
             self._count(scope, status or 499, time.monotonic() - started)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         if self._drain.begun and scope["path"] not in _ALWAYS_ANSWERED:
-            return ApiError("draining", "this server is shutting down: ask again")
+            return ApiError("draining", "this server is shutting down: try again")
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > MAX_BODY_BYTES:
             return _too_large()
@@ -82,7 +82,7 @@ class Guard:
 
 
 def _limited(scope: Scope, receive: Receive) -> Receive:
-    """Receive no more than `MAX_BODY_BYTES`, whatever the headers said."""
+    """Receive at most `MAX_BODY_BYTES`, whatever the headers say."""
     received = 0
 
     async def receive_some() -> Message:

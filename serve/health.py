@@ -8,10 +8,10 @@ from objdrive.sampling.requests import DrawRequest
 
 
 class HealthCheck:
-    """Looks whether steps were taken since the last look; an engine at rest draws a picture of one step.
+    """Checks that the engine took steps since the last check. An idle engine draws a picture of one step.
 
     Args:
-        seconds: that the picture may take.
+        seconds: the time limit of that picture.
     """
 
     def __init__(self, engine: Engine, *, seconds: float = 30.0) -> None:
@@ -20,7 +20,7 @@ class HealthCheck:
         self._steps = 0
 
     async def check(self) -> None:
-        """Raises ObjdriveError if the engine does not draw."""
+        """Raise ObjdriveError if the engine does not draw."""
         if self._has_moved():
             return
         try:

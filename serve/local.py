@@ -4,45 +4,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
 import uvicorn
 from fastapi import FastAPI
 
-from objdrive.base.stable_diffusion import Base
-from objdrive.sampling.engine import Engine
-from serve.api import Services, create_app
+from serve.api import create_app
 from serve.auth import Gate
 from serve.catalog import Catalog
 from serve.drawing import LocalGenerators
+from serve.engine import make_engine
 from serve.guard import Drain
 from serve.metrics import PrometheusMeter
 from serve.objects import Objects
+from serve.services import Services
 from serve.settings import Settings
 from serve.signing import Signer
 
 _LAST_SECONDS = 5
 
 
-def make_engine(settings: Settings) -> tuple[Base, Engine]:
-    """Load the base and start an engine on it."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    base = Base.load(settings.base_name(), clip=settings.clip)
-    engine = Engine(
-        base,
-        settings.open_store(),
-        batch_size=settings.batch_size,
-        slots=settings.slots,
-        rank=settings.rank,
-        host_bytes=settings.host_mib * 2**20,
-        queue_limit=settings.queue_limit,
-    )
-    return base, engine
-
-
 @contextmanager
 def local_app(settings: Settings) -> Iterator[tuple[FastAPI, Drain]]:
-    """The API over an engine in this process, and the switch that lets no new request in."""
+    """The API over an engine in this process, and the switch that begins its shutdown."""
     store = settings.open_store()
     gate = Gate(settings.api_keys)
     signer = Signer(settings.signing_secret())
@@ -69,13 +51,13 @@ class _Server(uvicorn.Server):
         self._drain = drain
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Refuse what comes on connections that are open still; what is being drawn is finished."""
+        """Refuse new requests, on open connections too, and finish the pictures that are being drawn."""
         self._drain.begin()
         super().handle_exit(sig, frame)
 
 
 def run_server(settings: Settings, host: str, port: int) -> None:
-    """Serve until a signal says to stop."""
+    """Serve until a signal (SIGINT, SIGTERM) stops it."""
     with local_app(settings) as (app, drain):
         config = uvicorn.Config(
             app,

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus. No label has a value per object."""
+"""Metrics for Prometheus. No label names an object, so that their number stays bounded."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: how it is counted, what of, and its labels."""
+    """A metric: its kind, what it measures, and its labels."""
 
     kind: Literal["counter", "histogram"]
     description: str
@@ -34,7 +34,7 @@ MEASURED = {
 
 
 class Meter(Protocol):
-    """Takes measurements of `MEASURED`. Safe for use from threads."""
+    """Takes the measurements of `MEASURED`. Safe for use from threads."""
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add to a counter."""
@@ -46,10 +46,10 @@ class Meter(Protocol):
 
 
 class PrometheusMeter:
-    """Keeps the measurements in this process, for one server that Prometheus asks itself.
+    """Keeps the measurements in this process, for a single server that Prometheus reads directly.
 
     Args:
-        stats: of the engine in this process.
+        stats: reads the statistics of the engine in this process.
     """
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
@@ -66,7 +66,7 @@ class PrometheusMeter:
         self._labelled(name, labels).observe(value)
 
     def render(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """All measurements, in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _make(self, name: str, metric: Metric) -> Counter | Histogram:
@@ -81,7 +81,7 @@ class PrometheusMeter:
 
 @dataclass(frozen=True)
 class Reading:
-    """One of an engine's measurements: a number for each value of `label`, or one number or histogram."""
+    """An engine's measurement: one number, one histogram, or with `label` a number for each of its values."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -91,7 +91,7 @@ class Reading:
 
 
 def readings(stats: EngineStats) -> list[Reading]:
-    """An engine's counters and gauges, by the names that they are exported under."""
+    """An engine's measurements, under their exported names."""
     return [
         Reading("engine_requests", "counter", "Requests to the engine by outcome.", stats.requests, "outcome"),
         Reading("engine_waiting", "gauge", "Requests that wait for a place in the batch.", stats.waiting),
@@ -140,7 +140,7 @@ def _buckets(snapshot: HistogramSnapshot) -> list[tuple[str, float]]:
 
 
 def samples(stats: EngineStats) -> Iterator[tuple[str, str, dict[str, str], float]]:
-    """The same as single numbers, for exporters that take no ready histograms: name, description, labels, value."""
+    """`readings` as single numbers (name, description, labels, value), for exporters without ready-made histograms."""
     for reading in readings(stats):
         if reading.kind != "histogram":
             for label, value in _labelled(reading):

@@ -1,4 +1,4 @@
-"""What the store says now about an object, asked at most every few seconds."""
+"""The store's current artifact of an object, looked up at most every few seconds."""
 
 import asyncio
 import re
@@ -15,7 +15,7 @@ from objdrive.errors import StoreError
 from serve.errors import ApiError, logger
 
 FRESH_SECONDS = 2.0
-"""A new artifact is served no later than this after its commit."""
+"""Seconds after its commit by which a new artifact is served."""
 
 _T = TypeVar("_T")
 _STALE_SECONDS = 600.0
@@ -36,8 +36,9 @@ class _Known:
 class Objects:
     """Looks objects up in a store, from one event loop.
 
-    What the store said is good for `FRESH_SECONDS`. While it can't be reached, what it last said goes on for ten
-    minutes, so that objects in use are drawn on; others are answered 503 within `patience` seconds.
+    An answer of the store is used for `FRESH_SECONDS`. While the store can't be reached, its last answers are used for
+    ten minutes, so that objects in use can still be drawn. Requests for other objects fail with 503 within `patience`
+    seconds.
     """
 
     store: ArtifactStore
@@ -53,7 +54,7 @@ class Objects:
         """The object's current artifact.
 
         Raises:
-            ApiError: 404, there is none; 503, the store can't be asked.
+            ApiError: 404, there is no such object; 503, the store can't be reached.
         """
         artifact = await self._look(object_id) if re.fullmatch(OBJECT_ID_PATTERN, object_id) else None
         if artifact is None:
@@ -61,22 +62,22 @@ class Objects:
         return artifact
 
     async def find_all(self, object_ids: Sequence[str]) -> list[ArtifactMetadata]:
-        """The current artifacts of those of the objects that are still there."""
+        """The current artifacts of these objects, without those that are gone."""
         found = await asyncio.gather(*(self._look(object_id) for object_id in object_ids))
         return [artifact for artifact in found if artifact is not None]
 
     async def picture(self, artifact: ArtifactMetadata, name: str) -> bytes:
-        """One of the artifact's files, checked.
+        """One of the artifact's files, checked against its checksum.
 
         Raises:
-            ApiError: 503, the store can't be asked.
-            ObjdriveError: it is not what was committed.
+            ApiError: 503, the store can't be reached.
+            ObjdriveError: the file is not the one that was committed.
         """
         loop = asyncio.get_running_loop()
         return await self._patiently(loop.run_in_executor(self._threads, self.store.read_file, artifact, name))
 
     def close(self) -> None:
-        """Stop asking."""
+        """Stop the lookups."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _look(self, object_id: str) -> ArtifactMetadata | None:
@@ -93,12 +94,12 @@ class Objects:
         except ApiError:
             if now - known.since > _STALE_SECONDS:
                 raise
-            # Not every request shall wait while the store is away.
+            # So that not every request waits while the store is away.
             known.asked = self.clock()
             return known.artifact
 
     def _ask(self, object_id: str) -> "asyncio.Future[ArtifactMetadata | None]":
-        """Ask the store once for all who want to know now."""
+        """Ask the store once for all requests that wait for the object."""
         asked = self._asked.get(object_id)
         if asked is None:
             started = self.clock()
@@ -121,5 +122,5 @@ class Objects:
         try:
             return await asyncio.wait_for(asked, patience or self.patience)
         except (TimeoutError, StoreError) as error:
-            logger.warning("the store can't be asked: %s", error or "no answer in time")
-            raise ApiError("store_unreachable", "the store can't be reached just now") from error
+            logger.warning("the store can't be reached: %s", error or "no answer in time")
+            raise ApiError("store_unreachable", "the store can't be reached at the moment") from error

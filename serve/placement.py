@@ -1,4 +1,4 @@
-"""Which replicas an object is at home on."""
+"""Which replicas draw which objects."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 def ranked(key: str, queues: Mapping[str, int], *, choices: int, spill_at: int) -> list[list[str]]:
     """Groups of replicas to try for a key, the best first.
 
-    Rendezvous hashing (Thaler, Ravishankar 1998) gives every key `choices` homes among the replicas, one before the
-    other; a replica that comes or goes moves only the keys that it gets or had.
+    Rendezvous hashing (Thaler, Ravishankar 1998) ranks the replicas for every key; the first `choices` are its homes.
+    When a replica comes or goes, only the keys that it gets or had move.
 
     Args:
-        key: what makes a replica warm, such as an adapter's id.
-        queues: of each replica, how many requests it has.
-        choices: homes of a key.
-        spill_at: a home with that many requests is busy.
+        key: whatever a replica holds ready, such as an adapter's id.
+        queues: how many requests each replica has.
+        choices: how many homes a key has.
+        spill_at: a home with this many requests is busy.
 
     Returns:
         The homes that are not busy, each alone, then all homes, then all replicas.

@@ -1,6 +1,6 @@
-"""What Serve's HTTP proxies do to every request before they read it.
+"""Middleware for Serve's HTTP proxies, which a request passes before Serve reads it.
 
-Ray is told of it in the environment of its processes:
+Ray finds it by the environment of its processes:
 ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxy:middlewares``.
 """
 
@@ -11,13 +11,13 @@ _NOT_FOR_CLIENTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disable
 
 
 class StripHeaders:
-    """ASGI middleware that takes out headers with which a client could change Serve's time limits and routing."""
+    """ASGI middleware that removes headers by which a client could change Serve's time limits and routing."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on without them."""
+        """Pass the request on without these headers."""
         if scope["type"] == "http":
             kept = [(name, value) for name, value in scope["headers"] if _dashed(name) not in _NOT_FOR_CLIENTS]
             scope = {**scope, "headers": kept}
@@ -29,5 +29,5 @@ def _dashed(name: bytes) -> bytes:
 
 
 def middlewares() -> list[Middleware]:
-    """For Serve's proxies."""
+    """The middlewares, as Serve's proxies take them."""
     return [Middleware(StripHeaders)]

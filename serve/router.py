@@ -1,4 +1,4 @@
-"""Which generator draws which object: the one that probably has its adapter, unless it is busy."""
+"""Sends a request to a generator that probably has the object's adapter, unless that one is busy."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from serve.placement import ranked
 
 
 class WarmRouter(RequestRouter):
-    """Keeps an object's traffic on its home replicas. Of a group, Serve takes the replica with the fewest requests."""
+    """Keeps an object's requests on its home replicas. Of a group, Serve takes the replica with the fewest requests."""
 
     def initialize_state(self, choices: int = 2, spill_at: int = 8, **_: object) -> None:
         """See `serve.placement.ranked`; from ``request_router_kwargs``."""
@@ -18,10 +18,10 @@ class WarmRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: Sequence[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Rank the replicas for a request; requests without an adapter have a home of their own each."""
+        """Rank the replicas for a request; requests without an adapter are spread over all replicas."""
         if pending_request is None:
             return [list(candidate_replicas)]
-        # Without it, Serve would ask again and again without a pause while all are full.
+        # Without this, Serve asks again without a pause while all replicas are full.
         pending_request.routing_context.should_backoff = True
         key = pending_request.metadata.multiplexed_model_id or pending_request.metadata.internal_request_id
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}

@@ -1,4 +1,4 @@
-"""What goes over the wire: OpenAI's images API with a few more fields, and the catalog."""
+"""The API's requests and answers: OpenAI's images API with a few more fields, and the catalog."""
 
 from typing import Annotated, Any, Literal
 
@@ -18,39 +18,42 @@ _EXAMPLES: list[JsonValue] = [
 
 
 class GenerationRequest(BaseModel):
-    """What to draw. The fields that OpenAI's clients may send and that mean nothing here are accepted and not used."""
+    """What to draw. Fields of OpenAI's API that mean nothing here are accepted and ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": _EXAMPLES})
 
     prompt: Annotated[str, Field(min_length=1, max_length=1000)] = Field(
-        description="`{}` stands for the object, one for each of several; a single object fills all of them. Without "
-        "any, the object takes the place of its class word, or the prompt says where it is."
+        description="`{}` stands for the object. With several objects, write one `{}` for each; a single object fills "
+        "every `{}`. In a prompt without `{}`, a single object takes the place of its class word. Several objects, and "
+        "one whose class word is missing, come in front of the prompt."
     )
     model: Annotated[str, Field(min_length=1, max_length=600)] | None = Field(
-        None, description="An object's id, or several as `a+b`; none draws with the base alone."
+        None, description="An object's id, or several as `a+b`. Without it, the base alone draws."
     )
     n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] | None = Field(
-        None, description="How many pictures (1), with seeds that count up."
+        None, description="How many pictures (default 1). Their seeds count up."
     )
     size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None = Field(
-        None, description="`auto`, or the one size that the base draws."
+        None, description="`auto`, or the size that the base draws."
     )
     response_format: Literal["b64_json", "url"] | None = Field(
-        None, description="`b64_json` (the default), or `url`: signed, and good for an hour."
+        None, description="`b64_json` (the default), or `url`: a signed link, valid for an hour."
     )
-    stream: bool | None = Field(None, description="Server-sent events, with partial pictures if asked for.")
-    partial_images: Annotated[int, Field(ge=0, le=3)] | None = Field(None, description="With `stream` (0).")
+    stream: bool | None = Field(None, description="Answer with server-sent events.")
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = Field(
+        None, description="With `stream`: how many pictures on the way are sent (default 0)."
+    )
     seed: Annotated[int, Field(ge=0, le=2**53 - 1)] | None = Field(
-        None, description="Of the first picture's noise; by default a random one, which the answer names."
+        None, description="The seed of the first picture's noise. By default a random one, which the answer names."
     )
     steps: Annotated[int, Field(ge=1, le=100)] | None = Field(None, description="By default the recipe's.")
     guidance_scale: Annotated[FiniteFloat, Field(ge=1, le=30)] | None = Field(
-        None, description="By default the recipe's; 1 draws without guidance."
+        None, description="By default the recipe's. 1 draws without guidance."
     )
     adapter_scale: Annotated[FiniteFloat, Field(ge=0, le=2)] = Field(
-        1.0, description="How much of the adapter is added to the base; 0 leaves the base's own weights."
+        1.0, description="How strongly the adapter acts. 0 draws the class word with the base alone."
     )
-    negative_prompt: Annotated[str, Field(max_length=1000)] = Field("", description="What to lead away from.")
+    negative_prompt: Annotated[str, Field(max_length=1000)] = Field("", description="What the picture should not show.")
     scheduler: Literal["ddim", "dpmsolver++"] = "ddim"
     output_format: Literal["png"] | None = None
     background: Literal["auto", "opaque"] | None = None
@@ -66,9 +69,9 @@ class Image(BaseModel):
 
     b64_json: str | None = None
     url: str | None = None
-    revised_prompt: str = Field(description="The prompt that was drawn, `{}` standing for each object.")
+    revised_prompt: str = Field(description="The prompt that was drawn, with `{}` for each object.")
     seed: int
-    model: str = Field(description="The artifacts that drew it, as `object_id@digest`; `base` for the base alone.")
+    model: str = Field(description="The artifacts that drew it, as `object_id@digest`, or `base` for the base alone.")
 
 
 class ImagesResponse(BaseModel):
@@ -81,14 +84,14 @@ class ImagesResponse(BaseModel):
 
 
 class TokensDetails(BaseModel):
-    """Always zero: pictures are not paid for in tokens."""
+    """Always zero: pictures are not counted in tokens."""
 
     image_tokens: int = 0
     text_tokens: int = 0
 
 
 class Usage(BaseModel):
-    """Always zero; OpenAI's clients expect it."""
+    """Always zero. OpenAI's clients expect the field."""
 
     input_tokens: int = 0
     input_tokens_details: TokensDetails = TokensDetails()
@@ -108,7 +111,7 @@ class _ImageEvent(BaseModel):
 
 
 class PartialImageEvent(_ImageEvent):
-    """A picture on its way."""
+    """A picture before it is finished."""
 
     type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     partial_image_index: int
@@ -123,7 +126,7 @@ class CompletedEvent(_ImageEvent):
 
 
 class ErrorDetails(BaseModel):
-    """What was wrong; `code` is stable, `param` the field of the request that it is about."""
+    """What went wrong. `code` never changes its meaning; `param` is the request's field that caused it."""
 
     message: str
     type: str
@@ -160,7 +163,7 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """A page of models; ask for the next one with `after` = `last_id`."""
+    """A page of models. Ask for the next one with `after` = `last_id`."""
 
     object: Literal["list"] = "list"
     data: list[Model]
@@ -179,29 +182,29 @@ class ObjectInfo(BaseModel):
     base: BaseRef
     created: str
     row: dict[str, Any]
-    steps: int = Field(description="What a drawing takes by default.")
+    steps: int = Field(description="Denoising steps of a picture by default.")
     guidance_scale: float
-    thumbnail: str | None = Field(description="Path of a small picture of the object in a context.")
+    thumbnail: str | None = Field(description="Path of a small picture of the object in another context.")
     reference: str | None = Field(description="Path of the photo that it was learned from.")
 
 
 class ObjectPage(BaseModel):
-    """A page of objects; ask for the next one with `after` = `next`. May be shorter than `limit` and yet go on."""
+    """A page of objects. Ask for the next one with `after` = `next`. A short page need not be the last."""
 
     data: list[ObjectInfo]
     next: str | None
 
 
 class ClassCount(BaseModel):
-    """How many objects are of a class."""
+    """How many objects a class has."""
 
     class_name: str
     objects: int
 
 
 class Health(BaseModel):
-    """A server that is fine."""
+    """The server is well."""
 
     status: Literal["ok"] = "ok"
     base: BaseRef | None = None
-    resolution: int | None = Field(None, description="Edge of its pictures in pixels.")
+    resolution: int | None = Field(None, description="Width and height of its pictures in pixels.")

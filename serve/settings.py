@@ -1,4 +1,4 @@
-"""What a server needs to know: one model for one machine and for a cluster."""
+"""A server's settings, the same for one machine and for a cluster."""
 
 import secrets
 from pathlib import Path
@@ -18,22 +18,22 @@ class Settings(BaseModel):
 
     Attributes:
         store: the store's address.
-        base: name of the base; empty: the one that the store's first object notes.
+        base: name of the base; empty: the one that the store's first object was fine-tuned on.
         clip: see `objdrive.base.find_base`.
         api_keys: file of the API keys (see `serve.auth`).
-        no_auth: ask for no keys; requests are then answered only if they come from this machine.
-        signing_key_file: file with the secret that links are signed with, at least 32 bytes; by default a random one,
-            so that links end with the deployment.
-        public_url: the server's address as clients see it, where a proxy stands between.
-        draw_seconds: how long a picture may take.
-        batch_size: pictures in a denoising step.
-        slots: adapters on the device; more than one request names.
-        rank: the highest rank of an adapter.
-        host_mib: adapters in host memory.
-        queue_limit: requests that wait, for each generator.
-        threads: of PyTorch on the CPU; None: its own choice.
-        generators: on a cluster, how many replicas draw, as MIN or MIN:MAX.
-        refresh_seconds: between two looks at which objects there are, for the catalog's pages.
+        no_auth: ask for no keys; only this machine's own requests are then answered.
+        signing_key_file: file with the secret that signs links, at least 32 bytes; by default the secret is random,
+            and links end with the deployment.
+        public_url: the server's address as clients see it, if there is a proxy between.
+        draw_seconds: a picture's time limit.
+        batch_size: pictures in one denoising step, at most.
+        slots: adapters on the device at once; at least as many as a request may name (4).
+        rank: the highest rank that an adapter may have.
+        host_mib: host memory for adapters, in MiB.
+        queue_limit: requests that may wait for each generator; others are refused with 429.
+        threads: PyTorch's threads on the CPU; None: PyTorch chooses.
+        generators: on a cluster, the number of replicas that draw, as MIN or MIN:MAX.
+        refresh_seconds: time between two listings of the store, for the catalog's pages.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,25 +60,25 @@ class Settings(BaseModel):
         """Check settings.
 
         Raises:
-            ObjdriveError: a name is not known, or a value is not right.
+            ObjdriveError: a setting is unknown, or its value is not allowed.
         """
         try:
             settings = cls.model_validate(values)
         except ValidationError as error:
-            raise ObjdriveError(f"the server's settings are not right: {error}") from error
+            raise ObjdriveError(f"the server's settings are wrong: {error}") from error
         if (settings.api_keys is None) is not settings.no_auth:
             raise ObjdriveError("give either a file of API keys (api_keys) or no_auth, which answers this machine only")
         return settings
 
     def open_store(self) -> ArtifactStore:
-        """The store to serve from; a local one whose folder is away can't be reached, and is not empty."""
+        """The store to serve from. A missing local folder is an unreachable store, not an empty one."""
         return ArtifactStore(self.store, must_exist=True)
 
     def base_name(self) -> str:
         """The base to draw with.
 
         Raises:
-            ObjdriveError: none is named, and the store has no object that notes one.
+            ObjdriveError: the settings name none, and the store has no object.
         """
         if self.base:
             return self.base
@@ -87,22 +87,22 @@ class Settings(BaseModel):
             artifact = store.current(object_id)
             if artifact is not None:
                 return artifact.base.id
-        raise ObjdriveError(f"{store.url} has no objects yet: name the base that pictures are to be drawn with")
+        raise ObjdriveError(f"{store.url} has no objects yet: name the base to draw with")
 
     def signing_secret(self) -> bytes:
-        """What links are signed with.
+        """The secret that links are signed with.
 
         Raises:
-            ObjdriveError: the file can't be read, or is too short to be a secret.
+            ObjdriveError: the file can't be read, or is too short.
         """
         if self.signing_key_file is None:
             return secrets.token_bytes(_LEAST_SECRET_BYTES)
         try:
             secret = self.signing_key_file.read_bytes().strip()
         except OSError as error:
-            raise ObjdriveError(f"the signing key can't be read: {error}") from error
+            raise ObjdriveError(f"the signing key file can't be read: {error}") from error
         if len(secret) < _LEAST_SECRET_BYTES:
             raise ObjdriveError(
-                f"{self.signing_key_file} holds {len(secret)} bytes, a signing key has at least {_LEAST_SECRET_BYTES}"
+                f"{self.signing_key_file} holds {len(secret)} bytes: a signing key needs at least {_LEAST_SECRET_BYTES}"
             )
         return secret

@@ -12,6 +12,7 @@ from objdrive.adapters.bank import AdapterBank
 
 RANK = 4
 STEPS = 2
+PREVIEWS = {"input": "input", "picture": "a photo of {} on grass"}
 
 
 def digest_of(object_id, version=0):
@@ -32,7 +33,7 @@ def random_adapter(base, object_id, version=0):
     return Adapter(lora, torch.randn(width, generator=generator))
 
 
-def metadata_of(object_id, base, *, version=0, class_name="mug", row=None, fingerprint=None, previews=()):
+def metadata_of(object_id, base, *, version=0, class_name="mug", row=None, fingerprint=None, previews=None):
     """What an artifact of that object says of itself."""
     token = f"<{object_id}>"
     return ArtifactMetadata(
@@ -48,15 +49,21 @@ def metadata_of(object_id, base, *, version=0, class_name="mug", row=None, finge
         method_version=1,
         metrics={"loss": 0.5},
         sources=Sources(image=SourceRecord(uri="s3://inside/secret.png", size=1, mark="m")),
-        previews=[Preview(file=f"previews/{number}.webp", caption=caption) for number, caption in enumerate(previews)],
+        previews=[
+            Preview(file=f"previews/{number}.webp", kind=kind, caption=caption)
+            for number, (kind, caption) in enumerate((previews or {}).items())
+        ],
         row=row or {},
         versions={},
         created="2026-11-22T18:45:00+00:00",
     )
 
 
-def commit(store, base, object_id, *, version=0, previews=("input", "a photo of {} on grass"), **about):
-    """Commit a random artifact and make it the object's current one; returns its digest."""
+def commit(store, base, object_id, *, version=0, previews=PREVIEWS, **about):
+    """Commit a random artifact and make it the object's current one; returns its digest.
+
+    `previews` are captions by kind.
+    """
     metadata = metadata_of(object_id, base, version=version, previews=previews, **about)
     files = adapter_files(random_adapter(base, object_id, version), token=metadata.token)
     for number, preview in enumerate(metadata.previews):

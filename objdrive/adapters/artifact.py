@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata as distributions
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat, StringConstraints, model_validator
 from pydantic_core import to_jsonable_python
 
 SCHEMA_VERSION: Final = 1
@@ -19,6 +19,10 @@ METADATA_FILE = "artifact.json"
 OBJECT_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 DIGEST_PATTERN = r"^[0-9a-f]{32}$"
 FILE_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$"
+
+PreviewKind = Literal["input", "mask", "mended_mask", "prototype", "picture"]
+"""What a preview shows: the photo, its mask, the mask as it was mended, a drawing by the prototype alone, or one by
+the adapter."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,24 @@ class Sources(_Record):
 
 
 class Preview(_Record):
-    """A sample picture among the artifact's files."""
+    """A sample picture among the artifact's files; `caption` is for people, `kind` for programs."""
 
     file: FileName
+    kind: PreviewKind
     caption: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_kind(cls, fields: Any) -> Any:
+        # The first artifacts note captions alone.
+        if isinstance(fields, dict) and "kind" not in fields and isinstance(fields.get("caption"), str):
+            return fields | {"kind": _kind_of(fields["caption"])}
+        return fields
+
+
+def _kind_of(caption: str) -> PreviewKind:
+    fixed: dict[str, PreviewKind] = {"input": "input", "mask": "mask", "mended mask": "mended_mask"}
+    return fixed.get(caption, "prototype" if caption.startswith("prototype only") else "picture")
 
 
 class FileRecord(_Record):

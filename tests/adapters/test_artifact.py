@@ -184,10 +184,29 @@ class TestRefusals:
 class TestMetadata:
     def test_json_round_trip(self):
         metadata = some_metadata(
-            previews=[Preview(file="previews/0.png", caption="on a beach")],
+            previews=[Preview(file="previews/0.png", kind="picture", caption="on a beach")],
             files={"previews/0.png": FileRecord.of(b"png")},
         )
         assert ArtifactMetadata.model_validate_json(metadata.model_dump_json()) == metadata
+
+    @pytest.mark.parametrize(
+        ("caption", "kind"),
+        [
+            ("input", "input"),
+            ("mask", "mask"),
+            ("mended mask", "mended_mask"),
+            ("prototype only: a photo of {} on grass", "prototype"),
+            ("a photo of {} on grass", "picture"),
+        ],
+    )
+    def test_previews_noted_without_a_kind_get_the_one_that_their_caption_says(self, caption, kind):
+        document = json.loads(some_metadata().model_dump_json())
+        document["previews"] = [{"file": "previews/0.webp", "caption": caption}]
+        [preview] = ArtifactMetadata.model_validate_json(json.dumps(document)).previews
+        assert preview == Preview(file="previews/0.webp", kind=kind, caption=caption)
+
+    def test_a_previews_kind_is_not_guessed_where_it_is_noted(self):
+        assert Preview(file="previews/0.webp", kind="picture", caption="mask").kind == "picture"
 
     def test_columns_of_any_type_become_json(self):
         row = {
@@ -219,6 +238,8 @@ class TestMetadata:
             {"files": {"../../etc/passwd": FileRecord.of(b"")}},
             {"files": {"previews/.hidden": FileRecord.of(b"")}},
             {"unheard_of": 1},
+            {"previews": [{"file": "previews/0.webp", "kind": "sketch", "caption": "a sketch"}]},
+            {"previews": [{"file": "previews/0.webp"}]},
         ],
     )
     def test_refuses_what_no_artifact_says(self, changes):

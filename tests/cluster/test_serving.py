@@ -201,7 +201,7 @@ def test_every_picture_is_the_one_drawn_alone(application: Application) -> None:
 
     def commit_version(number: int, version: int) -> ArtifactKey:
         name = names[number]
-        return ArtifactKey(name, commit(application.store, application.base, name, version=version, previews=()))
+        return ArtifactKey(name, commit(application.store, application.base, name, version=version, previews={}))
 
     catalog = Catalog(application.store, len(names), commit_version)
     fire = [FireClient(application, catalog, names, number) for number in range(clients)]

@@ -150,6 +150,7 @@ def test_previews_are_part_of_the_artifact(workshop):
     metadata, files = workshop.store.read(wanted)
     captions = ["input", "mask", f"prototype only: {PREVIEW_PROMPTS[0]}", *PREVIEW_PROMPTS]
     assert [preview.caption for preview in metadata.previews] == captions
+    assert [preview.kind for preview in metadata.previews] == ["input", "mask", "prototype", *["picture"] * 4]
     pictures = [Image.open(io.BytesIO(files[preview.file])) for preview in metadata.previews]
     assert {picture.format for picture in pictures} == {"WEBP"}
     assert {picture.size for picture in pictures[2:]} == {(64, 64)}
@@ -168,7 +169,7 @@ def test_a_mask_that_does_not_follow_the_picture_is_mended_and_that_is_said(work
     given, mended = (
         Image.open(io.BytesIO(files[preview.file])).convert("L")
         for preview in metadata.previews
-        if preview.caption in ("mask", "mended mask")
+        if preview.kind in ("mask", "mended_mask")
     )
     assert np.asarray(mended).mean() < 0.9 * np.asarray(given).mean()
 

@@ -24,7 +24,7 @@ class AnyBase:
     fingerprint = "f" * 32
 
 
-def commit(store, version, previews=()):
+def commit(store, version, previews=None):
     metadata = metadata_of("mug", AnyBase, version=version, previews=previews)
     picture = encode_picture(Image.new("RGB", (8, 8)), "WEBP")
     store.commit({preview.file: picture for preview in metadata.previews}, metadata)
@@ -94,7 +94,7 @@ def test_a_run_that_breaks_off_tells_what_became_of_the_rows_until_then(rows, ru
 
 
 def test_a_damaged_preview_is_noted_in_the_report(tmp_path, store, rows, run_job):
-    digest = commit(store, 0, previews=("input",))
+    digest = commit(store, 0, previews={"input": "input"})
     preview = tmp_path / "store/objects/mug" / digest / "previews/0.webp"
     preview.write_bytes(preview.read_bytes()[:-9])
     rows.append(row(digest))

@@ -17,12 +17,13 @@ from random_store import RANK, commit
 from objdrive.adapters.store import ArtifactStore
 from objdrive.base.stable_diffusion import Base
 from objdrive.sampling.engine import Engine
-from serve.api import Services, create_app
+from serve.api import create_app
 from serve.auth import Gate, new_key
 from serve.catalog import Catalog
 from serve.drawing import LocalGenerators
 from serve.metrics import PrometheusMeter
 from serve.objects import Objects
+from serve.services import Services
 from serve.signing import Signer
 
 OBJECTS = {"acme-mug-1": "mug", "acme-mug-2": "mug", "acme-lamp-1": "lamp", "other-chair-1": "chair"}

@@ -1,15 +1,13 @@
-import asyncio
 import base64
 import io
 import json
 import shutil
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from answers import error, pixels, png, until
 from conftest import serving
 from PIL import Image
 from random_store import RANK, STEPS, commit, digest_of
@@ -19,34 +17,8 @@ from objdrive.adapters.artifact import METADATA_FILE, ArtifactKey
 from objdrive.adapters.store import ArtifactStore
 from objdrive.sampling.engine import Engine
 from objdrive.sampling.requests import DrawRequest
-from serve.api import create_app
 from serve.local import local_app
 from serve.settings import Settings
-
-
-def png(answer, index=0):
-    assert answer.status_code == 200, answer.text
-    return base64.b64decode(answer.json()["data"][index]["b64_json"])
-
-
-def pixels(data):
-    return Image.open(io.BytesIO(data)).convert("RGB")
-
-
-def error(answer, status):
-    assert answer.status_code == status, answer.text
-    document = answer.json()
-    assert set(document) == {"error"}
-    assert set(document["error"]) == {"message", "type", "param", "code"}
-    return document["error"]["code"]
-
-
-def until(ask, status):
-    """Ask until the answer has this status."""
-    deadline = time.monotonic() + 60
-    while (answer := ask()).status_code != status:
-        assert time.monotonic() < deadline, answer.text
-    return answer
 
 
 def alone(base, store, request):
@@ -190,22 +162,6 @@ class TestRefusals:
             answer = client.post("/v1/images/generations", content=body, headers={"content-type": "application/json"})
         assert error(answer, 400) == "invalid_request"
 
-    def test_a_body_that_is_too_long(self, open_server):
-        body = json.dumps({"prompt": "x" * 70_000}).encode()
-        with open_server.client() as client:
-            headers = {"content-type": "application/json"}
-            told = client.post("/v1/images/generations", content=body, headers=headers)
-            untold = client.post("/v1/images/generations", content=iter([body[:100], body[100:]]), headers=headers)
-        assert error(told, 413) == "body_too_large"
-        assert error(untold, 413) == "body_too_large"
-
-    def test_no_such_route_or_method(self, open_server):
-        with open_server.client() as client:
-            assert error(client.get("/v2/images"), 404) == "not_found"
-            refused = client.get("/v1/images/generations")
-            assert error(refused, 405) == "method_not_allowed"
-            assert refused.headers["allow"] == "POST"
-
     def test_an_artifact_of_another_base(self, small_base, tmp_path):
         store = ArtifactStore(str(tmp_path / "store"))
         commit(store, small_base, "mug-1", fingerprint="f" * 32)
@@ -250,15 +206,6 @@ class TestRefusals:
         with serving(small_base, filled, tmp_path, draw_seconds=0.2) as server, server.client() as client:
             answer = server.draw(client, model="acme-mug-1", steps=100)
         assert error(answer, 408) == "timeout"
-
-    def test_while_draining(self, small_base, filled, tmp_path):
-        with serving(small_base, filled, tmp_path) as server, server.client() as client:
-            server.services.drain.begin()
-            answer = server.draw(client, model="acme-mug-1")
-            assert error(answer, 503) == "draining"
-            assert "retry-after" in answer.headers
-            assert error(client.get("/readyz"), 503) == "draining"
-            assert client.get("/healthz").status_code == 200
 
 
 class TestChanges:
@@ -317,93 +264,6 @@ class TestChanges:
             assert error(server.draw(client, model="mug-1"), 404) == "unknown_object"
 
 
-class TestClientsThatGoAway:
-    @pytest.mark.parametrize("stream", [True, False])
-    def test_their_drawing_is_cancelled(self, small_base, filled, tmp_path, stream):
-        with serving(small_base, filled, tmp_path, batch_size=1) as server:
-            url = urlsplit(server.url)
-            body = json.dumps({"model": "acme-mug-1", "prompt": "{}", "steps": 100, "stream": stream}).encode()
-            head = (
-                f"POST /v1/images/generations HTTP/1.1\r\nhost: {url.netloc}\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\n\r\n"
-            )
-            with socket.create_connection((url.hostname, url.port)) as connection:
-                connection.sendall(head.encode() + body)
-                while not server.services.generators._engine.stats().running:
-                    time.sleep(0.01)
-            deadline = time.monotonic() + 10
-            with server.client() as client:
-                while 'objdrive_engine_requests_total{outcome="cancelled"} 1.0' not in client.get("/metrics").text:
-                    assert time.monotonic() < deadline
-                    time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def server(small_base, filled, tmp_path_factory):
-    """A server with three keys."""
-    keys = [("all", {}), ("acme", {"prefix": "acme-"}), ("slow", {"requests_per_minute": 6, "burst": 3})]
-    with serving(small_base, filled, tmp_path_factory.mktemp("keys"), keys=keys) as server:
-        yield server
-
-
-class TestKeys:
-    @pytest.mark.parametrize("path", ["/v1/models", "/objects", "/classes", "/objects/acme-mug-1", "/v1/models/x"])
-    def test_nothing_without_a_key(self, server, path):
-        with server.client() as client:
-            refused = client.get(path)
-            assert error(refused, 401) == "invalid_api_key"
-            assert refused.headers["www-authenticate"] == "Bearer"
-            wrong = client.get(path, headers={"authorization": "Bearer od-guess"})
-            assert error(wrong, 401) == "invalid_api_key"
-            assert error(server.draw(client, model="acme-mug-1"), 401) == "invalid_api_key"
-            assert client.get("/healthz").status_code == 200
-
-    def test_a_tenant_sees_only_its_own(self, server):
-        with server.client("acme") as client:
-            models = client.get("/v1/models").json()["data"]
-            assert [model["id"] for model in models] == ["acme-lamp-1", "acme-mug-1", "acme-mug-2"]
-            assert {one["class_name"] for one in client.get("/classes").json()} == {"mug", "lamp"}
-            found = client.get("/objects", params={"q": "chair"}).json()["data"]
-            assert found == []
-            for path in ("/objects/{}", "/v1/models/{}", "/objects/{}/thumbnail", "/objects/{}/reference"):
-                there = client.get(path.format("other-chair-1"))
-                nowhere = client.get(path.format("other-chair-9"))
-                assert error(there, 403) == error(nowhere, 403) == "forbidden_object"
-                assert there.json() == nowhere.json()
-            assert error(server.draw(client, model="other-chair-1"), 403) == "forbidden_object"
-            mixed = server.draw(client, model="acme-mug-1+other-chair-1", prompt="{} and {}")
-            assert error(mixed, 403) == "forbidden_object"
-            assert server.draw(client, model="acme-mug-1").status_code == 200
-
-    def test_the_rate_is_counted_by_picture(self, server):
-        with server.client("slow") as client:
-            assert server.draw(client, model="acme-mug-1", n=2).status_code == 200
-            refused = server.draw(client, model="acme-mug-1", n=2)
-            assert error(refused, 429) == "rate_limit_exceeded"
-            assert int(refused.headers["retry-after"]) in (10, 11)
-            server.clock.now += 10
-            assert server.draw(client, model="acme-mug-1", n=2).status_code == 200
-        with server.client("all") as client:
-            assert server.draw(client, model="acme-mug-1").status_code == 200
-
-    def test_looking_is_not_drawing(self, server):
-        server.clock.now += 60
-        paths = [
-            "/objects",
-            "/objects/acme-mug-1",
-            "/objects/acme-mug-1/thumbnail",
-            "/objects/acme-mug-1/reference",
-            "/v1/models",
-            "/v1/models/acme-mug-1",
-            "/classes",
-        ]
-        with server.client("slow") as client:
-            assert {client.get(path).status_code for path in paths * 10} == {200}
-            assert server.draw(client, model="acme-mug-1", n=3).status_code == 200
-            assert error(server.draw(client, model="acme-mug-1"), 429) == "rate_limit_exceeded"
-            assert {client.get(path).status_code for path in paths} == {200}
-
-
 class TestLinks:
     def test_a_link_shows_the_picture_until_it_expires(self, small_base, filled, tmp_path):
         with serving(small_base, filled, tmp_path, keys=[("shop", {})]) as server:
@@ -445,136 +305,3 @@ class TestLinks:
             server.clock.now += 6
             with server.client() as client:
                 assert error(client.get(url), 403) == "invalid_signature"
-
-
-class TestCatalog:
-    def test_pages_follow_one_another(self, open_server):
-        with open_server.client() as client:
-            first = client.get("/v1/models", params={"limit": 3}).json()
-            assert [model["id"] for model in first["data"]] == ["acme-lamp-1", "acme-mug-1", "acme-mug-2"]
-            assert first["has_more"] is True
-            second = client.get("/v1/models", params={"limit": 3, "after": first["last_id"]}).json()
-            assert [model["id"] for model in second["data"]] == ["other-chair-1"]
-            assert second["has_more"] is False
-            page = client.get("/objects", params={"limit": 2}).json()
-            following = client.get("/objects", params={"limit": 2, "after": page["next"]}).json()
-            assert [one["object_id"] for one in page["data"] + following["data"]] == [
-                "acme-lamp-1",
-                "acme-mug-1",
-                "acme-mug-2",
-                "other-chair-1",
-            ]
-            for limit in (0, 101, "x"):
-                assert error(client.get("/objects", params={"limit": limit}), 400) == "invalid_request"
-
-    @pytest.mark.parametrize(
-        ("wanted", "found"),
-        [
-            ({"q": "MUG-"}, ["acme-mug-1", "acme-mug-2"]),
-            ({"q": "fine la"}, ["acme-lamp-1"]),
-            ({"q": "%_"}, ["acme-lamp-1", "acme-mug-1", "acme-mug-2", "other-chair-1"]),
-            ({"q": "_mug"}, []),
-            ({"class_name": "chair"}, ["other-chair-1"]),
-            ({"class_name": "mug", "q": "2"}, ["acme-mug-2"]),
-        ],
-    )
-    def test_a_search(self, open_server, wanted, found):
-        with open_server.client() as client:
-            answer = client.get("/objects", params=wanted)
-        assert [one["object_id"] for one in answer.json()["data"]] == found
-
-    def test_an_object_and_its_pictures(self, open_server, small_base):
-        with open_server.client() as client:
-            one = client.get("/objects/acme-mug-1").json()
-            assert one["digest"] == digest_of("acme-mug-1")
-            assert one["class_name"] == "mug"
-            assert one["steps"] == STEPS
-            assert one["base"]["fingerprint"] == small_base.fingerprint
-            assert "secret" not in json.dumps(one)
-            reference, thumbnail = client.get(one["reference"]), client.get(one["thumbnail"])
-            assert reference.headers["content-type"] == thumbnail.headers["content-type"] == "image/webp"
-            assert reference.content != thumbnail.content
-            assert pixels(reference.content).size == (8, 8)
-            assert error(client.get("/objects/nope"), 404) == "unknown_object"
-            assert error(client.get("/objects/nope/thumbnail"), 404) == "unknown_object"
-
-    def test_an_object_without_pictures(self, small_base, tmp_path):
-        store = ArtifactStore(str(tmp_path / "store"))
-        commit(store, small_base, "mug-1", previews=())
-        with serving(small_base, store, tmp_path) as server, server.client() as client:
-            one = client.get("/objects/mug-1").json()
-            assert one["thumbnail"] is one["reference"] is None
-            assert error(client.get("/objects/mug-1/thumbnail"), 404) == "not_found"
-
-
-class TestOperations:
-    def test_ready_tells_the_base(self, open_server, small_base):
-        with open_server.client() as client:
-            ready = client.get("/readyz").json()
-        assert ready["base"]["fingerprint"] == small_base.fingerprint
-        assert ready["resolution"] == 128
-
-    def test_metrics_count_without_naming_objects(self, open_server):
-        with open_server.client() as client:
-            assert open_server.draw(client, model="acme-mug-1").status_code == 200
-            text = client.get("/metrics").text
-        assert "acme" not in text
-        for name in (
-            'objdrive_pictures_total{outcome="ok"}',
-            'objdrive_http_requests_total{route="/v1/images/generations",status="200"}',
-            "objdrive_step_seconds_bucket",
-            "objdrive_batch_size_sum",
-            "objdrive_queue_seconds_count",
-            "objdrive_swap_seconds_count",
-            'objdrive_adapter_hits_total{tier="store"}',
-            "objdrive_adapters_resident",
-        ):
-            assert name in text
-
-    def test_without_keys_only_this_machine_is_answered(self, open_server):
-        app = create_app(open_server.services)
-        away = TestClient(app, "http://127.0.0.1", client=("192.0.2.7", 4711))
-        # What a page of another site sees once the site's name leads here.
-        under_another_name = TestClient(app, "http://shop.example", client=("127.0.0.1", 4711))
-        for client in (away, under_another_name):
-            assert error(client.get("/objects/acme-mug-1"), 401) == "invalid_api_key"
-            assert client.get("/healthz").status_code == 200
-        for name in ("127.0.0.1:8000", "localhost:8000", "[::1]:8000"):
-            here = TestClient(app, f"http://{name}", client=("127.0.0.1", 4711))
-            assert here.get("/objects/acme-mug-1").status_code == 200
-
-    def test_what_breaks_is_counted_as_broken(self, open_server, monkeypatch):
-        def broken(*_, **__):
-            raise RuntimeError("the index is gone")
-
-        client = TestClient(create_app(open_server.services), "http://127.0.0.1", client=("127.0.0.1", 4711))
-        monkeypatch.setattr(open_server.services.catalog, "page", broken)
-        answer = client.get("/objects")
-        assert error(answer, 500) == "internal_error"
-        assert "the index is gone" not in answer.text
-        assert answer.headers["x-content-type-options"] == "nosniff"
-        assert 'objdrive_http_requests_total{route="/objects",status="500"} 1.0' in client.get("/metrics").text
-
-    def test_a_drawing_that_breaks_is_counted_as_broken(self, open_server):
-        class Broken:
-            async def describe(self):
-                return await open_server.services.generators.describe()
-
-            async def draw(self, request):
-                raise RuntimeError("the generator is gone")
-                yield
-
-        services = replace(open_server.services, generators=Broken())
-        app = create_app(services)
-        client = TestClient(app, "http://127.0.0.1", client=("127.0.0.1", 4711), raise_server_exceptions=False)
-        assert client.post("/v1/images/generations", json={"prompt": "a mug"}).status_code == 500
-        assert 'objdrive_pictures_total{outcome="internal_error"} 1.0' in client.get("/metrics").text
-
-    def test_without_a_generator_a_drawing_is_refused_in_time(self, open_server):
-        class Starting:
-            async def describe(self):
-                await asyncio.Event().wait()
-
-        services = replace(open_server.services, generators=Starting(), draw_seconds=0.05)
-        client = TestClient(create_app(services), "http://127.0.0.1", client=("127.0.0.1", 4711))
-        assert error(client.post("/v1/images/generations", json={"prompt": "a mug"}), 503) == "unavailable"

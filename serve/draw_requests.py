@@ -1,4 +1,4 @@
-"""From what a client asks to what is drawn."""
+"""Turns a generation request into draw requests, one for each picture."""
 
 import secrets
 from collections.abc import Sequence
@@ -14,14 +14,16 @@ _RANDOM_SEED_BITS = 32
 
 
 def object_ids(model: str | None) -> list[str]:
-    """The objects that a model names: one, or several as ``a+b``; none for None.
+    """The objects that a request's `model` names: one, several as ``a+b``, or none (None).
 
     Raises:
-        ApiError: too many of them, or one twice.
+        ApiError: 400, there are too many, or one is named twice.
     """
     ids = model.split("+") if model else []
     if len(ids) > MAX_OBJECTS:
-        raise ApiError("invalid_request", f"model: {len(ids)} objects, at most {MAX_OBJECTS}", param="model")
+        raise ApiError(
+            "invalid_request", f"model: names {len(ids)} objects, at most {MAX_OBJECTS} are allowed", param="model"
+        )
     if len(set(ids)) < len(ids):
         raise ApiError("invalid_request", "model: names an object twice", param="model")
     return ids
@@ -29,14 +31,14 @@ def object_ids(model: str | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a drawing takes that asks for nothing else."""
+    """Steps and guidance of a request that names neither."""
 
     steps: int
     guidance_scale: float
 
 
 def defaults(artifacts: Sequence[ArtifactMetadata]) -> Defaults:
-    """Those of the first object's recipe, else the engine's."""
+    """The first object's, from its recipe; the engine's for the base alone."""
     recipe = artifacts[0].recipe if artifacts else {}
     return Defaults(
         int(recipe.get("sample_steps", DrawRequest.steps)),
@@ -44,11 +46,16 @@ def defaults(artifacts: Sequence[ArtifactMetadata]) -> Defaults:
     )
 
 
-def plan(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata], base: BaseInfo) -> list[DrawRequest]:
-    """One drawing for each picture asked for.
+def draw_requests(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata], base: BaseInfo) -> list[DrawRequest]:
+    """One request for each picture asked for, with seeds that count up.
+
+    Args:
+        asked: what the client asks for.
+        artifacts: of the objects that it names, in its order.
+        base: what draws.
 
     Raises:
-        ApiError: 400, what is asked for does not go together; 409, an artifact belongs to another base.
+        ApiError: 400, the fields contradict each other or the base; 409, an artifact belongs to another base.
     """
     _check(asked, base)
     for artifact in artifacts:
@@ -71,7 +78,7 @@ def plan(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata], base: 
             adapter_scale=asked.adapter_scale,
             negative_prompt=asked.negative_prompt,
             scheduler=asked.scheduler,
-            # A picture may be done before there are so many of them.
+            # A picture has no more of them than steps.
             partial_images=min(asked.partial_images or 0, max(0, steps)) if asked.stream else 0,
         )
         for number in range(asked.n or 1)
@@ -83,6 +90,6 @@ def _check(asked: GenerationRequest, base: BaseInfo) -> None:
     if asked.size not in (None, "auto", size):
         raise ApiError("invalid_request", f"size: the base {base.id!r} draws {size}, not {asked.size}", param="size")
     if asked.stream and (asked.n or 1) > 1:
-        raise ApiError("invalid_request", "n: a stream holds one picture", param="n")
+        raise ApiError("invalid_request", "n: a stream carries one picture only", param="n")
     if asked.stream and asked.response_format == "url":
-        raise ApiError("invalid_request", "response_format: a stream holds b64_json", param="response_format")
+        raise ApiError("invalid_request", "response_format: a stream carries b64_json only", param="response_format")

@@ -1,0 +1,98 @@
+"""Waiting for pictures, until their time limit or until the client goes away."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from contextlib import aclosing, suppress
+from typing import TypeVar
+
+from fastapi import Request
+
+from objdrive.sampling.requests import DrawRequest
+from serve.drawing import FinishedPicture, PictureEvent, Refused
+from serve.errors import ApiError
+from serve.services import Services
+
+_T = TypeVar("_T")
+
+
+async def picture_events(services: Services, draw: DrawRequest) -> AsyncGenerator[PictureEvent, None]:
+    """A drawing's events, within `Services.draw_seconds`; its outcome is counted.
+
+    Raises:
+        ApiError: the drawing is refused, or takes too long (408).
+    """
+    started = time.monotonic()
+    outcome = "cancelled"
+    try:
+        async with aclosing(services.generators.draw(draw)) as events:
+            while (event := await _next(events, started + services.draw_seconds)) is not None:
+                if isinstance(event, Refused):
+                    raise ApiError(event.code, event.message, retry_after=event.retry_after)
+                if isinstance(event, FinishedPicture):
+                    outcome = "ok"
+                    services.meter.observe("picture_seconds", time.monotonic() - started)
+                yield event
+    except ApiError as error:
+        outcome = error.code
+        raise
+    except Exception:
+        outcome = "internal_error"
+        raise
+    finally:
+        services.meter.count("pictures", outcome=outcome)
+
+
+async def draw_all(services: Services, draws: Sequence[DrawRequest]) -> list[FinishedPicture]:
+    """The pictures, drawn side by side. The first drawing that fails ends the others.
+
+    Raises:
+        ApiError: see `picture_events`.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_finished(services, draw)) for draw in draws]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
+    """The work's result; when the client goes away, the work is cancelled.
+
+    Raises:
+        ApiError: 499, for the log alone: nobody reads the answer.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError("cancelled", "the client went away")
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+async def _finished(services: Services, draw: DrawRequest) -> FinishedPicture:
+    async with aclosing(picture_events(services, draw)) as events:
+        async for event in events:
+            if isinstance(event, FinishedPicture):
+                return event
+    raise ApiError("unavailable", "the drawing ended without a picture")
+
+
+async def _next(events: AsyncIterator[_T], deadline: float) -> _T | None:
+    try:
+        return await asyncio.wait_for(anext(events, None), deadline - time.monotonic())
+    except TimeoutError:
+        raise ApiError("timeout", "the picture took too long", retry_after=5) from None
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
