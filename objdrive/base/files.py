@@ -95,7 +95,8 @@ def _locate(name: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=_HUB_IGNORE))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ObjdriveError(
-            f"no base {name!r}: it is not embedded ({embedded}), not a folder, and no hub id that can be downloaded: {error}"
+            f"no base {name!r}: it is not embedded ({embedded}), not a folder, and no hub id that can be downloaded: "
+            f"{error}"
         ) from error
 
 
