@@ -40,7 +40,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     # Heavy imports, which no other command needs.
     from transformers.utils.logging import disable_progress_bar
 
-    from serve.local import run_server
+    try:
+        from serve.local import run_server
+    except ModuleNotFoundError as error:
+        raise ObjdriveError(f"the server needs the extra `serve` ({error}): pip install 'objdrive[serve]'") from error
     from serve.settings import Settings
 
     disable_progress_bar()
