@@ -190,7 +190,7 @@ def reconstruction(base: Base, pixels: Tensor) -> float:
 
 def matched(base: Base, held: SceneSet) -> float:
     """Part of the held-out scenes whose own caption is the nearest among 128 in the base's CLIP space."""
-    texts = [base.encode_text([base.tokenize(caption)])[1] for caption in held.captions]
+    texts = [base.embed_text([base.tokenize(caption)]) for caption in held.captions]
     images = [base.encode_images(some) for some in held.pixels.split(_CHUNK)]
     unit = F.normalize(torch.cat(images), dim=1), F.normalize(torch.cat(texts), dim=1)
     return retrieval(*unit, _RETRIEVED_AMONG)

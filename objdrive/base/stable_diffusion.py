@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from objdrive.base.conditioning import Conditioning
 from objdrive.base.files import BaseFiles, find_base
+from objdrive.base.noise import NoiseProcess
 from objdrive.base.prompts import TOKEN_MARK, Prompt
 from objdrive.errors import InvalidPrompt
 
@@ -23,9 +25,9 @@ class Base:
     """A frozen base on one device. Make one with `Base.load`.
 
     Attributes:
-        resolution: edge of its pictures in pixels.
-        latent_size: edge of its latents.
-        alphas: (T,), cumulative products of alpha at each timestep.
+        files: where its files lie.
+        fingerprint: of all its weights, see `BaseFiles.fingerprint`.
+        noise: how it adds noise and takes it away.
     """
 
     files: BaseFiles
@@ -36,8 +38,7 @@ class Base:
     image_encoder: CLIPVisionModelWithProjection
     vae: AutoencoderKL
     unet: UNet2DConditionModel
-    scheduler: DDIMScheduler
-    alphas: Tensor
+    noise: NoiseProcess
 
     @classmethod
     def load(
@@ -75,8 +76,7 @@ class Base:
             files=files,
             fingerprint=files.fingerprint(),
             tokenizer=CLIPTokenizer.from_pretrained(files.snapshot / "tokenizer"),
-            scheduler=scheduler,
-            alphas=scheduler.alphas_cumprod.to(device),
+            noise=NoiseProcess.of(scheduler, device),
             **frozen,
         )
 
@@ -88,7 +88,7 @@ class Base:
     @property
     def device(self) -> torch.device:
         """Where it lies."""
-        return self.alphas.device
+        return self.noise.alphas.device
 
     @property
     def latent_size(self) -> int:
@@ -99,11 +99,6 @@ class Base:
     def resolution(self) -> int:
         """Edge of the pictures in pixels."""
         return self.latent_size << (len(self.vae.config["block_out_channels"]) - 1)
-
-    @property
-    def predicts_velocity(self) -> bool:
-        """True for v-prediction bases, False for noise prediction."""
-        return str(self.scheduler.config["prediction_type"]) == "v_prediction"
 
     def tokenize(self, text: str) -> Prompt:
         """Tokenize a text in which `TOKEN_MARK` stands for each learned token.
@@ -143,16 +138,25 @@ class Base:
         embedding: Tensor = self.text_encoder.get_input_embeddings()(ids).mean(dim=0)
         return embedding.float()
 
-    def encode_text(self, prompts: Sequence[Prompt], embeddings: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-        """Encode prompts, with learned embeddings put in at the text encoder's input (its vocabulary is not touched).
+    def encode_text(self, prompts: Sequence[Prompt], embeddings: Sequence[Tensor] = ()) -> Conditioning:
+        """Encode prompts for `predict`.
 
         Args:
             prompts: N tokenized prompts.
-            embeddings: one (d,) for each learned token's place, over all the prompts in order.
+            embeddings: one (d,) for each learned token's place, over all the prompts in order. They are put in at the
+                text encoder's input; its vocabulary is not touched.
 
         Returns:
-            (N, length, d) hidden states for cross-attention, and (N, D) projected text embeddings.
+            One batch axis, of N.
         """
+        return Conditioning(self._encode(prompts, embeddings).last_hidden_state)
+
+    def embed_text(self, prompts: Sequence[Prompt], embeddings: Sequence[Tensor] = ()) -> Tensor:
+        """(N, D) projected text embeddings, comparable with `encode_images`; arguments as for `encode_text`."""
+        embedded: Tensor = self.text_projection(self._encode(prompts, embeddings).pooler_output)
+        return embedded.float()
+
+    def _encode(self, prompts: Sequence[Prompt], embeddings: Sequence[Tensor]) -> Any:
         ids = torch.stack([prompt.ids for prompt in prompts]).to(self.device)
         rows = [row for row, prompt in enumerate(prompts) for _ in prompt.places]
         columns = [place for prompt in prompts for place in prompt.places]
@@ -161,11 +165,9 @@ class Base:
                 f"the prompts have {len(rows)} places for learned tokens, got {len(embeddings)} embeddings"
             )
         if not rows:
-            output = self.text_encoder(ids)
-        else:
-            where = (torch.tensor(rows, device=self.device), torch.tensor(columns, device=self.device))
-            output = self._encode_with(ids, where, torch.stack(list(embeddings)))
-        return output.last_hidden_state, self.text_projection(output.pooler_output).float()
+            return self.text_encoder(ids)
+        where = (torch.tensor(rows, device=self.device), torch.tensor(columns, device=self.device))
+        return self._encode_with(ids, where, torch.stack(list(embeddings)))
 
     def _encode_with(self, ids: Tensor, where: tuple[Tensor, Tensor], vectors: Tensor) -> Any:
         def put_in(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -196,10 +198,10 @@ class Base:
         pixels: Tensor = self.vae.decode(latents.float() / self.vae.config["scaling_factor"]).sample
         return (pixels / 2 + 0.5).clamp(0, 1)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
-        """The UNet's output (N, C, h, h), float32, for noised latents, timesteps (N,) and text states (N, L, d)."""
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output (N, C, h, h), float32, for noised latents, timesteps (N,) and N encoded prompts."""
         dtype = self.unet.dtype
-        output: Tensor = self.unet(latents.to(dtype), timesteps, states.to(dtype)).sample
+        output: Tensor = self.unet(latents.to(dtype), timesteps, conditioning.states.to(dtype)).sample
         return output.float()
 
 

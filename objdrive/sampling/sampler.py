@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from objdrive.adapters.bank import AdapterBank
+from objdrive.base.conditioning import Conditioning
 from objdrive.base.prompts import fill_prompt, refuse_mark
 from objdrive.base.stable_diffusion import Base
 from objdrive.base.steppers import SchedulerName, Stepper
@@ -52,14 +53,14 @@ class Sample:
 
     Attributes:
         latents: (1, C, h, h), where it has got to.
-        states: (2, L, d), the negative prompt's and the prompt's text states, or (1, L, d) without guidance.
+        conditioning: the negative prompt and the prompt; without guidance the prompt alone.
         guidance_scale: how far beyond the prompt's prediction to go.
         slots: the bank's slots that adapt the base, with their scales.
         stepper: its way from noise to picture.
     """
 
     latents: Tensor
-    states: Tensor
+    conditioning: Conditioning
     guidance_scale: float
     slots: Mapping[int, float]
     stepper: Stepper
@@ -74,21 +75,21 @@ def starting_noise(base: Base, seeds: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def begin(base: Base, request: Request) -> Sample:
-    """Start a picture: its noise, its text states and its place before the first step.
+    """Start a picture: its noise, its encoded prompts and its place before the first step.
 
     Raises:
         InvalidPrompt: places and objects do not match, or the prompt is too long for the base.
         ObjdriveError: a number of steps that the base cannot take.
     """
-    stepper = Stepper(base.scheduler, request.scheduler, request.steps)
+    stepper = base.noise.stepper(request.scheduler, request.steps)
     refuse_mark(request.negative_prompt)
     prompt = base.tokenize(fill_prompt(request.prompt, request.phrases))
     one = len(request.embeddings) == 1
     embeddings = list(request.embeddings) * len(prompt.places) if one else request.embeddings
     guided = request.guidance_scale != 1
     prompts = [base.tokenize(request.negative_prompt), prompt] if guided else [prompt]
-    states, _ = base.encode_text(prompts, embeddings)
-    return Sample(starting_noise(base, [request.seed]), states, request.guidance_scale, request.slots, stepper)
+    conditioning = base.encode_text(prompts, embeddings)
+    return Sample(starting_noise(base, [request.seed]), conditioning, request.guidance_scale, request.slots, stepper)
 
 
 @torch.no_grad()
@@ -98,12 +99,13 @@ def denoise(base: Base, samples: Sequence[Sample], bank: AdapterBank | None = No
     With classifier-free guidance (arXiv 2207.12598) a sample takes two rows of the batch. Each sample depends on
     itself alone, up to rounding.
     """
-    counts = [len(sample.states) for sample in samples]
+    counts = [len(sample.conditioning) for sample in samples]
     latents = torch.cat([sample.latents.expand(n, -1, -1, -1) for sample, n in zip(samples, counts, strict=True)])
     timesteps = torch.tensor([sample.stepper.timestep for sample in samples]).repeat_interleave(torch.tensor(counts))
     runs = _in_long_runs([sample.slots for sample, n in zip(samples, counts, strict=True) for _ in range(n)])
     with bank.active(runs) if bank is not None else nullcontext():
-        outputs = base.predict(latents, timesteps.to(base.device), torch.cat([sample.states for sample in samples]))
+        conditioning = Conditioning.cat([sample.conditioning for sample in samples])
+        outputs = base.predict(latents, timesteps.to(base.device), conditioning)
     for sample, output in zip(samples, outputs.split(counts), strict=True):
         if len(output) == 2:
             plain, prompted = output.split(1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from objdrive.base.noise import timestep_odds
+from objdrive.base.conditioning import Conditioning
 from objdrive.base.prompts import class_prompt, token_phrase
 from objdrive.base.stable_diffusion import Base
 from objdrive.seeds import seed_of
@@ -24,8 +24,8 @@ class Draw:
     weights: Tensor
     texts: list[str]
     shown: list[tuple[int, ...]]
-    word_states: Tensor
-    kept_states: Tensor
+    worded: Conditioning
+    kept: Conditioning
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Material:
     views: list[View]
     phrases: list[str]
     class_latents: list[Tensor]
-    class_states: Tensor
-    word_states: Tensor
-    null_states: Tensor
+    class_prompts: Conditioning
+    worded: Conditioning
+    no_prompt: Conditioning
     odds: Tensor
 
     @classmethod
@@ -47,21 +47,20 @@ class Material:
         generator = torch.Generator().manual_seed(seed_of(f"{recipe.seed}:{scene.key}"))
         names = [o.class_name for o in scene.objects]
         views = make_views(base, scene, recipe)
-        worded = [class_prompt(" and ".join(names[i] for i in view.shown)) for view in views]
+        words = [class_prompt(" and ".join(names[i] for i in view.shown)) for view in views]
         with torch.no_grad():
-            class_states, _ = base.encode_text([base.tokenize(class_prompt(name)) for name in names])
-            word_states, _ = base.encode_text([base.tokenize(text) for text in worded])
-            null_states, _ = base.encode_text([base.tokenize("")])
-        alphas = base.alphas.cpu()
+            class_prompts = base.encode_text([base.tokenize(class_prompt(name)) for name in names])
+            worded = base.encode_text([base.tokenize(text) for text in words])
+            no_prompt = base.encode_text([base.tokenize("")])
         return cls(
             generator=generator,
             views=views,
             phrases=[token_phrase(recipe, name) for name in names],
             class_latents=[class_pictures[name] for name in names] if recipe.ccr_weight else [],
-            class_states=class_states,
-            word_states=word_states,
-            null_states=null_states[0],
-            odds=timestep_odds(alphas) if recipe.timesteps == "log-normal" else torch.ones_like(alphas),
+            class_prompts=class_prompts,
+            worded=worded,
+            no_prompt=no_prompt[0],
+            odds=base.noise.timestep_odds(recipe.timesteps),
         )
 
     def draw(self, recipe: Recipe) -> Draw:
@@ -78,8 +77,8 @@ class Material:
             weights=torch.stack([view.weights for view in views]),
             texts=[self._text(template, view) for view in views],
             shown=[view.shown for view in views],
-            word_states=self.word_states[chosen],
-            kept_states=torch.stack([states for _, states in kept]) if kept else self.class_states[:0],
+            worded=self.worded[chosen],
+            kept=Conditioning.stack([prompt for _, prompt in kept]) if kept else self.class_prompts[:0],
         )
 
     def _view(self, recipe: Recipe) -> int:
@@ -88,13 +87,13 @@ class Material:
         among = close if zoomed else [index for index in range(len(self.views)) if index not in close]
         return among[self._below(len(among))]
 
-    def _kept(self, recipe: Recipe) -> tuple[Tensor, Tensor]:
-        """Latents and text states of a sample at which the base's prediction is kept."""
+    def _kept(self, recipe: Recipe) -> tuple[Tensor, Conditioning]:
+        """Latents and prompt of a sample at which the base's prediction is kept."""
         if self._chance() < recipe.ccr_unconditional:
-            return self.views[self._view(recipe)].latents, self.null_states
-        member = self._below(len(self.class_states))
+            return self.views[self._view(recipe)].latents, self.no_prompt
+        member = self._below(len(self.class_prompts))
         pictures = self.class_latents[member]
-        return pictures[self._below(len(pictures))], self.class_states[member]
+        return pictures[self._below(len(pictures))], self.class_prompts[member]
 
     def _below(self, count: int) -> int:
         return int(torch.randint(count, (), generator=self.generator))

@@ -38,13 +38,14 @@ def _bytes_per_scene(base: Base, recipe: Recipe) -> int:
 
     samples = recipe.views + (recipe.class_samples if recipe.ccr_weight else 0)
     latents = torch.zeros(samples, base.unet.config["in_channels"], base.latent_size, base.latent_size)
-    states, _ = base.encode_text([base.tokenize("")] * samples)
+    # Learned tokens get their gradients through the prompts.
+    prompts = base.encode_text([base.tokenize("")] * samples).as_leaf()
     with (
         AdapterBank(base.unet, slots=1, rank=recipe.rank) as bank,
         bank.active([0]),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
         timesteps = torch.zeros(samples, dtype=torch.long, device=base.device)
-        output = base.predict(latents.to(base.device), timesteps, states.detach().requires_grad_(True))
+        output = base.predict(latents.to(base.device), timesteps, prompts)
     del output
     return sum(kept.values())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from objdrive.adapters.adapter import Adapter
 from objdrive.adapters.bank import AdapterBank
-from objdrive.base.noise import add_noise, velocity, velocity_weight
+from objdrive.base.conditioning import Conditioning
 from objdrive.base.stable_diffusion import Base
 from objdrive.training.class_pictures import ClassPictures
 from objdrive.training.embeddings import starting_embeddings
@@ -188,25 +188,21 @@ def _losses(
         torch.stack(parts).to(base.device)
         for parts in zip(*((draw.clean, draw.noise, draw.timesteps) for draw in draws), strict=True)
     )
-    masks, kept_states = (
-        torch.stack(parts) for parts in zip(*((draw.weights, draw.kept_states) for draw in draws), strict=True)
-    )
-    alphas = base.alphas[timesteps]
-    noised = add_noise(clean, noise, alphas)
-    target = velocity(clean, noise, alphas) if base.predicts_velocity else noise
-    states = torch.cat([_learned_states(base, embeddings, draws, recipe), kept_states], dim=1)
+    masks = torch.stack([draw.weights for draw in draws])
+    kept_prompts = Conditioning.stack([draw.kept for draw in draws])
+    noised = base.noise.add_noise(clean, noise, timesteps)
+    target = base.noise.target(clean, noise, timesteps)
+    prompts = Conditioning.cat([_learned_prompts(base, embeddings, draws, recipe), kept_prompts], dim=1)
     with bank.active(range(len(draws))):
-        prediction = _predict(base, noised, timesteps, states)
-    importance = torch.ones_like(alphas)
-    if recipe.timesteps == "log-normal":
-        importance = velocity_weight(alphas, velocity=base.predicts_velocity)
+        prediction = _predict(base, noised, timesteps, prompts)
+    importance = base.noise.loss_weights(timesteps, recipe.timesteps)
     views, kept = slice(None, recipe.views), slice(recipe.views, None)
     object_losses = (importance[:, views] * object_loss(prediction[:, views], target[:, views], masks)).mean(dim=1)
     if recipe.ccr_weight == 0:
         return object_losses, torch.zeros_like(object_losses)
     expected = target.clone()
     if recipe.ccr_target == "base":
-        words = torch.cat([torch.stack([draw.word_states for draw in draws]), kept_states], dim=1)
+        words = Conditioning.cat([Conditioning.stack([draw.worded for draw in draws]), kept_prompts], dim=1)
         # Without the background, what the base makes of the views is of no use.
         asked = slice(None) if recipe.ccr_background else kept
         with torch.no_grad():
@@ -218,15 +214,15 @@ def _losses(
     return object_losses, class_losses
 
 
-def _predict(base: Base, noised: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+def _predict(base: Base, noised: Tensor, timesteps: Tensor, prompts: Conditioning) -> Tensor:
     """(K, S, C, h, h): the network's output for S samples of each of K scenes."""
-    flat = base.predict(noised.flatten(0, 1), timesteps.flatten(0, 1), states.flatten(0, 1))
+    flat = base.predict(noised.flatten(0, 1), timesteps.flatten(0, 1), prompts.flatten())
     predicted: Tensor = flat.unflatten(0, timesteps.shape)
     return predicted
 
 
-def _learned_states(base: Base, embeddings: Tensor, draws: Sequence["Draw"], recipe: Recipe) -> Tensor:
-    """(K, views, L, d) text states of the prompts with learned tokens; each distinct prompt is encoded once."""
+def _learned_prompts(base: Base, embeddings: Tensor, draws: Sequence["Draw"], recipe: Recipe) -> Conditioning:
+    """(K, views) encoded prompts with learned tokens; each distinct prompt is encoded once."""
     distinct: dict[tuple[int, str, tuple[int, ...]], int] = {}
     rows = []
     for slot, draw in enumerate(draws):
@@ -234,8 +230,8 @@ def _learned_states(base: Base, embeddings: Tensor, draws: Sequence["Draw"], rec
             rows.append(distinct.setdefault((slot, text, shown), len(distinct)))
     prompts = [base.tokenize(text) for _, text, _ in distinct]
     vectors = [embeddings[slot, index] for slot, _, shown in distinct for index in shown]
-    states, _ = base.encode_text(prompts, vectors)
-    return states[torch.tensor(rows, device=states.device).view(len(draws), recipe.views)]
+    encoded = base.encode_text(prompts, vectors)
+    return encoded[torch.tensor(rows, device=base.device).view(len(draws), recipe.views)]
 
 
 def _result(

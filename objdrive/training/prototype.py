@@ -21,7 +21,7 @@ def prototype_targets(base: Base, whole: Tensor, alone: Tensor, class_names: Seq
     """
     prompts = [base.tokenize(class_prompt(name)) for name in class_names]
     with torch.no_grad():
-        text = base.encode_text(prompts)[1]
+        text = base.embed_text(prompts)
     return torch.stack([base.encode_images(whole), base.encode_images(alone), text], dim=1)
 
 
@@ -42,7 +42,7 @@ def optimise_prototypes(base: Base, start: Tensor, targets: Tensor, *, steps: in
     optimizer = torch.optim.Adam([embeddings], lr=lr)
     prompts = [base.tokenize(PROMPT.replace("{}", TOKEN_MARK))] * len(start)
     for _ in range(steps):
-        text = base.encode_text(prompts, list(embeddings))[1]
+        text = base.embed_text(prompts, list(embeddings))
         loss = prototype_loss(text, targets).sum()
         optimizer.zero_grad()
         loss.backward()

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from objdrive.adapters.bank import AdapterBank
-from objdrive.base.noise import add_noise
 from objdrive.base.prompts import TOKEN_MARK, token_phrase
 from objdrive.base.stable_diffusion import Base
 from objdrive.catalog.geometry import cut, whole_window
@@ -240,11 +239,11 @@ def change_of_the_base(base, scene, adapter, prompt, *, around):
     view = make_views(base, scene, RECIPE)[0]
     latents = view.latents.repeat(len(timesteps), 1, 1, 1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    noised = add_noise(latents, noise, base.alphas[timesteps])
+    noised = base.noise.add_noise(latents, noise, timesteps)
 
     def predict(text, vectors=()):
-        states = base.encode_text([base.tokenize(text)], list(vectors))[0]
-        return base.predict(noised, timesteps, states.expand(len(timesteps), -1, -1))
+        prompt = base.encode_text([base.tokenize(text)], list(vectors))
+        return base.predict(noised, timesteps, prompt.expand(len(timesteps)))
 
     with AdapterBank(base.unet, slots=1, rank=RECIPE.rank) as bank, torch.no_grad():
         alone = predict(prompt.replace(TOKEN_MARK, scene.objects[0].class_name))
@@ -264,9 +263,9 @@ def fixed_noise_losses(base, scene, embedding, lora):
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     with AdapterBank(base.unet, slots=1, rank=RECIPE.rank) as bank, torch.no_grad(), bank.active([0]):
         bank.load(0, lora)
-        states, _ = base.encode_text([base.tokenize(f"a photo of {TOKEN_MARK}")], [embedding])
-        noised = add_noise(latents, noise, base.alphas[timesteps])
-        prediction = base.predict(noised, timesteps, states.expand(len(timesteps), -1, -1))
+        prompt = base.encode_text([base.tokenize(f"a photo of {TOKEN_MARK}")], [embedding])
+        noised = base.noise.add_noise(latents, noise, timesteps)
+        prediction = base.predict(noised, timesteps, prompt.expand(len(timesteps)))
     return object_loss(prediction, noise, weights[None])
 
 
@@ -292,8 +291,9 @@ class TestStableDiffusion15:
         base.vae.register_to_config(scaling_factor=20.0)
         scene = catalog_scene("rocket-01")
         square = base.encode_latents(to_pixels(base, [main_picture(base, scene, RECIPE)])).square().mean()
-        expected = float((base.alphas + (1 - base.alphas) * square).mean()) if base.predicts_velocity else 1.0
-        assert (expected > 2) == base.predicts_velocity
+        alphas = base.noise.alphas
+        expected = float((alphas + (1 - alphas) * square).mean()) if base.noise.predicts_velocity else 1.0
+        assert (expected > 2) == base.noise.predicts_velocity
         result = personalize(base, [scene], make_recipe("lora", overrides=["steps=4", "views=16"]))[0]
         assert result.metrics["loss_object"] == pytest.approx(expected, rel=0.1)
 

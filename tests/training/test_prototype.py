@@ -38,7 +38,7 @@ def losses(base, embeddings, targets):
     """L_PE in numpy."""
     prompt = base.tokenize(PROMPT.replace("{}", TOKEN_MARK))
     with torch.no_grad():
-        text = base.encode_text([prompt] * len(embeddings), list(embeddings))[1].numpy()
+        text = base.embed_text([prompt] * len(embeddings), list(embeddings)).numpy()
     mean = (targets.numpy() / np.linalg.norm(targets, axis=-1, keepdims=True)).mean(axis=1)
     return 1 - (text * mean).sum(axis=1) / np.linalg.norm(text, axis=1) / np.linalg.norm(mean, axis=1)
 
@@ -47,7 +47,7 @@ def test_targets_are_the_picture_the_object_alone_and_the_class(tiny64, pictures
     whole, alone = pictures
     assert targets.shape == (3, 3, 128)
     for row, name in enumerate(class_names):
-        text = tiny64.encode_text([tiny64.tokenize(f"a photo of {name}")])[1]
+        text = tiny64.embed_text([tiny64.tokenize(f"a photo of {name}")])
         expected = [tiny64.encode_images(whole[row : row + 1]), tiny64.encode_images(alone[row : row + 1]), text]
         torch.testing.assert_close(targets[row], torch.cat(expected), rtol=1e-4, atol=1e-5)
 
