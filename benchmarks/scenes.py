@@ -133,11 +133,11 @@ class Studio:
 
     def personalized(self, group: Group, store: ArtifactStore) -> list[Image.Image]:
         read = [store.read(one.object_id) for one in group.subjects]
-        adapters = [parse_adapter(files, token=artifact.token) for artifact, files in read]
-        phrases = [marked_phrase(artifact) for artifact, _ in read]
-        embeddings = [adapter.embedding for adapter in adapters]
+        adapters = [parse_adapter(files, token=artifact.token, family=self._base.family) for artifact, files in read]
+        phrases = [marked_phrase(artifact.phrase, artifact.class_name, token=artifact.token) for artifact, _ in read]
+        embeddings = [adapter.embeddings for adapter in adapters]
         # All objects of a scene have the same LoRA.
-        with AdapterBank(self._base.unet, slots=1, rank=adapters[0].rank) as bank:
+        with AdapterBank(self._base.unet, self._base.family.lora_targets, slots=1, rank=adapters[0].rank) as bank:
             bank.load(0, adapters[0].lora)
             requests = [self._request(group, prompt, phrases, embeddings, {0: 1.0}) for prompt in self._effort.prompts]
             return draw_pictures(self._base, requests, bank=bank)
@@ -147,7 +147,7 @@ class Studio:
         group: Group,
         prompt: EvaluationPrompt,
         phrases: Sequence[str],
-        embeddings: Sequence[torch.Tensor] = (),
+        embeddings: Sequence[Mapping[str, torch.Tensor]] = (),
         slots: Mapping[int, float] | None = None,
     ) -> Request:
         text = prompt.text.replace("{}", " and ".join(["{}"] * len(phrases)))

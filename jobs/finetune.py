@@ -27,7 +27,7 @@ from objdrive.adapters.artifact import (
 )
 from objdrive.adapters.bank import AdapterBank
 from objdrive.adapters.store import ArtifactStore
-from objdrive.base.prompts import TOKEN_MARK, token_phrase
+from objdrive.base.prompts import TOKEN_MARK, marked_phrase
 from objdrive.base.stable_diffusion import Base
 from objdrive.catalog.masks import intersection_over_union
 from objdrive.catalog.photos import Photo, masks_overlap
@@ -147,7 +147,9 @@ class FineTune:
         drawn: list[list[_Drawn]] = [[] for _ in fine]
         if not asks:
             return drawn
-        with AdapterBank(self._base.unet, slots=len(fine), rank=self._recipe.rank) as bank:
+        with AdapterBank(
+            self._base.unet, self._base.family.lora_targets, slots=len(fine), rank=self._recipe.rank
+        ) as bank:
             for slot, (_, result) in enumerate(fine):
                 bank.load(slot, result.adapters[0].lora)
             pictures = draw_pictures(
@@ -167,12 +169,12 @@ class FineTune:
         asks = []
         ask = partial(Request, steps=self._recipe.sample_steps, guidance_scale=self._recipe.guidance_scale)
         for record, prototype, adapter in zip(loaded.unit.rows, result.prototypes, result.adapters, strict=True):
-            object_id, phrase = record.row.object_id, token_phrase(self._recipe, record.row.class_name)
+            object_id, phrase = record.row.object_id, marked_phrase(self._recipe.phrase, record.row.class_name)
             seeds = [seed_of(f"{loaded.digest}:{prompt}") for prompt in PREVIEW_PROMPTS]
             first = ask(PREVIEW_PROMPTS[0], seeds[0], (phrase,), (prototype,))
             asks.append((slot, object_id, f"prototype only: {PREVIEW_PROMPTS[0]}", first))
             for prompt, seed in zip(PREVIEW_PROMPTS, seeds, strict=True):
-                asks.append((slot, object_id, prompt, ask(prompt, seed, (phrase,), (adapter.embedding,), {slot: 1.0})))
+                asks.append((slot, object_id, prompt, ask(prompt, seed, (phrase,), (adapter.embeddings,), {slot: 1.0})))
         return asks
 
     def _commit(
@@ -196,7 +198,7 @@ class FineTune:
                     pictures.append(("mended mask", _mask_picture(learned_by)))
                 pictures += drawn
             names = [f"previews/{number}.webp" for number in range(len(pictures))]
-            files = adapter_files(result.adapters[index], token=_token(object_id))
+            files = adapter_files(result.adapters[index], token=_token(object_id), family=self._base.family)
             files |= {name: _webp(picture) for name, (_, picture) in zip(names, pictures, strict=True)}
             notes = [Preview(file=name, caption=c) for name, (c, _) in zip(names, pictures, strict=True)]
             try:
@@ -221,7 +223,7 @@ class FineTune:
             object_id=row.object_id,
             class_name=row.class_name,
             token=token,
-            phrase=token_phrase(self._recipe, row.class_name).replace(TOKEN_MARK, token),
+            phrase=marked_phrase(self._recipe.phrase, row.class_name).replace(TOKEN_MARK, token),
             digest=loaded.digest,
             scene=row.scene,
             members=[

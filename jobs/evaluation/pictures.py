@@ -247,11 +247,11 @@ class Draw:
         """The rows with their pictures."""
         rows = batch.to_pylist()
         keys = list(dict.fromkeys((row["store"], row["object_id"], row["digest"]) for row in rows if row["store"]))
-        read = {key: _read_adapter(*key) for key in keys}
+        read = {key: self._read(*key) for key in keys}
         # Methods without LoRA take no slot.
         taught = [key for key in keys if read[key][1].lora]
         rank = max((read[key][1].rank for key in taught), default=0)
-        with AdapterBank(self._base.unet, slots=max(1, len(taught)), rank=rank) as bank:
+        with AdapterBank(self._base.unet, self._base.family.lora_targets, slots=max(1, len(taught)), rank=rank) as bank:
             for slot, key in enumerate(taught):
                 bank.load(slot, read[key][1].lora)
             slots = {key: slot for slot, key in enumerate(taught)}
@@ -274,12 +274,12 @@ class Draw:
         key = (row["store"], row["object_id"], row["digest"])
         artifact, adapter = read[key]
         adapted = {slots[key]: 1.0} if key in slots else {}
-        return Request(row["text"], seed, (marked_phrase(artifact),), (adapter.embedding,), adapted, **how)
+        phrase = marked_phrase(artifact.phrase, artifact.class_name, token=artifact.token)
+        return Request(row["text"], seed, (phrase,), (adapter.embeddings,), adapted, **how)
 
-
-def _read_adapter(store: str, object_id: str, digest: str) -> tuple[ArtifactMetadata, Adapter]:
-    artifact, files = ArtifactStore(store).read(object_id, digest)
-    return artifact, parse_adapter(files, token=artifact.token)
+    def _read(self, store: str, object_id: str, digest: str) -> tuple[ArtifactMetadata, Adapter]:
+        artifact, files = ArtifactStore(store).read(object_id, digest)
+        return artifact, parse_adapter(files, token=artifact.token, family=self._base.family)
 
 
 def draw(

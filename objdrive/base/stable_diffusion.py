@@ -1,9 +1,9 @@
 """Stable Diffusion 1.x and 2.x: the frozen network, and text, image and latent encoding."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,10 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionMode
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from objdrive.base.conditioning import Conditioning
+from objdrive.base.family import STABLE_DIFFUSION, Family
 from objdrive.base.files import BaseFiles, find_base
 from objdrive.base.noise import NoiseProcess
-from objdrive.base.prompts import TOKEN_MARK, Prompt
+from objdrive.base.prompts import TOKEN_MARK, TokenizedPrompt
 from objdrive.errors import InvalidPrompt
 
 
@@ -25,10 +26,13 @@ class Base:
     """A frozen base on one device. Make one with `Base.load`.
 
     Attributes:
+        family: what it sets for its adapters.
         files: where its files lie.
         fingerprint: of all its weights, see `BaseFiles.fingerprint`.
         noise: how it adds noise and takes it away.
     """
+
+    family: ClassVar[Family] = STABLE_DIFFUSION
 
     files: BaseFiles
     fingerprint: str
@@ -100,7 +104,7 @@ class Base:
         """Edge of the pictures in pixels."""
         return self.latent_size << (len(self.vae.config["block_out_channels"]) - 1)
 
-    def tokenize(self, text: str) -> Prompt:
+    def tokenize(self, text: str) -> TokenizedPrompt:
         """Tokenize a text in which `TOKEN_MARK` stands for each learned token.
 
         Raises:
@@ -119,7 +123,7 @@ class Base:
             shown = text.replace(TOKEN_MARK, "{}")
             raise InvalidPrompt(f"the prompt {shown!r} takes {len(ids)} tokens, the base reads {length}: shorten it")
         ids += [tokenizer.pad_token_id] * (length - len(ids))
-        return Prompt(torch.tensor(ids), tuple(places))
+        return TokenizedPrompt(torch.tensor(ids), tuple(places))
 
     def knows(self, class_name: str) -> bool:
         """Whether the base has probably learned this class word.
@@ -132,31 +136,37 @@ class Base:
             return class_name.lower() in listed
         return all(len(self.tokenizer.tokenize(word)) == 1 for word in re.findall(r"[^\W\d_]+", class_name))
 
-    def class_embedding(self, class_name: str) -> Tensor:
-        """(d,): the mean of the class word's token embeddings."""
-        ids = torch.tensor(self.tokenizer(class_name, add_special_tokens=False).input_ids, device=self.device)
-        embedding: Tensor = self.text_encoder.get_input_embeddings()(ids).mean(dim=0)
-        return embedding.float()
+    @property
+    def vocabularies(self) -> dict[str, Tensor]:
+        """(V, d) by text encoder: the input embeddings of all tokens."""
+        return {self.family.text_encoder: self.text_encoder.get_input_embeddings().weight}
 
-    def encode_text(self, prompts: Sequence[Prompt], embeddings: Sequence[Tensor] = ()) -> Conditioning:
+    def class_embeddings(self, class_name: str) -> dict[str, Tensor]:
+        """(d,) by text encoder: the mean of the class word's token embeddings."""
+        ids = torch.tensor(self.tokenizer(class_name, add_special_tokens=False).input_ids, device=self.device)
+        return {encoder: vectors[ids].mean(dim=0).float() for encoder, vectors in self.vocabularies.items()}
+
+    def encode_text(
+        self, prompts: Sequence[TokenizedPrompt], embeddings: Sequence[Mapping[str, Tensor]] = ()
+    ) -> Conditioning:
         """Encode prompts for `predict`.
 
         Args:
             prompts: N tokenized prompts.
-            embeddings: one (d,) for each learned token's place, over all the prompts in order. They are put in at the
-                text encoder's input; its vocabulary is not touched.
+            embeddings: (d,) by text encoder for each learned token's place, over all the prompts in order. They are
+                put in at the text encoders' input; vocabularies are not touched.
 
         Returns:
             One batch axis, of N.
         """
         return Conditioning(self._encode(prompts, embeddings).last_hidden_state)
 
-    def embed_text(self, prompts: Sequence[Prompt], embeddings: Sequence[Tensor] = ()) -> Tensor:
+    def embed_text(self, prompts: Sequence[TokenizedPrompt], embeddings: Sequence[Mapping[str, Tensor]] = ()) -> Tensor:
         """(N, D) projected text embeddings, comparable with `encode_images`; arguments as for `encode_text`."""
         embedded: Tensor = self.text_projection(self._encode(prompts, embeddings).pooler_output)
         return embedded.float()
 
-    def _encode(self, prompts: Sequence[Prompt], embeddings: Sequence[Tensor]) -> Any:
+    def _encode(self, prompts: Sequence[TokenizedPrompt], embeddings: Sequence[Mapping[str, Tensor]]) -> Any:
         ids = torch.stack([prompt.ids for prompt in prompts]).to(self.device)
         rows = [row for row, prompt in enumerate(prompts) for _ in prompt.places]
         columns = [place for prompt in prompts for place in prompt.places]
@@ -167,7 +177,7 @@ class Base:
         if not rows:
             return self.text_encoder(ids)
         where = (torch.tensor(rows, device=self.device), torch.tensor(columns, device=self.device))
-        return self._encode_with(ids, where, torch.stack(list(embeddings)))
+        return self._encode_with(ids, where, torch.stack([one[self.family.text_encoder] for one in embeddings]))
 
     def _encode_with(self, ids: Tensor, where: tuple[Tensor, Tensor], vectors: Tensor) -> Any:
         def put_in(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

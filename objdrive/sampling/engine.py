@@ -137,7 +137,7 @@ class Engine:
         self._base = base
         self._batch_size = batch_size
         self._queue_limit = queue_limit
-        self._bank = AdapterBank(base.unet, slots=slots, rank=rank)
+        self._bank = AdapterBank(base.unet, base.family.lora_targets, slots=slots, rank=rank)
         self._residency = Residency(base, store, self._bank, host_bytes=host_bytes, on_loaded=self._wake)
         self._condition = threading.Condition()
         self._waiting: deque[_Ticket] = deque()
@@ -418,7 +418,7 @@ def _sampler_request(request: DrawRequest, prompt: str, shown: Sequence[Resident
         prompt=prompt,
         seed=request.seed,
         phrases=[resident.phrase if adapted else resident.class_name for resident in shown],
-        embeddings=[resident.embedding for resident in shown] if adapted else [],
+        embeddings=[resident.embeddings for resident in shown] if adapted else [],
         slots={slot: request.adapter_scale for slot in slots.values()} if adapted else {},
         negative_prompt=request.negative_prompt,
         steps=request.steps,

@@ -43,7 +43,8 @@ class Loaded:
     @property
     def nbytes(self) -> int:
         """Size of the weights."""
-        return self.adapter.embedding.nbytes + sum(tensor.nbytes for tensor in self.adapter.lora.values())
+        tensors = [*self.adapter.embeddings.values(), *self.adapter.lora.values()]
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Resident:
     phrase: str
     class_name: str
     lora_sha256: str
-    embedding: Tensor
+    embeddings: Mapping[str, Tensor]
     slot: int
 
 
@@ -248,8 +249,8 @@ class Residency:
         self._bank.load(slot, loaded.adapter.lora)
         self._free.pop()
         self.swap_seconds.observe(time.monotonic() - started)
-        embedding = loaded.adapter.embedding.to(self._base.device)
-        resident = Resident(loaded.key, loaded.phrase, loaded.class_name, loaded.lora_sha256, embedding, slot)
+        embeddings = {encoder: vector.to(self._base.device) for encoder, vector in loaded.adapter.embeddings.items()}
+        resident = Resident(loaded.key, loaded.phrase, loaded.class_name, loaded.lora_sha256, embeddings, slot)
         self._slots[loaded.key] = _Slot(resident)
         self._hosted.move_to_end(loaded.key)
 
@@ -285,10 +286,10 @@ def load_artifact(base: Base, store: ArtifactStore, bank: AdapterBank, key: Arti
             "personalize the object on this one"
         )
     try:
-        adapter = parse_adapter(files, token=metadata.token)
+        adapter = parse_adapter(files, token=metadata.token, family=base.family)
         _check_rank(key, adapter, bank)
         bank.check(adapter.lora)
-        _check_width(adapter, base)
+        _check_widths(adapter, base)
         if metadata.phrase.count(metadata.token) != 1:
             raise ObjdriveError(f"its phrase {metadata.phrase!r} does not hold its token {metadata.token!r} once")
     except AdapterTooLarge:
@@ -297,7 +298,7 @@ def load_artifact(base: Base, store: ArtifactStore, bank: AdapterBank, key: Arti
         raise CorruptArtifact(f"the artifact {key}: {error}") from error
     return Loaded(
         key=key,
-        phrase=marked_phrase(metadata),
+        phrase=marked_phrase(metadata.phrase, metadata.class_name, token=metadata.token),
         class_name=metadata.class_name,
         lora_sha256=metadata.files[LORA_FILE].sha256 if LORA_FILE in metadata.files else "",
         adapter=adapter,
@@ -311,7 +312,8 @@ def _check_rank(key: ArtifactKey, adapter: Adapter, bank: AdapterBank) -> None:
         )
 
 
-def _check_width(adapter: Adapter, base: Base) -> None:
-    width = base.text_encoder.config.hidden_size
-    if adapter.embedding.shape != (width,):
-        raise ObjdriveError(f"the embedding has shape {tuple(adapter.embedding.shape)}, the base takes ({width},)")
+def _check_widths(adapter: Adapter, base: Base) -> None:
+    for encoder, vocabulary in base.vocabularies.items():
+        shape, expected = tuple(adapter.embeddings[encoder].shape), tuple(vocabulary.shape[1:])
+        if shape != expected:
+            raise ObjdriveError(f"the embedding for {encoder!r} has shape {shape}, the base takes {expected}")

@@ -28,7 +28,7 @@ class Request:
         prompt: with ``{}`` wherever an object stands.
         seed: of the starting noise.
         phrases: what each ``{}`` becomes, `TOKEN_MARK` standing for the learned token.
-        embeddings: the learned token embedding (d,) of each phrase.
+        embeddings: for each phrase its learned token's embeddings, (d,) by text encoder.
         slots: the bank's slots that adapt the base, with their scales; none draw with the base alone.
         negative_prompt: what guidance leads away from.
         steps: of the scheduler.
@@ -39,7 +39,7 @@ class Request:
     prompt: str
     seed: int
     phrases: Sequence[str] = ()
-    embeddings: Sequence[Tensor] = ()
+    embeddings: Sequence[Mapping[str, Tensor]] = ()
     slots: Mapping[int, float] = field(default_factory=dict)
     negative_prompt: str = ""
     steps: int = field(kw_only=True)

@@ -41,7 +41,7 @@ def _bytes_per_scene(base: Base, recipe: Recipe) -> int:
     # Learned tokens get their gradients through the prompts.
     prompts = base.encode_text([base.tokenize("")] * samples).as_leaf()
     with (
-        AdapterBank(base.unet, slots=1, rank=recipe.rank) as bank,
+        AdapterBank(base.unet, base.family.lora_targets, slots=1, rank=recipe.rank) as bank,
         bank.active([0]),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):

@@ -172,20 +172,22 @@ class TestText:
         ["a photo of {} on grass", "{}", "{} teapot, under water", "a photo of {}.", "the {} and the {}"],
     )
     def test_a_learned_token_reads_as_in_the_stock_pipeline(self, tiny64, tmp_path, prompt):
-        vector = tiny64.class_embedding("teapot") + 0.1 * torch.randn(128, generator=torch.Generator().manual_seed(1))
+        vector = tiny64.class_embeddings("teapot")["clip_l"]
+        vector += 0.1 * torch.randn(128, generator=torch.Generator().manual_seed(1))
         safetensors.torch.save_file({"<mug-1>": vector}, tmp_path / "learned_embeds.safetensors")
         pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED / "tiny64", dtype=torch.float32)
         pipe.load_textual_inversion(tmp_path, use_safetensors=True)
         expected = pipe.encode_prompt(prompt.replace("{}", "<mug-1>"), "cpu", 1, False)[0]
         marked = tiny64.tokenize(prompt.replace("{}", TOKEN_MARK))
         with torch.no_grad():
-            states = tiny64.encode_text([marked], [vector] * prompt.count("{}")).states
+            states = tiny64.encode_text([marked], [{"clip_l": vector}] * prompt.count("{}")).states
             plain = tiny64.encode_text([tiny64.tokenize(prompt.replace("{}", "teapot"))]).states
         torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
         assert (states - plain).abs().max() > 0.01
 
     def test_each_prompt_gets_its_own_embeddings(self, tiny64):
-        vectors = list(torch.randn(3, 128, generator=torch.Generator().manual_seed(1)))
+        drawn = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
+        vectors = [{"clip_l": vector} for vector in drawn]
         texts = [f"{TOKEN_MARK} on grass", "a teapot", f"{TOKEN_MARK} near {TOKEN_MARK}"]
         prompts = [tiny64.tokenize(text) for text in texts]
         assert [len(prompt.places) for prompt in prompts] == [1, 0, 2]
@@ -203,7 +205,7 @@ class TestText:
         table = tiny64.text_encoder.get_input_embeddings().weight
         before = table.clone()
         vector = torch.ones(128, requires_grad=True)
-        states = tiny64.encode_text([tiny64.tokenize(TOKEN_MARK)], [vector]).states
+        states = tiny64.encode_text([tiny64.tokenize(TOKEN_MARK)], [{"clip_l": vector}]).states
         states.sum().backward()
         assert vector.grad.abs().sum() > 0
         assert table.grad is None
@@ -213,7 +215,8 @@ class TestText:
         table = tiny64.text_encoder.get_input_embeddings().weight.numpy()
         ids = tiny64.tokenizer("alarm clock", add_special_tokens=False).input_ids
         assert len(ids) > 1
-        np.testing.assert_allclose(tiny64.class_embedding("alarm clock"), table[ids].mean(axis=0), rtol=1e-5, atol=1e-7)
+        vector = tiny64.class_embeddings("alarm clock")["clip_l"]
+        np.testing.assert_allclose(vector, table[ids].mean(axis=0), rtol=1e-5, atol=1e-7)
 
 
 class TestKnows:

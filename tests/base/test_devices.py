@@ -48,7 +48,7 @@ def away(tiny64):
 
 def test_prompts_with_embeddings_of_the_cpu(away):
     with OneDevice():
-        prompt = [away.tokenize(f"a photo of {TOKEN_MARK}")], [torch.zeros(128)]
+        prompt = [away.tokenize(f"a photo of {TOKEN_MARK}")], [{"clip_l": torch.zeros(128)}]
         states, embedded = away.encode_text(*prompt).states, away.embed_text(*prompt)
     assert states.device.type == embedded.device.type == "meta"
 
@@ -63,15 +63,15 @@ def test_fine_tunes(away, catalog_scene, preset):
 
 
 def test_drawings_with_adapters_of_the_cpu(tiny64, away):
-    with AdapterBank(tiny64.unet, slots=1, rank=4) as bank:
+    with AdapterBank(tiny64.unet, tiny64.family.lora_targets, slots=1, rank=4) as bank:
         bank.initialise(0, torch.Generator())
         lora = bank.export(0)
     how = {"steps": 2, "guidance_scale": 3.0}
     requests = [
-        Request("a photo of {}", 1, [TOKEN_MARK], [torch.zeros(128)], {0: 1.0, 1: 0.5}, **how),
+        Request("a photo of {}", 1, [TOKEN_MARK], [{"clip_l": torch.zeros(128)}], {0: 1.0, 1: 0.5}, **how),
         Request("a photo", 2, (), (), {}, **how),
     ]
-    with OneDevice(), AdapterBank(away.unet, slots=2, rank=4) as bank:
+    with OneDevice(), AdapterBank(away.unet, away.family.lora_targets, slots=2, rank=4) as bank:
         for slot in (0, 1):
             bank.load(slot, lora)
         assert len(draw_pictures(away, requests, bank=bank)) == 2

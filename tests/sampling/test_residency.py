@@ -47,7 +47,7 @@ def residency(filled, small):
     opened = []
 
     def open_residency(slots, host_bytes=PLENTY, store=filled[0]):
-        bank = AdapterBank(small.unet, slots=slots, rank=RANK)
+        bank = AdapterBank(small.unet, small.family.lora_targets, slots=slots, rank=RANK)
         opened.append((Loading(small, store, bank, host_bytes=host_bytes), bank))
         return opened[-1][0]
 
@@ -84,7 +84,7 @@ def assert_in_slot(residency, resident, expected):
         got = exported[key] if ".lora_A" in key else exported[key].transpose(0, 1)
         assert torch.equal(got[:rank], value if ".lora_A" in key else value.transpose(0, 1))
         assert not got[rank:].any()
-    torch.testing.assert_close(resident.embedding, expected.embedding, rtol=0, atol=0)
+    torch.testing.assert_close(resident.embeddings, expected.embeddings, rtol=0, atol=0)
 
 
 def adapter_of(small, random_adapter, key):
@@ -319,7 +319,7 @@ class TestChecks:
         with pytest.raises(CorruptArtifact, match="layers that the base lacks"):
             residency(slots=1, store=store).leased(foreign)
         adapter = random_adapter(small, 1)
-        wide = put_adapter(store, small, "wide", 1, adapter=type(adapter)(adapter.lora, torch.ones(7)))
+        wide = put_adapter(store, small, "wide", 1, adapter=type(adapter)(adapter.lora, {"clip_l": torch.ones(7)}))
         with pytest.raises(CorruptArtifact, match=r"embedding has shape \(7,\), the base takes \(32,\)"):
             residency(slots=1, store=store).leased(wide)
 

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from objdrive.adapters.adapter import Adapter, adapter_files
 from objdrive.adapters.bank import AdapterBank
+from objdrive.base.family import STABLE_DIFFUSION
 from objdrive.base.files import EMBEDDED
 from objdrive.base.prompts import TOKEN_MARK, fill_prompt, place_objects
 from objdrive.base.stable_diffusion import Base
@@ -28,7 +29,7 @@ Request = partial(sampler.Request, steps=STEPS, guidance_scale=GUIDANCE)
 @pytest.fixture(scope="module")
 def adapters(tiny64):
     """Three adapters strong enough that each changes every picture."""
-    with AdapterBank(tiny64.unet, slots=1, rank=RANK) as bank:
+    with AdapterBank(tiny64.unet, tiny64.family.lora_targets, slots=1, rank=RANK) as bank:
         adapters = []
         for seed in range(3):
             generator = torch.Generator().manual_seed(seed)
@@ -37,14 +38,14 @@ def adapters(tiny64):
                 key: 0.1 * torch.randn(value.shape, generator=generator) if "lora_B" in key else value
                 for key, value in bank.export(0).items()
             }
-            vector = tiny64.class_embedding("drum") + 0.02 * torch.randn(128, generator=generator)
-            adapters.append(Adapter(lora, vector))
+            vector = tiny64.class_embeddings("drum")["clip_l"] + 0.02 * torch.randn(128, generator=generator)
+            adapters.append(Adapter(lora, {"clip_l": vector}))
     return adapters
 
 
 @pytest.fixture(scope="module")
 def bank(tiny64, adapters):
-    with AdapterBank(tiny64.unet, slots=3, rank=RANK) as bank:
+    with AdapterBank(tiny64.unet, tiny64.family.lora_targets, slots=3, rank=RANK) as bank:
         for slot, adapter in enumerate(adapters):
             bank.load(slot, adapter.lora)
         yield bank
@@ -74,12 +75,12 @@ def stock_latents(pipe, prompt, seed, negative_prompt=None):
 def stock(adapters, tmp_path_factory):
     """The stock pipeline with an artifact's folder loaded, and another object's token."""
     folder = tmp_path_factory.mktemp("artifact")
-    for name, data in adapter_files(adapters[1], token=TOKEN).items():
+    for name, data in adapter_files(adapters[1], token=TOKEN, family=STABLE_DIFFUSION).items():
         (folder / name).write_bytes(data)
     pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED / "tiny64", dtype=torch.float32)
     pipe.load_lora_weights(folder)
     pipe.load_textual_inversion(folder, use_safetensors=True)
-    pipe.load_textual_inversion({OTHER_TOKEN: adapters[2].embedding})
+    pipe.load_textual_inversion({OTHER_TOKEN: adapters[2].embeddings["clip_l"]})
     return pipe
 
 
@@ -90,7 +91,7 @@ class TestStockDiffusers:
             "a photo of {} on grass",
             seed=2**40 + 7,
             phrases=[phrase.replace("{token}", TOKEN_MARK)],
-            embeddings=[adapters[1].embedding],
+            embeddings=[adapters[1].embeddings],
             slots={1: 1.0},
         )
         ours = draw(tiny64, [request], bank)
@@ -98,7 +99,7 @@ class TestStockDiffusers:
         assert ours.shape == theirs.shape == (1, 8, 16, 16)
         assert difference(ours, theirs) < 1e-3
         assert difference(ours, draw(tiny64, [replace(request, slots={})])) > 0.05
-        other_token = replace(request, embeddings=[adapters[0].embedding])
+        other_token = replace(request, embeddings=[adapters[0].embeddings])
         assert difference(ours, draw(tiny64, [other_token], bank)) > 0.01
 
     def test_takes_negative_prompts_alike(self, tiny64, bank, stock):
@@ -108,7 +109,7 @@ class TestStockDiffusers:
         assert difference(ours, draw(tiny64, [replace(request, negative_prompt="")], bank)) > 0.01
 
     def test_several_objects_take_their_places_in_order(self, tiny64, bank, adapters, stock):
-        embeddings = [adapters[1].embedding, adapters[2].embedding]
+        embeddings = [adapters[1].embeddings, adapters[2].embeddings]
         request = Request("{} left of {}", 1, [f"{TOKEN_MARK} drum", TOKEN_MARK], embeddings, slots={1: 1.0})
         ours = draw(tiny64, [request], bank)
         assert difference(ours, stock_latents(stock, f"{TOKEN} drum left of {OTHER_TOKEN}", 1)) < 1e-3
@@ -137,7 +138,7 @@ class TestStockDiffusers:
 class TestBatches:
     def test_a_request_does_not_depend_on_its_batch_mates(self, tiny64, bank, adapters):
         requests = [
-            Request(prompt, seed, [TOKEN_MARK], [adapters[slot].embedding], {slot: 1.0}, negative)
+            Request(prompt, seed, [TOKEN_MARK], [adapters[slot].embeddings], {slot: 1.0}, negative)
             for prompt, seed, slot, negative in (
                 ("a photo of {} on grass", 1, 2, ""),
                 ("{} and {}, under water", 2, 0, "red"),
@@ -208,7 +209,7 @@ class TestFillPrompt:
             fill_prompt(prompt, phrases)
 
     def test_a_negative_prompt_cannot_ask_for_a_token(self, tiny64, adapters):
-        request = Request("a {}", 1, [TOKEN_MARK], [adapters[0].embedding], negative_prompt="\0")
+        request = Request("a {}", 1, [TOKEN_MARK], [adapters[0].embeddings], negative_prompt="\0")
         with pytest.raises(ObjdriveError, match="holds a NUL character"):
             draw(tiny64, [request])
 
@@ -237,7 +238,7 @@ class TestPictures:
     def test_come_in_the_requests_order(self, tiny64, bank, adapters, monkeypatch):
         # Batches of two, which the embedded base's small pictures would never fill.
         monkeypatch.setattr(sampler, "_PIXELS_PER_BATCH", 2 * tiny64.resolution**2)
-        token, embedding = [TOKEN_MARK], [adapters[0].embedding]
+        token, embedding = [TOKEN_MARK], [adapters[0].embeddings]
         requests = [
             Request("a photo of {}", 1, token, embedding, slots={2: 1.0}),
             Request("a photo of {}", 1, token, embedding),

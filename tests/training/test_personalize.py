@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from objdrive.adapters.bank import AdapterBank
-from objdrive.base.prompts import TOKEN_MARK, token_phrase
+from objdrive.base.prompts import TOKEN_MARK, marked_phrase
 from objdrive.base.stable_diffusion import Base
 from objdrive.catalog.geometry import cut, whole_window
 from objdrive.training.class_pictures import ClassPictures
@@ -75,9 +75,9 @@ def distance(one, other):
     """
     assert isinstance(one, FineTuned)
     assert isinstance(other, FineTuned)
-    pairs = list(zip(one.prototypes, other.prototypes, strict=True))
+    pairs = [(a["clip_l"], b["clip_l"]) for a, b in zip(one.prototypes, other.prototypes, strict=True)]
     for a, b in zip(one.adapters, other.adapters, strict=True):
-        pairs += [(a.embedding, b.embedding), *zip(products(a), products(b), strict=True)]
+        pairs += [(a.embeddings["clip_l"], b.embeddings["clip_l"]), *zip(products(a), products(b), strict=True)]
     return largest(a - b for a, b in pairs)
 
 
@@ -113,7 +113,7 @@ class TestGroup:
     def test_a_scene_has_one_lora_and_a_token_for_each_object(self, alone):
         first, second = alone["jeans-01+high-heel-01"].adapters
         assert all(torch.equal(first.lora[key], second.lora[key]) for key in first.lora)
-        assert (first.embedding - second.embedding).abs().max() > 0.01
+        assert (first.embeddings["clip_l"] - second.embeddings["clip_l"]).abs().max() > 0.01
 
     def test_a_member_that_diverges_leaves_the_others_alone(self, tiny64, catalog_scene, alone):
         good, pair, masked, classed = (catalog_scene(*SCENES[index]) for index in (0, 1, 2, 3))
@@ -147,7 +147,7 @@ class TestSeeds:
     def test_the_same_seed_and_key_give_the_same_bits(self, tiny64, catalog_scene, alone):
         scene = catalog_scene("rocket-01")
         once, again = alone[scene.key].adapters[0], personalize(tiny64, [scene], RECIPE)[0].adapters[0]
-        assert torch.equal(once.embedding, again.embedding)
+        assert torch.equal(once.embeddings["clip_l"], again.embeddings["clip_l"])
         assert once.lora.keys() == again.lora.keys()
         assert all(torch.equal(once.lora[key], again.lora[key]) for key in once.lora)
 
@@ -156,8 +156,9 @@ class TestSeeds:
         renamed = personalize(tiny64, [replace(scene, key="another")], RECIPE)[0]
         reseeded = personalize(tiny64, [scene], RECIPE.model_copy(update={"seed": 1}))[0]
         for other in (renamed, reseeded):
-            assert torch.equal(other.prototypes[0], alone[scene.key].prototypes[0])
-            assert (other.adapters[0].embedding - alone[scene.key].adapters[0].embedding).abs().max() > 1e-3
+            assert torch.equal(other.prototypes[0]["clip_l"], alone[scene.key].prototypes[0]["clip_l"])
+            learned, expected = (one.adapters[0].embeddings["clip_l"] for one in (other, alone[scene.key]))
+            assert (learned - expected).abs().max() > 1e-3
 
 
 class TestPresets:
@@ -171,14 +172,14 @@ class TestPresets:
 
     def test_trains_what_it_should_and_nothing_else(self, tiny64, tuned):
         recipe, result = tuned
-        adapter, start = result.adapters[0], result.prototypes[0]
+        adapter, start = result.adapters[0], result.prototypes[0]["clip_l"]
         assert bool(adapter.lora) == (recipe.preset != "textual_inversion")
         if adapter.lora:
             assert largest(products(adapter)) > 0
             assert all(len(down) == recipe.rank for key, down in adapter.lora.items() if "lora_A" in key)
         frozen = recipe.preset in ("lora", "dreambooth")
-        assert torch.equal(adapter.embedding, start) == frozen
-        class_word = tiny64.class_embedding("rocket")
+        assert torch.equal(adapter.embeddings["clip_l"], start) == frozen
+        class_word = tiny64.class_embeddings("rocket")["clip_l"]
         assert torch.equal(start, class_word) == (recipe.preset in ("lora", "textual_inversion"))
         assert (result.metrics["loss_class"] > 0) == (recipe.preset == "dreambooth" or recipe.ccr_weight > 0)
         assert result.metrics["steps"] == 2
@@ -187,7 +188,7 @@ class TestPresets:
     def test_names_the_object_as_the_method_does(self, tuned):
         recipe, _ = tuned
         expected = f"{TOKEN_MARK} rocket" if recipe.preset == "dreambooth" else TOKEN_MARK
-        assert token_phrase(recipe, "rocket") == expected
+        assert marked_phrase(recipe.phrase, "rocket") == expected
 
 
 class TestLearning:
@@ -197,7 +198,7 @@ class TestLearning:
         result = personalize(tiny64, [scene], recipe)[0]
         learned, start = result.adapters[0], result.prototypes[0]
         before = fixed_noise_losses(tiny64, scene, start, {})
-        after = fixed_noise_losses(tiny64, scene, learned.embedding, learned.lora)
+        after = fixed_noise_losses(tiny64, scene, learned.embeddings, learned.lora)
         assert (after < before).all()
         assert after.mean() < 0.9 * before.mean()
 
@@ -219,7 +220,7 @@ class TestLearning:
         scene = catalog_scene("jeans-01", "high-heel-01")
         result = personalize(tiny64, [scene], RECIPE.model_copy(update={"steps": 0}))[0]
         for adapter, start in zip(result.adapters, result.prototypes, strict=True):
-            assert torch.equal(adapter.embedding, start)
+            assert torch.equal(adapter.embeddings["clip_l"], start["clip_l"])
             assert largest(products(adapter)) == 0
 
     def test_the_base_is_as_it_was(self, tiny64, catalog_scene):
@@ -245,25 +246,29 @@ def change_of_the_base(base, scene, adapter, prompt, *, around):
         prompt = base.encode_text([base.tokenize(text)], list(vectors))
         return base.predict(noised, timesteps, prompt.expand(len(timesteps)))
 
-    with AdapterBank(base.unet, slots=1, rank=RECIPE.rank) as bank, torch.no_grad():
+    with AdapterBank(base.unet, base.family.lora_targets, slots=1, rank=RECIPE.rank) as bank, torch.no_grad():
         alone = predict(prompt.replace(TOKEN_MARK, scene.objects[0].class_name))
         bank.load(0, adapter.lora)
         with bank.active([0]):
-            change = (predict(prompt, [adapter.embedding] if TOKEN_MARK in prompt else []) - alone).square().mean(1)
+            change = (predict(prompt, [adapter.embeddings] if TOKEN_MARK in prompt else []) - alone).square().mean(1)
     outside = 1 - view.weights
     return float((change * outside).sum() / outside.sum() if around else change.mean())
 
 
-def fixed_noise_losses(base, scene, embedding, lora):
+def fixed_noise_losses(base, scene, embeddings, lora):
     """Object-specific losses of the whole picture at 19 timesteps, with noise that is always the same."""
     mask = scene.objects[0].mask
     weights = latent_mask(torch.from_numpy(cut(scene.image, mask, whole_window(mask), base.resolution)[1])[None], 16)
     timesteps = torch.arange(50, 1000, 50)
     latents = base.encode_latents(to_pixels(base, [main_picture(base, scene, RECIPE)])).repeat(len(timesteps), 1, 1, 1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    with AdapterBank(base.unet, slots=1, rank=RECIPE.rank) as bank, torch.no_grad(), bank.active([0]):
+    with (
+        AdapterBank(base.unet, base.family.lora_targets, slots=1, rank=RECIPE.rank) as bank,
+        torch.no_grad(),
+        bank.active([0]),
+    ):
         bank.load(0, lora)
-        prompt = base.encode_text([base.tokenize(f"a photo of {TOKEN_MARK}")], [embedding])
+        prompt = base.encode_text([base.tokenize(f"a photo of {TOKEN_MARK}")], [embeddings])
         noised = base.noise.add_noise(latents, noise, timesteps)
         prediction = base.predict(noised, timesteps, prompt.expand(len(timesteps)))
     return object_loss(prediction, noise, weights[None])
@@ -279,7 +284,7 @@ class TestStableDiffusion15:
         for scene, result in zip(scenes, together, strict=True):
             assert_same(result, personalize(base, [scene], recipe)[0])
             assert largest(products(result.adapters[0])) > 0
-            assert result.adapters[0].embedding.shape == (32,)
+            assert result.adapters[0].embeddings["clip_l"].shape == (32,)
 
     def test_the_loss_is_that_of_what_the_network_predicts(self, sd15_folders, catalog_scene):
         """A network that answers zero has a loss known in closed form: E[eps^2] = 1, E[v^2] = a + (1 - a) z^2."""
