@@ -47,7 +47,7 @@ from objdrive.evaluation.ruler import cut_windows, embed
 from objdrive.evaluation.scores import Array
 from objdrive.evaluation.summary import figure
 from objdrive.pictures import as_pixels, encode_picture
-from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures
 from objdrive.seeds import seed_of
 from objdrive.training.recipe import make_recipe
 
@@ -149,11 +149,11 @@ class Studio:
         phrases: Sequence[str],
         embeddings: Sequence[Mapping[str, torch.Tensor]] = (),
         slots: Mapping[int, float] | None = None,
-    ) -> Request:
+    ) -> SampleSpec:
         text = prompt.text.replace("{}", " and ".join(["{}"] * len(phrases)))
         seed = seed_of(f"{group.name}:{prompt.id}")
         how = {"steps": self._effort.sample_steps, "guidance_scale": self._recipe.guidance_scale}
-        return Request(text, seed, phrases, embeddings, slots or {}, **how)
+        return SampleSpec(text, seed, phrases, embeddings, slots or {}, **how)
 
 
 def run(out: Path, sprites: Sprites, class_names: Sequence[str], base: Base, effort: Effort) -> None:

@@ -33,7 +33,7 @@ from objdrive.catalog.masks import intersection_over_union
 from objdrive.catalog.photos import Photo, masks_overlap
 from objdrive.errors import RowError, StoreError
 from objdrive.pictures import encode_picture
-from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures
 from objdrive.seeds import seed_of
 from objdrive.training.class_pictures import ClassPictures
 from objdrive.training.memory import fitting_group_size
@@ -162,12 +162,12 @@ class FineTune:
             drawn[slot].append(_Drawn(object_id, caption, picture))
         return drawn
 
-    def _asks(self, slot: int, loaded: _Loaded, result: FineTuned) -> list[tuple[int, str, str, Request]]:
+    def _asks(self, slot: int, loaded: _Loaded, result: FineTuned) -> list[tuple[int, str, str, SampleSpec]]:
         """(slot, object id, caption, request) of each preview: one with the prototype only, then the contexts."""
         if not loaded.unit.previews:
             return []
         asks = []
-        ask = partial(Request, steps=self._recipe.sample_steps, guidance_scale=self._recipe.guidance_scale)
+        ask = partial(SampleSpec, steps=self._recipe.sample_steps, guidance_scale=self._recipe.guidance_scale)
         for record, prototype, adapter in zip(loaded.unit.rows, result.prototypes, result.adapters, strict=True):
             object_id, phrase = record.row.object_id, marked_phrase(self._recipe.phrase, record.row.class_name)
             seeds = [seed_of(f"{loaded.digest}:{prompt}") for prompt in PREVIEW_PROMPTS]

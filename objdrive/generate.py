@@ -12,7 +12,7 @@ from objdrive.adapters.store import ArtifactStore
 from objdrive.base.prompts import marked_phrase
 from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
-from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures
 from objdrive.training.recipe import Recipe
 
 
@@ -56,8 +56,8 @@ def generate(
     phrase = marked_phrase(metadata.phrase, metadata.class_name, token=metadata.token)
     with AdapterBank(loaded.unet, loaded.family.lora_targets, slots=1, rank=adapter.rank) as bank:
         bank.load(0, adapter.lora)
-        requests = [
-            Request(
+        specs = [
+            SampleSpec(
                 prompt,
                 seed,
                 (phrase,),
@@ -69,7 +69,7 @@ def generate(
             )
             for seed in seeds
         ]
-        return draw_pictures(loaded, requests, bank=bank)
+        return draw_pictures(loaded, specs, bank=bank)
 
 
 def _drawing_recipe(metadata: ArtifactMetadata, **asked: float | None) -> Recipe:

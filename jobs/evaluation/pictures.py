@@ -28,7 +28,7 @@ from objdrive.errors import ObjdriveError
 from objdrive.evaluation.prompts import EvaluationPrompt
 from objdrive.evaluation.reference import Reference
 from objdrive.pictures import encode_picture
-from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures
 from objdrive.seeds import seed_of
 
 BASE_ALONE = "base"
@@ -265,17 +265,17 @@ class Draw:
         row: Mapping[str, Any],
         read: Mapping[tuple[str, str, str], tuple[ArtifactMetadata, Adapter]],
         slots: Mapping[tuple[str, str, str], int],
-    ) -> Request:
+    ) -> SampleSpec:
         # Not by method: all draw an object's prompt from the same noise, so that their figures can be paired.
         seed = seed_of(f"{row['object_id']}:{row['prompt_id']}:{row['number']}")
         how = {"steps": self._drawing.steps, "guidance_scale": self._drawing.guidance_scale}
         if not row["store"]:
-            return Request(row["text"], seed, (row["class_name"],), **how)
+            return SampleSpec(row["text"], seed, (row["class_name"],), **how)
         key = (row["store"], row["object_id"], row["digest"])
         artifact, adapter = read[key]
         adapted = {slots[key]: 1.0} if key in slots else {}
         phrase = marked_phrase(artifact.phrase, artifact.class_name, token=artifact.token)
-        return Request(row["text"], seed, (phrase,), (adapter.embeddings,), adapted, **how)
+        return SampleSpec(row["text"], seed, (phrase,), (adapter.embeddings,), adapted, **how)
 
     def _read(self, store: str, object_id: str, digest: str) -> tuple[ArtifactMetadata, Adapter]:
         artifact, files = ArtifactStore(store).read(object_id, digest)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from objdrive.adapters.bank import AdapterBank
 from objdrive.base.prompts import TOKEN_MARK
-from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures
 from objdrive.training.personalize import personalize
 from objdrive.training.recipe import make_recipe
 
@@ -68,8 +68,8 @@ def test_drawings_with_adapters_of_the_cpu(tiny64, away):
         lora = bank.export(0)
     how = {"steps": 2, "guidance_scale": 3.0}
     requests = [
-        Request("a photo of {}", 1, [TOKEN_MARK], [{"clip_l": torch.zeros(128)}], {0: 1.0, 1: 0.5}, **how),
-        Request("a photo", 2, (), (), {}, **how),
+        SampleSpec("a photo of {}", 1, [TOKEN_MARK], [{"clip_l": torch.zeros(128)}], {0: 1.0, 1: 0.5}, **how),
+        SampleSpec("a photo", 2, (), (), {}, **how),
     ]
     with OneDevice(), AdapterBank(away.unet, away.family.lora_targets, slots=2, rank=4) as bank:
         for slot in (0, 1):

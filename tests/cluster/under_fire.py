@@ -9,7 +9,7 @@ import torch
 from objdrive.adapters.adapter import parse_adapter
 from objdrive.adapters.bank import AdapterBank
 from objdrive.base.prompts import marked_phrase
-from objdrive.sampling.sampler import Request, draw_latents
+from objdrive.sampling.sampler import SampleSpec, draw_latents
 
 VERSIONS = 2
 STYLES = [
@@ -59,7 +59,7 @@ def draw_alone(base, store, request):
     """The latents (C, h, h) that the sampler gives a `DrawRequest`, with nothing beside it and nothing kept."""
     artifacts = [store.read(key.object_id, key.digest) for key in request.objects]
     adapters = [parse_adapter(files, token=metadata.token, family=base.family) for metadata, files in artifacts]
-    alone = Request(
+    alone = SampleSpec(
         request.prompt,
         request.seed,
         [marked_phrase(metadata.phrase, metadata.class_name, token=metadata.token) for metadata, _ in artifacts],

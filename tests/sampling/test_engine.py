@@ -29,7 +29,7 @@ from objdrive.errors import (
 )
 from objdrive.sampling.engine import Engine, partial_steps
 from objdrive.sampling.requests import DrawRequest, Partial, Picture
-from objdrive.sampling.sampler import Request, draw_latents
+from objdrive.sampling.sampler import SampleSpec, draw_latents
 
 RANK = 4
 STEPS = 4
@@ -234,7 +234,7 @@ class TestSeveralObjects:
                     weight.data += 0.5 * (up.flatten(1) @ adapter.lora[key].flatten(1)).view_as(weight)
         phrases = [f"{TOKEN_MARK} mug"] * 2
         embeddings = [adapter.embeddings for adapter in adapters]
-        request = Request("{} left of {}", 5, phrases, embeddings, steps=STEPS, guidance_scale=4.0)
+        request = SampleSpec("{} left of {}", 5, phrases, embeddings, steps=STEPS, guidance_scale=4.0)
         assert difference(picture.latents, draw_latents(merged, [request])[0]) < 1e-3
         assert difference(picture.latents, draw_latents(small, [request])[0]) > 0.01
 

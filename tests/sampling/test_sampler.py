@@ -23,7 +23,7 @@ GUIDANCE = 4.0
 TOKEN = "<drum-01>"
 OTHER_TOKEN = "<drum-02>"
 
-Request = partial(sampler.Request, steps=STEPS, guidance_scale=GUIDANCE)
+SampleSpec = partial(sampler.SampleSpec, steps=STEPS, guidance_scale=GUIDANCE)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def stock(adapters, tmp_path_factory):
 class TestStockDiffusers:
     @pytest.mark.parametrize("phrase", ["{token}", "{token} drum"])
     def test_draws_the_same_from_an_artifact(self, tiny64, bank, adapters, stock, phrase):
-        request = Request(
+        request = SampleSpec(
             "a photo of {} on grass",
             seed=2**40 + 7,
             phrases=[phrase.replace("{token}", TOKEN_MARK)],
@@ -103,14 +103,14 @@ class TestStockDiffusers:
         assert difference(ours, draw(tiny64, [other_token], bank)) > 0.01
 
     def test_takes_negative_prompts_alike(self, tiny64, bank, stock):
-        request = Request("a photo of a teapot", seed=3, slots={1: 1.0}, negative_prompt="grass, blue")
+        request = SampleSpec("a photo of a teapot", seed=3, slots={1: 1.0}, negative_prompt="grass, blue")
         ours = draw(tiny64, [request], bank)
         assert difference(ours, stock_latents(stock, request.prompt, 3, request.negative_prompt)) < 1e-3
         assert difference(ours, draw(tiny64, [replace(request, negative_prompt="")], bank)) > 0.01
 
     def test_several_objects_take_their_places_in_order(self, tiny64, bank, adapters, stock):
         embeddings = [adapters[1].embeddings, adapters[2].embeddings]
-        request = Request("{} left of {}", 1, [f"{TOKEN_MARK} drum", TOKEN_MARK], embeddings, slots={1: 1.0})
+        request = SampleSpec("{} left of {}", 1, [f"{TOKEN_MARK} drum", TOKEN_MARK], embeddings, slots={1: 1.0})
         ours = draw(tiny64, [request], bank)
         assert difference(ours, stock_latents(stock, f"{TOKEN} drum left of {OTHER_TOKEN}", 1)) < 1e-3
         swapped = replace(request, embeddings=embeddings[::-1])
@@ -131,14 +131,14 @@ class TestStockDiffusers:
                 "requires_safety_checker": False,
             }
         )
-        ours = draw(base, [Request("a photo of a teapot", seed=5)])
+        ours = draw(base, [SampleSpec("a photo of a teapot", seed=5)])
         assert difference(ours, stock_latents(pipe, "a photo of a teapot", 5)) < 1e-3
 
 
 class TestBatches:
     def test_a_request_does_not_depend_on_its_batch_mates(self, tiny64, bank, adapters):
         requests = [
-            Request(prompt, seed, [TOKEN_MARK], [adapters[slot].embeddings], {slot: 1.0}, negative)
+            SampleSpec(prompt, seed, [TOKEN_MARK], [adapters[slot].embeddings], {slot: 1.0}, negative)
             for prompt, seed, slot, negative in (
                 ("a photo of {} on grass", 1, 2, ""),
                 ("{} and {}, under water", 2, 0, "red"),
@@ -157,14 +157,14 @@ class TestBatches:
         steps = []
         draw_latents(
             tiny64,
-            [Request("a teapot", 1)],
+            [SampleSpec("a teapot", 1)],
             on_step=lambda: steps.append(1),
         )
         assert len(steps) == STEPS
 
     def test_slots_without_a_bank_are_refused(self, tiny64):
         with pytest.raises(ValueError, match="names slots, but there is no bank"):
-            draw(tiny64, [Request("a teapot", 1, slots={0: 1.0}), Request("a teapot", 1)])
+            draw(tiny64, [SampleSpec("a teapot", 1, slots={0: 1.0}), SampleSpec("a teapot", 1)])
 
     def test_noise_belongs_to_the_seed(self, tiny64):
         noise = starting_noise(tiny64, [5, 6, 5])
@@ -209,7 +209,7 @@ class TestFillPrompt:
             fill_prompt(prompt, phrases)
 
     def test_a_negative_prompt_cannot_ask_for_a_token(self, tiny64, adapters):
-        request = Request("a {}", 1, [TOKEN_MARK], [adapters[0].embeddings], negative_prompt="\0")
+        request = SampleSpec("a {}", 1, [TOKEN_MARK], [adapters[0].embeddings], negative_prompt="\0")
         with pytest.raises(ObjdriveError, match="holds a NUL character"):
             draw(tiny64, [request])
 
@@ -240,12 +240,12 @@ class TestPictures:
         monkeypatch.setattr(sampler, "_PIXELS_PER_BATCH", 2 * tiny64.resolution**2)
         token, embedding = [TOKEN_MARK], [adapters[0].embeddings]
         requests = [
-            Request("a photo of {}", 1, token, embedding, slots={2: 1.0}),
-            Request("a photo of {}", 1, token, embedding),
-            Request("a teapot", 2),
-            Request("a photo of {}", 1, token, embedding, slots={0: 1.0}),
-            Request("a teapot", 2, slots={0: 1.0}),
-            Request("a rose", 3),
+            SampleSpec("a photo of {}", 1, token, embedding, slots={2: 1.0}),
+            SampleSpec("a photo of {}", 1, token, embedding),
+            SampleSpec("a teapot", 2),
+            SampleSpec("a photo of {}", 1, token, embedding, slots={0: 1.0}),
+            SampleSpec("a teapot", 2, slots={0: 1.0}),
+            SampleSpec("a rose", 3),
         ]
         pictures = draw_pictures(tiny64, requests, bank=bank)
         alone = [draw_pictures(tiny64, [request], bank=bank)[0] for request in requests]
