@@ -25,7 +25,7 @@ def fitting_group_size(base: Base, recipe: Recipe) -> int:
 
 
 def _bytes_per_scene(base: Base, recipe: Recipe) -> int:
-    """What one scene's forward pass keeps for the backward pass."""
+    """What one scene's forward pass through the network keeps for the backward pass."""
     kept: dict[int, int] = {}
     # Views of the base's weights are saved too, but all scenes share them.
     weights = {weight.untyped_storage().data_ptr() for weight in base.unet.parameters()}

@@ -320,7 +320,7 @@ class TestChecks:
             residency(slots=1, store=store).leased(foreign)
         adapter = random_adapter(small, 1)
         wide = put_adapter(store, small, "wide", 1, adapter=type(adapter)(adapter.lora, {"clip_l": torch.ones(7)}))
-        with pytest.raises(CorruptArtifact, match=r"embedding has shape \(7,\), the base takes \(32,\)"):
+        with pytest.raises(CorruptArtifact, match=r"embedding for 'clip_l' has shape \(7,\), the base takes \(32,\)"):
             residency(slots=1, store=store).leased(wide)
 
     def test_refuse_a_phrase_without_the_token(self, residency, own, small, put_adapter):
