@@ -34,6 +34,7 @@ from jobs.run import BatchRun
 from objdrive.adapters.adapter import Adapter, adapter_files
 from objdrive.adapters.artifact import ArtifactMetadata, BaseRef, SceneMember, Sources
 from objdrive.adapters.store import ArtifactStore
+from objdrive.base.family import STABLE_DIFFUSION
 from objdrive.catalog.manifest import pieces
 
 _DIGEST = "0" * 32
@@ -71,7 +72,8 @@ class NoOp:
             versions={},
             created="",
         )
-        self.store.commit(adapter_files(Adapter({}, torch.zeros(128)), token=token), metadata)
+        adapter = Adapter({}, {STABLE_DIFFUSION.text_encoder: torch.zeros(128)})
+        self.store.commit(adapter_files(adapter, token=token, family=STABLE_DIFFUSION), metadata)
         return RowOutcome("committed", _DIGEST)
 
 

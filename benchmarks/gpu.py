@@ -21,9 +21,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from objdrive.adapters.bank import AdapterBank
 from objdrive.base.files import find_base
-from objdrive.base.prompts import token_phrase
+from objdrive.base.prompts import marked_phrase
 from objdrive.base.stable_diffusion import Base
-from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures
 from objdrive.training.memory import fitting_group_size
 from objdrive.training.personalize import FineTuned, personalize
 from objdrive.training.recipe import Recipe, make_recipe
@@ -116,13 +116,14 @@ def draw(base: Base, scenes: Sequence[Scene], tuned: Sequence[FineTuned], recipe
     """Draw three pictures of each of a few objects; print how long one takes."""
     few = list(zip(scenes, tuned, strict=True))[:4]
     how = {"steps": recipe.sample_steps, "guidance_scale": recipe.guidance_scale}
-    with AdapterBank(base.unet, slots=len(few), rank=recipe.rank) as bank:
+    with AdapterBank(base.unet, base.family.lora_targets, slots=len(few), rank=recipe.rank) as bank:
         requests = []
         for slot, (scene, result) in enumerate(few):
             bank.load(slot, result.adapters[0].lora)
-            phrase, embedding = token_phrase(recipe, scene.objects[0].class_name), result.adapters[0].embedding
+            phrase = marked_phrase(recipe.phrase, scene.objects[0].class_name)
+            embeddings = result.adapters[0].embeddings
             requests += [
-                Request("a photo of {}", seed, (phrase,), (embedding,), {slot: 1.0}, **how) for seed in (1, 2, 3)
+                SampleSpec("a photo of {}", seed, (phrase,), (embeddings,), {slot: 1.0}, **how) for seed in (1, 2, 3)
             ]
         draw_pictures(base, requests[:1], bank=bank)
         _wait()

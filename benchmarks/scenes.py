@@ -47,7 +47,7 @@ from objdrive.evaluation.ruler import cut_windows, embed
 from objdrive.evaluation.scores import Array
 from objdrive.evaluation.summary import figure
 from objdrive.pictures import as_pixels, encode_picture
-from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures
 from objdrive.seeds import seed_of
 from objdrive.training.recipe import make_recipe
 
@@ -133,11 +133,11 @@ class Studio:
 
     def personalized(self, group: Group, store: ArtifactStore) -> list[Image.Image]:
         read = [store.read(one.object_id) for one in group.subjects]
-        adapters = [parse_adapter(files, token=artifact.token) for artifact, files in read]
-        phrases = [marked_phrase(artifact) for artifact, _ in read]
-        embeddings = [adapter.embedding for adapter in adapters]
+        adapters = [parse_adapter(files, token=artifact.token, family=self._base.family) for artifact, files in read]
+        phrases = [marked_phrase(artifact.phrase, artifact.class_name, token=artifact.token) for artifact, _ in read]
+        embeddings = [adapter.embeddings for adapter in adapters]
         # All objects of a scene have the same LoRA.
-        with AdapterBank(self._base.unet, slots=1, rank=adapters[0].rank) as bank:
+        with AdapterBank(self._base.unet, self._base.family.lora_targets, slots=1, rank=adapters[0].rank) as bank:
             bank.load(0, adapters[0].lora)
             requests = [self._request(group, prompt, phrases, embeddings, {0: 1.0}) for prompt in self._effort.prompts]
             return draw_pictures(self._base, requests, bank=bank)
@@ -147,13 +147,13 @@ class Studio:
         group: Group,
         prompt: EvaluationPrompt,
         phrases: Sequence[str],
-        embeddings: Sequence[torch.Tensor] = (),
+        embeddings: Sequence[Mapping[str, torch.Tensor]] = (),
         slots: Mapping[int, float] | None = None,
-    ) -> Request:
+    ) -> SampleSpec:
         text = prompt.text.replace("{}", " and ".join(["{}"] * len(phrases)))
         seed = seed_of(f"{group.name}:{prompt.id}")
         how = {"steps": self._effort.sample_steps, "guidance_scale": self._recipe.guidance_scale}
-        return Request(text, seed, phrases, embeddings, slots or {}, **how)
+        return SampleSpec(text, seed, phrases, embeddings, slots or {}, **how)
 
 
 def run(out: Path, sprites: Sprites, class_names: Sequence[str], base: Base, effort: Effort) -> None:

@@ -41,13 +41,14 @@ PROMPT = "a photo of {} on grass"
 
 def fill_store(store: ArtifactStore, base: Base, count: int) -> list[ArtifactKey]:
     """Commit adapters of random weights, in shape and size like fine-tuned ones."""
-    with AdapterBank(base.unet, slots=1, rank=RANK) as bank:
+    with AdapterBank(base.unet, base.family.lora_targets, slots=1, rank=RANK) as bank:
         shapes = {key: value.shape for key, value in bank.export(0).items()}
     keys = []
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
         lora = {key: 0.02 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-        embedding = base.class_embedding("mug") + 0.02 * torch.randn(base.unet.config["cross_attention_dim"])
+        words = base.class_embeddings("mug")
+        embeddings = {encoder: word + 0.02 * torch.randn_like(word) for encoder, word in words.items()}
         object_id = f"object-{number:03}"
         token = f"<{object_id}>"
         metadata = ArtifactMetadata(
@@ -66,7 +67,7 @@ def fill_store(store: ArtifactStore, base: Base, count: int) -> list[ArtifactKey
             versions={},
             created="",
         )
-        store.commit(adapter_files(Adapter(lora, embedding), token=token), metadata)
+        store.commit(adapter_files(Adapter(lora, embeddings), token=token, family=base.family), metadata)
         keys.append(ArtifactKey(object_id, metadata.digest))
     return keys
 
@@ -168,8 +169,8 @@ def spread(ratios: Sequence[float]) -> str:
 
 def compare_swaps(stock: Stock, keys: Sequence[ArtifactKey], rounds: int) -> None:
     base = Base.load("tiny64")
-    with AdapterBank(base.unet, slots=2, rank=RANK) as bank:
-        adapter = Adapter(bank.export(1), torch.zeros(1))
+    with AdapterBank(base.unet, base.family.lora_targets, slots=2, rank=RANK) as bank:
+        adapter = Adapter(bank.export(1), {})
         measured = [swaps(stock, bank, adapter, key) for key in itertools.islice(itertools.cycle(keys), 5 * rounds + 1)]
     theirs, ours = (1000 * statistics.median(column) for column in zip(*measured[1:], strict=True))
     print(f"swap: stock {theirs:.1f} ms, ours {ours:.2f} ms: 1/{theirs / ours:.0f}")

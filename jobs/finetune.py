@@ -28,13 +28,13 @@ from objdrive.adapters.artifact import (
 )
 from objdrive.adapters.bank import AdapterBank
 from objdrive.adapters.store import ArtifactStore
-from objdrive.base.prompts import TOKEN_MARK, token_phrase
+from objdrive.base.prompts import TOKEN_MARK, marked_phrase
 from objdrive.base.stable_diffusion import Base
 from objdrive.catalog.masks import intersection_over_union
 from objdrive.catalog.photos import Photo, masks_overlap
 from objdrive.errors import RowError, StoreError
 from objdrive.pictures import encode_picture
-from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures
 from objdrive.seeds import seed_of
 from objdrive.training.class_pictures import ClassPictures
 from objdrive.training.memory import fitting_group_size
@@ -149,7 +149,9 @@ class FineTune:
         drawn: list[list[_Drawn]] = [[] for _ in fine]
         if not asks:
             return drawn
-        with AdapterBank(self._base.unet, slots=len(fine), rank=self._recipe.rank) as bank:
+        with AdapterBank(
+            self._base.unet, self._base.family.lora_targets, slots=len(fine), rank=self._recipe.rank
+        ) as bank:
             for slot, (_, result) in enumerate(fine):
                 bank.load(slot, result.adapters[0].lora)
             pictures = draw_pictures(
@@ -162,20 +164,22 @@ class FineTune:
             drawn[slot].append(_Drawn(object_id, kind, caption, picture))
         return drawn
 
-    def _asks(self, slot: int, loaded: _Loaded, result: FineTuned) -> list[tuple[int, str, PreviewKind, str, Request]]:
-        """(slot, object id, kind, caption, request) of each preview: one with the prototype only, then the contexts."""
+    def _asks(
+        self, slot: int, loaded: _Loaded, result: FineTuned
+    ) -> list[tuple[int, str, PreviewKind, str, SampleSpec]]:
+        """(slot, object id, kind, caption, picture) of each preview: one with the prototype only, then the contexts."""
         if not loaded.unit.previews:
             return []
-        asks: list[tuple[int, str, PreviewKind, str, Request]] = []
-        ask = partial(Request, steps=self._recipe.sample_steps, guidance_scale=self._recipe.guidance_scale)
+        asks: list[tuple[int, str, PreviewKind, str, SampleSpec]] = []
+        ask = partial(SampleSpec, steps=self._recipe.sample_steps, guidance_scale=self._recipe.guidance_scale)
         for record, prototype, adapter in zip(loaded.unit.rows, result.prototypes, result.adapters, strict=True):
-            object_id, phrase = record.row.object_id, token_phrase(self._recipe, record.row.class_name)
+            object_id, phrase = record.row.object_id, marked_phrase(self._recipe.phrase, record.row.class_name)
             seeds = [seed_of(f"{loaded.digest}:{prompt}") for prompt in PREVIEW_PROMPTS]
             first = ask(PREVIEW_PROMPTS[0], seeds[0], (phrase,), (prototype,))
             asks.append((slot, object_id, "prototype", f"prototype only: {PREVIEW_PROMPTS[0]}", first))
             for prompt, seed in zip(PREVIEW_PROMPTS, seeds, strict=True):
-                request = ask(prompt, seed, (phrase,), (adapter.embedding,), {slot: 1.0})
-                asks.append((slot, object_id, "picture", prompt, request))
+                picture = ask(prompt, seed, (phrase,), (adapter.embeddings,), {slot: 1.0})
+                asks.append((slot, object_id, "picture", prompt, picture))
         return asks
 
     def _commit(
@@ -199,7 +203,7 @@ class FineTune:
                     pictures.append(("mended_mask", "mended mask", _mask_picture(learned_by)))
                 pictures += drawn
             names = [f"previews/{number}.webp" for number in range(len(pictures))]
-            files = adapter_files(result.adapters[index], token=_token(object_id))
+            files = adapter_files(result.adapters[index], token=_token(object_id), family=self._base.family)
             files |= {name: _webp(picture) for name, (*_, picture) in zip(names, pictures, strict=True)}
             notes = [
                 Preview(file=name, kind=kind, caption=caption)
@@ -227,7 +231,7 @@ class FineTune:
             object_id=row.object_id,
             class_name=row.class_name,
             token=token,
-            phrase=token_phrase(self._recipe, row.class_name).replace(TOKEN_MARK, token),
+            phrase=marked_phrase(self._recipe.phrase, row.class_name).replace(TOKEN_MARK, token),
             digest=loaded.digest,
             scene=row.scene,
             members=[

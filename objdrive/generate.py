@@ -12,7 +12,7 @@ from objdrive.adapters.store import ArtifactStore
 from objdrive.base.prompts import marked_phrase
 from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
-from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures
 from objdrive.training.recipe import Recipe
 
 
@@ -50,18 +50,18 @@ def generate(
     if any(seed.bit_length() > 63 for seed in seeds):
         raise ObjdriveError(f"the seeds {seeds[0]} to {seeds[-1]} must fit 63 bits: choose smaller ones")
     metadata, files = store.read(object_id)
-    adapter = parse_adapter(files, token=metadata.token)
     recipe = _drawing_recipe(metadata, sample_steps=steps, guidance_scale=guidance_scale)
     loaded = _matching_base(metadata, base, clip)
-    phrase = marked_phrase(metadata)
-    with AdapterBank(loaded.unet, slots=1, rank=adapter.rank) as bank:
+    adapter = parse_adapter(files, token=metadata.token, family=loaded.family)
+    phrase = marked_phrase(metadata.phrase, metadata.class_name, token=metadata.token)
+    with AdapterBank(loaded.unet, loaded.family.lora_targets, slots=1, rank=adapter.rank) as bank:
         bank.load(0, adapter.lora)
-        requests = [
-            Request(
+        specs = [
+            SampleSpec(
                 prompt,
                 seed,
                 (phrase,),
-                (adapter.embedding,),
+                (adapter.embeddings,),
                 {0: 1.0},
                 negative_prompt,
                 steps=recipe.sample_steps,
@@ -69,7 +69,7 @@ def generate(
             )
             for seed in seeds
         ]
-        return draw_pictures(loaded, requests, bank=bank)
+        return draw_pictures(loaded, specs, bank=bank)
 
 
 def _drawing_recipe(metadata: ArtifactMetadata, **asked: float | None) -> Recipe:

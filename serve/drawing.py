@@ -11,8 +11,7 @@ from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
 from objdrive.pictures import encode_picture
 from objdrive.sampling.engine import Engine
-from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture
-from objdrive.sampling.requests import Event as EngineEvent
+from objdrive.sampling.requests import Drawing, DrawingEvent, DrawRequest, Partial, Picture
 from serve.errors import api_error
 
 BASE_MODEL_ID = "base"
@@ -104,12 +103,12 @@ class LocalGenerators:
             drawing.cancel()
 
 
-async def _told(drawing: Drawing) -> AsyncGenerator[EngineEvent, None]:
+async def _told(drawing: Drawing) -> AsyncGenerator[DrawingEvent, None]:
     """The events of the engine's thread, in the event loop, up to the last one."""
     loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[EngineEvent] = asyncio.Queue()
+    queue: asyncio.Queue[DrawingEvent] = asyncio.Queue()
 
-    def tell(event: EngineEvent) -> None:
+    def tell(event: DrawingEvent) -> None:
         loop.call_soon_threadsafe(queue.put_nowait, event)
 
     drawing.subscribe(tell)
@@ -120,7 +119,7 @@ async def _told(drawing: Drawing) -> AsyncGenerator[EngineEvent, None]:
             return
 
 
-def _encoded(event: EngineEvent, request: DrawRequest) -> PictureEvent:
+def _encoded(event: DrawingEvent, request: DrawRequest) -> PictureEvent:
     if isinstance(event, ObjdriveError):
         return _refused(event)
     if isinstance(event, Partial):

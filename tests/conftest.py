@@ -217,13 +217,13 @@ def random_adapter():
 
     def random_adapter(base, seed, rank=4):
         generator = torch.Generator().manual_seed(seed)
-        with AdapterBank(base.unet, slots=1, rank=rank) as bank:
+        with AdapterBank(base.unet, base.family.lora_targets, slots=1, rank=rank) as bank:
             lora = {
                 key: torch.randn(value.shape, generator=generator) * (0.2 / rank**0.5)
                 for key, value in bank.export(0).items()
             }
         width = base.text_encoder.config.hidden_size
-        return Adapter(lora, 0.5 * torch.randn(width, generator=generator))
+        return Adapter(lora, {"clip_l": 0.5 * torch.randn(width, generator=generator)})
 
     return random_adapter
 
@@ -254,7 +254,7 @@ def put_adapter(random_adapter):
             }
             | changes
         )
-        store.commit(adapter_files(adapter, token=token), metadata)
+        store.commit(adapter_files(adapter, token=token, family=drawn_by.family), metadata)
         return ArtifactKey(object_id, metadata.digest)
 
     return put_adapter

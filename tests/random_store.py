@@ -23,14 +23,14 @@ def digest_of(object_id, version=0):
 def random_adapter(base, object_id, version=0):
     """An adapter of all the layers that a bank adapts."""
     generator = torch.Generator().manual_seed(int(digest_of(object_id, version)[:8], 16))
-    with AdapterBank(base.unet, slots=1, rank=RANK) as bank:
+    with AdapterBank(base.unet, base.family.lora_targets, slots=1, rank=RANK) as bank:
         bank.initialise(0, generator)
         lora = {
             key: 0.3 * torch.randn(value.shape, generator=generator) if "lora_B" in key else value
             for key, value in bank.export(0).items()
         }
     width = base.text_encoder.config.hidden_size
-    return Adapter(lora, torch.randn(width, generator=generator))
+    return Adapter(lora, {"clip_l": torch.randn(width, generator=generator)})
 
 
 def metadata_of(object_id, base, *, version=0, class_name="mug", row=None, fingerprint=None, previews=None):
@@ -65,7 +65,7 @@ def commit(store, base, object_id, *, version=0, previews=PREVIEWS, **about):
     `previews` are captions by kind.
     """
     metadata = metadata_of(object_id, base, version=version, previews=previews, **about)
-    files = adapter_files(random_adapter(base, object_id, version), token=metadata.token)
+    files = adapter_files(random_adapter(base, object_id, version), token=metadata.token, family=base.family)
     for number, preview in enumerate(metadata.previews):
         files[preview.file] = _webp((50 * number, 100, 150))
     store.commit(files, metadata)

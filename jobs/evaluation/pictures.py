@@ -29,7 +29,7 @@ from objdrive.errors import ObjdriveError
 from objdrive.evaluation.prompts import EvaluationPrompt
 from objdrive.evaluation.reference import Reference
 from objdrive.pictures import encode_picture
-from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures
 from objdrive.seeds import seed_of
 
 BASE_METHOD = "base"
@@ -254,39 +254,39 @@ class DrawRows:
         """The rows with their pictures."""
         rows = batch.to_pylist()
         keys = list(dict.fromkeys((row["store"], row["object_id"], row["digest"]) for row in rows if row["store"]))
-        read = {key: _read_adapter(*key) for key in keys}
+        read = {key: self._read(*key) for key in keys}
         # Methods without LoRA take no slot.
         taught = [key for key in keys if read[key][1].lora]
         rank = max((read[key][1].rank for key in taught), default=0)
-        with AdapterBank(self._base.unet, slots=max(1, len(taught)), rank=rank) as bank:
+        with AdapterBank(self._base.unet, self._base.family.lora_targets, slots=max(1, len(taught)), rank=rank) as bank:
             for slot, key in enumerate(taught):
                 bank.load(slot, read[key][1].lora)
             slots = {key: slot for slot, key in enumerate(taught)}
-            requests = [self._request(row, read, slots) for row in rows]
+            requests = [self._spec(row, read, slots) for row in rows]
             pictures = draw_pictures(self._base, requests, bank=bank)
         drawn = [encode_picture(picture, "PNG") for picture in pictures]
         return pa.Table.from_pylist([row | {"picture": png} for row, png in zip(rows, drawn, strict=True)], SCHEMA)
 
-    def _request(
+    def _spec(
         self,
         row: Mapping[str, Any],
         read: Mapping[tuple[str, str, str], tuple[ArtifactMetadata, Adapter]],
         slots: Mapping[tuple[str, str, str], int],
-    ) -> Request:
+    ) -> SampleSpec:
         # Not by method: all draw an object's prompt from the same noise, so that their figures can be paired.
         seed = seed_of(f"{row['object_id']}:{row['prompt_id']}:{row['number']}")
-        request = partial(Request, steps=self._drawing.steps, guidance_scale=self._drawing.guidance_scale)
+        specify = partial(SampleSpec, steps=self._drawing.steps, guidance_scale=self._drawing.guidance_scale)
         if not row["store"]:
-            return request(row["text"], seed, (row["class_name"],))
+            return specify(row["text"], seed, (row["class_name"],))
         key = (row["store"], row["object_id"], row["digest"])
         artifact, adapter = read[key]
         adapted = {slots[key]: 1.0} if key in slots else {}
-        return request(row["text"], seed, (marked_phrase(artifact),), (adapter.embedding,), adapted)
+        phrase = marked_phrase(artifact.phrase, artifact.class_name, token=artifact.token)
+        return specify(row["text"], seed, (phrase,), (adapter.embeddings,), adapted)
 
-
-def _read_adapter(store: str, object_id: str, digest: str) -> tuple[ArtifactMetadata, Adapter]:
-    artifact, files = ArtifactStore(store).read(object_id, digest)
-    return artifact, parse_adapter(files, token=artifact.token)
+    def _read(self, store: str, object_id: str, digest: str) -> tuple[ArtifactMetadata, Adapter]:
+        artifact, files = ArtifactStore(store).read(object_id, digest)
+        return artifact, parse_adapter(files, token=artifact.token, family=self._base.family)
 
 
 def draw(

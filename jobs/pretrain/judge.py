@@ -20,7 +20,7 @@ from jobs.pretrain.vae import psnr
 from objdrive.base.stable_diffusion import Base
 from objdrive.evaluation.imagenet import ImageNetEncoder
 from objdrive.pictures import as_pixels
-from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures
 
 GUIDANCE = 4.0
 _TAUGHT = Mix(pair=0, style=0, tint=0, word_alone=0, no_context=0, stretched=0.5)
@@ -134,7 +134,7 @@ def draw(base: Base, classes: Sequence[str], effort: Effort) -> Drawn:
         (label, (5 * label + 7 * turn) % len(names)) for turn in range(effort.drawn) for label in range(len(classes))
     ]
     requests = [
-        Request(f"a photo of {with_article(classes[label])} {names[context]}", seed, **effort.drawing)
+        SampleSpec(f"a photo of {with_article(classes[label])} {names[context]}", seed, **effort.drawing)
         for seed, (label, context) in enumerate(wanted)
     ]
     labels, contexts = zip(*wanted, strict=True)
@@ -146,7 +146,7 @@ def draw_alike(base: Base, classes: Sequence[str], effort: Effort) -> Tensor:
     words = classes[:: max(1, len(classes) // 12)][:12]
     names = list(CONTEXTS)
     requests = [
-        Request(f"a photo of {with_article(word)} {names[(3 * turn) % len(names)]}", 1000 + seed, **effort.drawing)
+        SampleSpec(f"a photo of {with_article(word)} {names[(3 * turn) % len(names)]}", 1000 + seed, **effort.drawing)
         for turn, word in enumerate(words)
         for seed in range(_ALIKE)
     ]
@@ -154,7 +154,7 @@ def draw_alike(base: Base, classes: Sequence[str], effort: Effort) -> Tensor:
     return pictures.view(len(words), _ALIKE, *pictures.shape[1:])
 
 
-def _draw(base: Base, requests: list[Request]) -> Tensor:
+def _draw(base: Base, requests: list[SampleSpec]) -> Tensor:
     return as_pixels(np.stack([np.asarray(picture) for picture in draw_pictures(base, requests)]))
 
 
@@ -190,7 +190,7 @@ def reconstruction(base: Base, pixels: Tensor) -> float:
 
 def matched(base: Base, held: SceneSet) -> float:
     """Part of the held-out scenes whose own caption is the nearest among 128 in the base's CLIP space."""
-    texts = [base.encode_text([base.tokenize(caption)])[1] for caption in held.captions]
+    texts = [base.embed_text([base.tokenize(caption)]) for caption in held.captions]
     images = [base.encode_images(some) for some in held.pixels.split(_CHUNK)]
     unit = F.normalize(torch.cat(images), dim=1), F.normalize(torch.cat(texts), dim=1)
     return retrieval(*unit, _RETRIEVED_AMONG)

@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from objdrive.adapters.artifact import EMBEDDING_FILE, LORA_FILE
+from objdrive.base.family import Family
 from objdrive.errors import ObjdriveError
 
-_UNET = "unet."
 _LORA_A = ".lora_A.weight"
 _LORA_B = ".lora_B.weight"
 
@@ -20,13 +20,14 @@ _LORA_B = ".lora_B.weight"
 class Adapter:
     """What a fine-tune yields for one object.
 
-    `lora` maps ``"<module path in the UNet>.lora_A.weight"`` to a (rank, in) tensor and ``".lora_B.weight"`` to
+    `lora` maps ``"<module path in the network>.lora_A.weight"`` to a (rank, in) tensor and ``".lora_B.weight"`` to
     (out, rank), of convolutions (rank, in, kh, kw) and (out, rank, 1, 1); the scale is 1, any alpha is folded in. It is
-    empty for methods that learn only the embedding. `embedding` is the (d,) input embedding of the object's token.
+    empty for methods that learn only embeddings. `embeddings` holds the (d,) input embedding of the object's token by
+    text encoder, such as ``"clip_l"``.
     """
 
     lora: dict[str, Tensor]
-    embedding: Tensor
+    embeddings: dict[str, Tensor]
 
     @property
     def rank(self) -> int:
@@ -34,7 +35,7 @@ class Adapter:
         return max((len(tensor) for key, tensor in self.lora.items() if key.endswith(_LORA_A)), default=0)
 
 
-def adapter_files(adapter: Adapter, *, token: str) -> dict[str, bytes]:
+def adapter_files(adapter: Adapter, *, token: str, family: Family) -> dict[str, bytes]:
     """Return the adapter's files by name, as ``load_lora_weights`` and ``load_textual_inversion`` read them.
 
     An adapter without LoRA has no `LORA_FILE`: diffusers rejects an empty one. Raises ObjdriveError, naming
@@ -42,13 +43,13 @@ def adapter_files(adapter: Adapter, *, token: str) -> dict[str, bytes]:
     fine-tune.
     """
     _check_adapter(adapter)
-    files = {EMBEDDING_FILE: _save({token: adapter.embedding})}
+    files = {EMBEDDING_FILE: _save(family.embedding_tensors(adapter.embeddings, token))}
     if adapter.lora:
-        files[LORA_FILE] = _save({_UNET + key: tensor for key, tensor in adapter.lora.items()})
+        files[LORA_FILE] = _save({family.lora_prefix + key: tensor for key, tensor in adapter.lora.items()})
     return files
 
 
-def parse_adapter(files: Mapping[str, bytes], *, token: str) -> Adapter:
+def parse_adapter(files: Mapping[str, bytes], *, token: str, family: Family) -> Adapter:
     """Return the adapter that `files` (an artifact's files by name; others are ignored) hold, on the CPU.
 
     Raises ObjdriveError, naming the file or tensor, for a missing or unreadable file, a foreign tensor name,
@@ -56,14 +57,12 @@ def parse_adapter(files: Mapping[str, bytes], *, token: str) -> Adapter:
     """
     if EMBEDDING_FILE not in files:
         raise ObjdriveError(f"the artifact has no {EMBEDDING_FILE}; fine-tune the object again")
-    embeddings = _load(EMBEDDING_FILE, files[EMBEDDING_FILE])
-    if set(embeddings) != {token}:
-        raise ObjdriveError(f"{EMBEDDING_FILE} holds tokens {sorted(embeddings)}, expected only {token!r}")
+    embeddings = family.read_embeddings(_load(EMBEDDING_FILE, files[EMBEDDING_FILE]), token)
     lora = _load(LORA_FILE, files[LORA_FILE]) if LORA_FILE in files else {}
     for key in lora:
-        if not key.startswith(_UNET):
-            raise ObjdriveError(f"{LORA_FILE}: tensor {key!r} is not named {_UNET}<module path>...")
-    adapter = Adapter({key.removeprefix(_UNET): lora[key] for key in lora}, embeddings[token])
+        if not key.startswith(family.lora_prefix):
+            raise ObjdriveError(f"{LORA_FILE}: tensor {key!r} is not named {family.lora_prefix}<module path>...")
+    adapter = Adapter({key.removeprefix(family.lora_prefix): lora[key] for key in lora}, embeddings)
     _check_adapter(adapter)
     return adapter
 
@@ -82,7 +81,8 @@ def _load(name: str, data: bytes) -> dict[str, Tensor]:
 
 
 def _check_adapter(adapter: Adapter) -> None:
-    _check_tensor("the embedding", adapter.embedding, dimensions=(1,))
+    for encoder, vector in adapter.embeddings.items():
+        _check_tensor(f"the embedding for {encoder!r}", vector, dimensions=(1,))
     for key, tensor in adapter.lora.items():
         if not key.endswith((_LORA_A, _LORA_B)):
             raise ObjdriveError(f"LoRA tensor {key!r} is not named <module path>{_LORA_A} or {_LORA_B}")

@@ -12,12 +12,6 @@ from torch.utils.hooks import RemovableHandle
 
 from objdrive.errors import ObjdriveError
 
-LORA_TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
-    *("conv1", "conv2", "conv_shortcut"),
-)
-"""Layers of a diffusers UNet that get LoRA: those of its transformers, and the convolutions of its residual blocks."""
-
 
 class AdapterBank:
     """Stacked LoRA layers: slot k of every stack belongs to one adapter (LoRA: arXiv 2106.09685).
@@ -28,11 +22,12 @@ class AdapterBank:
 
     Args:
         network: the frozen network; its weights and state dict stay untouched.
+        targets: ends of the names of the linear and convolution layers that get LoRA.
         slots: how many adapters it holds.
         rank: rank of each.
     """
 
-    def __init__(self, network: nn.Module, *, slots: int, rank: int) -> None:
+    def __init__(self, network: nn.Module, targets: Sequence[str], *, slots: int, rank: int) -> None:
         weight = next(network.parameters())
         self.slots = slots
         self.rank = rank
@@ -40,7 +35,7 @@ class AdapterBank:
         self.up: dict[str, nn.Parameter] = {}
         self._runs: _Runs | slice | None = None
         self._hooks: list[RemovableHandle] = []
-        for name, layer in _target_layers(network):
+        for name, layer in _target_layers(network, targets):
             out, *inside = layer.weight.shape
             self.down[name] = nn.Parameter(torch.zeros(slots, rank, *inside, device=weight.device))
             self.up[name] = nn.Parameter(torch.zeros(slots, out, rank, device=weight.device))
@@ -192,9 +187,10 @@ def _as_matrix(up: Tensor) -> Tensor:
     return up.flatten(1) if up.dim() == 4 and up.shape[2:].numel() == 1 else up
 
 
-def _target_layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+def _target_layers(network: nn.Module, targets: Sequence[str]) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+    ends = tuple(f".{target}" for target in targets)
     for name, layer in network.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d) and name.endswith(tuple(f".{target}" for target in LORA_TARGETS)):
+        if isinstance(layer, nn.Linear | nn.Conv2d) and name.endswith(ends):
             yield name, layer
 
 

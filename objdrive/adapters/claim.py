@@ -3,12 +3,12 @@
 import time
 import uuid
 
-from objdrive.adapters.files import Files
+from objdrive.adapters.storage import Files
 
 CLAIM_PREFIX = ".claim-"
 
 
-class Claim:
+class WriteClaim:
     """One writer's claim to `folder`: a file ``.claim-<n>`` in it, created atomically; the highest n holds.
 
     A holder that changes nothing in the folder for `takeover_after` seconds, as watched by another writer's

@@ -8,7 +8,7 @@
 
 Files come first, ``artifact.json`` last, ``current.json`` after it, each written atomically. A reader
 trusts only what an ``artifact.json`` vouches for, so that a writer that dies leaves nothing that could be
-mistaken for an artifact. Writers of the same artifact take turns (see `objdrive._claim`): the first
+mistaken for an artifact. Writers of the same artifact take turns (see `WriteClaim`): the first
 commits, the others find it done.
 """
 
@@ -28,8 +28,8 @@ from objdrive.adapters.artifact import (
     ArtifactMetadata,
     FileRecord,
 )
-from objdrive.adapters.claim import CLAIM_PREFIX, Claim
-from objdrive.adapters.files import TEMPORARY_PREFIX, open_files
+from objdrive.adapters.claim import CLAIM_PREFIX, WriteClaim
+from objdrive.adapters.storage import TEMPORARY_PREFIX, open_files
 from objdrive.errors import CorruptArtifact, ObjdriveError, StoreError, UnknownObject
 
 CURRENT_FILE = "current.json"
@@ -93,7 +93,7 @@ class ArtifactStore:
         """
         document = _document(files, metadata)
         object_id, digest = metadata.object_id, metadata.digest
-        claim = Claim(self._files, _folder(object_id, digest), self._takeover_after)
+        claim = WriteClaim(self._files, _folder(object_id, digest), self._takeover_after)
         written, writes, pause = False, 0, _FIRST_POLL_SECONDS
         while (standing := self._vouched(object_id, digest)) is None:
             if writes == self._attempts:
@@ -230,7 +230,9 @@ class ArtifactStore:
         """Open a run's file as a stream. Raises StoreError if it is to be read and is not there."""
         return self._files.open(_run_file(run_id, name), mode)
 
-    def _write(self, claim: Claim, files: Mapping[str, bytes], document: bytes, metadata: ArtifactMetadata) -> bool:
+    def _write(
+        self, claim: WriteClaim, files: Mapping[str, bytes], document: bytes, metadata: ArtifactMetadata
+    ) -> bool:
         try:
             # Another writer may have committed between the look at the artifact and the claim.
             if self._vouched(metadata.object_id, metadata.digest) is not None:

@@ -6,38 +6,39 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from objdrive.adapters.artifact import ArtifactMetadata
 from objdrive.errors import InvalidPrompt
-from objdrive.training.recipe import Recipe
 
 TOKEN_MARK = "\0"
 """Stands in a prompt where a learned token goes; no prompt of a user's can hold it."""
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TokenizedPrompt:
     """A tokenized prompt: `ids` (length,) and the `places` of learned tokens in it, in their order."""
 
     ids: Tensor
     places: tuple[int, ...]
 
 
-PROMPT = "a photo of {}"
-
-
 def class_prompt(class_name: str) -> str:
-    """The class prompt c_c."""
-    return PROMPT.replace("{}", class_name)
+    """The class prompt c_c; with `TOKEN_MARK` in the class word's place the prompt c_p of a learned token."""
+    return f"a photo of {class_name}"
 
 
-def token_phrase(recipe: Recipe, class_name: str) -> str:
-    """What ``{}`` in a prompt becomes for an object, `TOKEN_MARK` standing for its learned token."""
-    return recipe.phrase.replace("{token}", TOKEN_MARK).replace("{class}", class_name)
+def join_objects(phrases: Sequence[str]) -> str:
+    """How a prompt names several objects that it shows together."""
+    return " and ".join(phrases)
 
 
-def marked_phrase(artifact: ArtifactMetadata) -> str:
-    """What ``{}`` becomes for an artifact, `TOKEN_MARK` standing for the learned token."""
-    return artifact.phrase.replace(artifact.token, TOKEN_MARK)
+def marked_phrase(phrase: str, class_name: str, *, token: str = "{token}") -> str:
+    """What ``{}`` in a prompt becomes for an object, `TOKEN_MARK` standing for its learned token.
+
+    Args:
+        phrase: a recipe's, such as ``"{token} {class}"``, or an artifact's, such as ``"<mug-1> mug"``.
+        class_name: what ``{class}`` in it becomes.
+        token: what stands in it for the learned token.
+    """
+    return phrase.replace(token, TOKEN_MARK).replace("{class}", class_name)
 
 
 def place_objects(prompt: str, class_names: Sequence[str]) -> str:
@@ -54,7 +55,7 @@ def place_objects(prompt: str, class_names: Sequence[str]) -> str:
         placed, found = re.subn(word, "{}", prompt, count=1, flags=re.IGNORECASE)
         if found:
             return placed
-    objects = " and ".join(["{}"] * len(class_names))
+    objects = join_objects(["{}"] * len(class_names))
     return f"{objects}, {prompt}" if prompt.strip() else objects
 
 

@@ -1,9 +1,9 @@
 """Stable Diffusion 1.x and 2.x: the frozen network, and text, image and latent encoding."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from objdrive.base.conditioning import Conditioning
+from objdrive.base.family import STABLE_DIFFUSION, Family
 from objdrive.base.files import BaseFiles, find_base
-from objdrive.base.prompts import TOKEN_MARK, Prompt
+from objdrive.base.noise import NoiseProcess
+from objdrive.base.prompts import TOKEN_MARK, TokenizedPrompt
 from objdrive.errors import InvalidPrompt
 
 
@@ -23,10 +26,13 @@ class Base:
     """A frozen base on one device. Make one with `Base.load`.
 
     Attributes:
-        resolution: edge of its pictures in pixels.
-        latent_size: edge of its latents.
-        alphas: (T,), cumulative products of alpha at each timestep.
+        family: what it sets for its adapters.
+        files: where its files lie.
+        fingerprint: of all its weights, see `BaseFiles.fingerprint`.
+        noise: how it adds noise and takes it away.
     """
+
+    family: ClassVar[Family] = STABLE_DIFFUSION
 
     files: BaseFiles
     fingerprint: str
@@ -36,8 +42,7 @@ class Base:
     image_encoder: CLIPVisionModelWithProjection
     vae: AutoencoderKL
     unet: UNet2DConditionModel
-    scheduler: DDIMScheduler
-    alphas: Tensor
+    noise: NoiseProcess
 
     @classmethod
     def load(
@@ -75,8 +80,7 @@ class Base:
             files=files,
             fingerprint=files.fingerprint(),
             tokenizer=CLIPTokenizer.from_pretrained(files.snapshot / "tokenizer"),
-            scheduler=scheduler,
-            alphas=scheduler.alphas_cumprod.to(device),
+            noise=NoiseProcess.of(scheduler, device),
             **frozen,
         )
 
@@ -88,7 +92,7 @@ class Base:
     @property
     def device(self) -> torch.device:
         """Where it lies."""
-        return self.alphas.device
+        return self.noise.alphas.device
 
     @property
     def latent_size(self) -> int:
@@ -100,12 +104,7 @@ class Base:
         """Edge of the pictures in pixels."""
         return self.latent_size << (len(self.vae.config["block_out_channels"]) - 1)
 
-    @property
-    def predicts_velocity(self) -> bool:
-        """True for v-prediction bases, False for noise prediction."""
-        return str(self.scheduler.config["prediction_type"]) == "v_prediction"
-
-    def tokenize(self, text: str) -> Prompt:
+    def tokenize(self, text: str) -> TokenizedPrompt:
         """Tokenize a text in which `TOKEN_MARK` stands for each learned token.
 
         Raises:
@@ -124,7 +123,7 @@ class Base:
             shown = text.replace(TOKEN_MARK, "{}")
             raise InvalidPrompt(f"the prompt {shown!r} takes {len(ids)} tokens, the base reads {length}: shorten it")
         ids += [tokenizer.pad_token_id] * (length - len(ids))
-        return Prompt(torch.tensor(ids), tuple(places))
+        return TokenizedPrompt(torch.tensor(ids), tuple(places))
 
     def knows(self, class_name: str) -> bool:
         """Whether the base has probably learned this class word.
@@ -137,22 +136,37 @@ class Base:
             return class_name.lower() in listed
         return all(len(self.tokenizer.tokenize(word)) == 1 for word in re.findall(r"[^\W\d_]+", class_name))
 
-    def class_embedding(self, class_name: str) -> Tensor:
-        """(d,): the mean of the class word's token embeddings."""
-        ids = torch.tensor(self.tokenizer(class_name, add_special_tokens=False).input_ids, device=self.device)
-        embedding: Tensor = self.text_encoder.get_input_embeddings()(ids).mean(dim=0)
-        return embedding.float()
+    @property
+    def vocabularies(self) -> dict[str, Tensor]:
+        """(V, d) by text encoder: the input embeddings of all tokens."""
+        return {self.family.text_encoder: self.text_encoder.get_input_embeddings().weight}
 
-    def encode_text(self, prompts: Sequence[Prompt], embeddings: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-        """Encode prompts, with learned embeddings put in at the text encoder's input (its vocabulary is not touched).
+    def class_embeddings(self, class_name: str) -> dict[str, Tensor]:
+        """(d,) by text encoder: the mean of the class word's token embeddings."""
+        ids = torch.tensor(self.tokenizer(class_name, add_special_tokens=False).input_ids, device=self.device)
+        return {encoder: vectors[ids].mean(dim=0).float() for encoder, vectors in self.vocabularies.items()}
+
+    def encode_text(
+        self, prompts: Sequence[TokenizedPrompt], embeddings: Sequence[Mapping[str, Tensor]] = ()
+    ) -> Conditioning:
+        """Encode prompts for `predict`.
 
         Args:
             prompts: N tokenized prompts.
-            embeddings: one (d,) for each learned token's place, over all the prompts in order.
+            embeddings: (d,) by text encoder for each learned token's place, over all the prompts in order. They are
+                put in at the text encoders' input; vocabularies are not touched.
 
         Returns:
-            (N, length, d) hidden states for cross-attention, and (N, D) projected text embeddings.
+            One batch axis, of N.
         """
+        return Conditioning(self._encode(prompts, embeddings).last_hidden_state)
+
+    def embed_text(self, prompts: Sequence[TokenizedPrompt], embeddings: Sequence[Mapping[str, Tensor]] = ()) -> Tensor:
+        """(N, D) projected text embeddings, comparable with `encode_images`; arguments as for `encode_text`."""
+        embedded: Tensor = self.text_projection(self._encode(prompts, embeddings).pooler_output)
+        return embedded.float()
+
+    def _encode(self, prompts: Sequence[TokenizedPrompt], embeddings: Sequence[Mapping[str, Tensor]]) -> Any:
         ids = torch.stack([prompt.ids for prompt in prompts]).to(self.device)
         rows = [row for row, prompt in enumerate(prompts) for _ in prompt.places]
         columns = [place for prompt in prompts for place in prompt.places]
@@ -161,11 +175,9 @@ class Base:
                 f"the prompts have {len(rows)} places for learned tokens, got {len(embeddings)} embeddings"
             )
         if not rows:
-            output = self.text_encoder(ids)
-        else:
-            where = (torch.tensor(rows, device=self.device), torch.tensor(columns, device=self.device))
-            output = self._encode_with(ids, where, torch.stack(list(embeddings)))
-        return output.last_hidden_state, self.text_projection(output.pooler_output).float()
+            return self.text_encoder(ids)
+        where = (torch.tensor(rows, device=self.device), torch.tensor(columns, device=self.device))
+        return self._encode_with(ids, where, torch.stack([one[self.family.text_encoder] for one in embeddings]))
 
     def _encode_with(self, ids: Tensor, where: tuple[Tensor, Tensor], vectors: Tensor) -> Any:
         def put_in(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -196,10 +208,10 @@ class Base:
         pixels: Tensor = self.vae.decode(latents.float() / self.vae.config["scaling_factor"]).sample
         return (pixels / 2 + 0.5).clamp(0, 1)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
-        """The UNet's output (N, C, h, h), float32, for noised latents, timesteps (N,) and text states (N, L, d)."""
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output (N, C, h, h), float32, for noised latents, timesteps (N,) and N encoded prompts."""
         dtype = self.unet.dtype
-        output: Tensor = self.unet(latents.to(dtype), timesteps, states.to(dtype)).sample
+        output: Tensor = self.unet(latents.to(dtype), timesteps, conditioning.states.to(dtype)).sample
         return output.float()
 
 

@@ -94,7 +94,7 @@ class _BaseClip:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        return self._base.encode_text([self._base.tokenize(text) for text in texts])[1]
+        return self._base.embed_text([self._base.tokenize(text) for text in texts])
 
 
 class _ImageNet(_WithoutText):

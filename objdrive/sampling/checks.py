@@ -4,9 +4,9 @@ import re
 from typing import get_args
 
 from objdrive.adapters.artifact import DIGEST_PATTERN, OBJECT_ID_PATTERN
-from objdrive.base.prompts import TOKEN_MARK, fill_prompt
+from objdrive.base.prompts import fill_prompt, refuse_mark
 from objdrive.base.stable_diffusion import Base
-from objdrive.base.steppers import SchedulerName, most_steps
+from objdrive.base.steppers import SchedulerName
 from objdrive.errors import InvalidPrompt, ObjdriveError, UnknownObject
 from objdrive.sampling.requests import DrawRequest
 
@@ -24,8 +24,7 @@ def check_request(request: DrawRequest, base: Base, slots: int) -> None:
     for prompt in (request.prompt, request.negative_prompt):
         if len(prompt) > _LONGEST_PROMPT:
             raise InvalidPrompt(f"a prompt of {len(prompt)} characters is too long: at most {_LONGEST_PROMPT}")
-        if TOKEN_MARK in prompt:
-            raise InvalidPrompt(f"the prompt {prompt!r} holds a NUL character: remove it")
+        refuse_mark(prompt)
     if not request.objects:
         fill_prompt(request.prompt, ())
     for key in request.objects:
@@ -35,7 +34,7 @@ def check_request(request: DrawRequest, base: Base, slots: int) -> None:
         raise ObjdriveError(f"{len(request.objects)} objects in one picture are too many: at most {slots}")
     ranges = {
         "seed": (0, 2**63 - 1),
-        "steps": (1, most_steps(base.scheduler)),
+        "steps": (1, base.noise.most_steps),
         "guidance_scale": (1, 100),
         "adapter_scale": (0, 10),
         "partial_images": (0, request.steps),

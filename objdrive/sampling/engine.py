@@ -21,8 +21,8 @@ from objdrive.pictures import to_pictures
 from objdrive.sampling.checks import check_request
 from objdrive.sampling.histogram import Histogram, HistogramSnapshot
 from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture, _logger
-from objdrive.sampling.residency import Claim, Residency, Resident, Tier
-from objdrive.sampling.sampler import Request, Sample, begin, denoise, fitting_batch_size
+from objdrive.sampling.residency import Reservation, Residency, Resident, Tier
+from objdrive.sampling.sampler import Sample, SampleSpec, begin, denoise, fitting_batch_size
 
 _MOST_OVERTAKEN = 32
 _LONGEST_RETRY_SECONDS = 60.0
@@ -67,7 +67,7 @@ class _Ticket:
     """A request on its way through the engine."""
 
     drawing: Drawing
-    claim: Claim
+    reservation: Reservation
     submitted: float
     overtaken: int = 0
 
@@ -137,7 +137,7 @@ class Engine:
         self._base = base
         self._batch_size = batch_size
         self._queue_limit = queue_limit
-        self._bank = AdapterBank(base.unet, slots=slots, rank=rank)
+        self._bank = AdapterBank(base.unet, base.family.lora_targets, slots=slots, rank=rank)
         self._residency = Residency(base, store, self._bank, host_bytes=host_bytes, on_loaded=self._wake)
         self._condition = threading.Condition()
         self._waiting: deque[_Ticket] = deque()
@@ -215,7 +215,7 @@ class Engine:
 
     def _enqueue(self, request: DrawRequest) -> Drawing:
         drawing = Drawing(request, self._withdraw)
-        ticket = _Ticket(drawing, Claim(request.objects), time.monotonic())
+        ticket = _Ticket(drawing, Reservation(request.objects), time.monotonic())
         with self._condition:
             if self._draining:
                 raise Draining("the engine is draining and takes no new requests: ask another")
@@ -224,7 +224,7 @@ class Engine:
             self._waiting.append(ticket)
             self._unfinished += 1
         # Not left to the engine's thread, which may be within a step: the load runs beside it.
-        self._residency.prepare(ticket.claim)
+        self._residency.prepare(ticket.reservation)
         self._wake()
         return drawing
 
@@ -281,16 +281,16 @@ class Engine:
         for ticket in waiting:
             if len(self._batch) == self._batch_size:
                 break
-            if not self._residency.prepare(ticket.claim) or not self._residency.ready(ticket.claim):
+            if not self._residency.prepare(ticket.reservation) or not self._residency.ready(ticket.reservation):
                 continue
             if blocked and not self._may_overtake(ticket, blocked):
                 continue
             # One whose adapters went meanwhile is loading again, and nobody has to wait for that.
-            if not self._seat(ticket) and self._residency.ready(ticket.claim):
+            if not self._seat(ticket) and self._residency.ready(ticket.reservation):
                 blocked = blocked or ticket
 
     def _may_overtake(self, ticket: _Ticket, blocked: _Ticket) -> bool:
-        if blocked.overtaken == _MOST_OVERTAKEN or not self._residency.needs_no_slot(ticket.claim):
+        if blocked.overtaken == _MOST_OVERTAKEN or not self._residency.needs_no_slot(ticket.reservation):
             return False
         blocked.overtaken += 1
         return True
@@ -298,7 +298,7 @@ class Engine:
     def _seat(self, ticket: _Ticket) -> bool:
         """Give the ticket a place, or an end if it cannot be drawn; False if its slots are not to be had yet."""
         try:
-            residents = self._residency.lease(ticket.claim)
+            residents = self._residency.lease(ticket.reservation)
             if residents is None:
                 return False
             begun: _Place | ObjdriveError = self._begin(ticket, {resident.key: resident for resident in residents})
@@ -312,7 +312,7 @@ class Engine:
             if not cancelled:
                 self._waiting.remove(ticket)
         if cancelled:
-            self._residency.release(ticket.claim)
+            self._residency.release(ticket.reservation)
             self._wake()
         elif isinstance(begun, _Place):
             self._batch.append(begun)
@@ -324,7 +324,7 @@ class Engine:
         request = ticket.drawing.request
         shown = [residents[key] for key in request.objects]
         prompt = place_objects(request.prompt, [resident.class_name for resident in shown])
-        sample = begin(self._base, _sampler_request(request, prompt, shown))
+        sample = begin(self._base, _sample_spec(request, prompt, shown))
         started = time.monotonic()
         self._queue_seconds.observe(started - ticket.submitted)
         return _Place(ticket, sample, prompt, started, partial_steps(request.steps, request.partial_images))
@@ -391,7 +391,7 @@ class Engine:
             self._end(ticket, error)
 
     def _end(self, ticket: _Ticket, event: Picture | ObjdriveError) -> None:
-        self._residency.release(ticket.claim)
+        self._residency.release(ticket.reservation)
         self._count("drawn" if isinstance(event, Picture) else event.code)
         ticket.drawing.tell(event)
         with self._condition:
@@ -410,15 +410,15 @@ def partial_steps(steps: int, count: int) -> tuple[int, ...]:
     return tuple(sorted(wanted & set(range(1, steps))))
 
 
-def _sampler_request(request: DrawRequest, prompt: str, shown: Sequence[Resident]) -> Request:
+def _sample_spec(request: DrawRequest, prompt: str, shown: Sequence[Resident]) -> SampleSpec:
     adapted = request.adapter_scale > 0
     # Objects of one scene share their LoRA, which must not be added twice.
     slots = {resident.lora_sha256: resident.slot for resident in shown if resident.lora_sha256}
-    return Request(
+    return SampleSpec(
         prompt=prompt,
         seed=request.seed,
         phrases=[resident.phrase if adapted else resident.class_name for resident in shown],
-        embeddings=[resident.embedding for resident in shown] if adapted else [],
+        embeddings=[resident.embeddings for resident in shown] if adapted else [],
         slots={slot: request.adapter_scale for slot in slots.values()} if adapted else {},
         negative_prompt=request.negative_prompt,
         steps=request.steps,

@@ -79,7 +79,7 @@ class Picture:
     draw_seconds: float
 
 
-Event = Partial | Picture | ObjdriveError
+DrawingEvent = Partial | Picture | ObjdriveError
 """What a drawing tells: partial pictures, and at the end its picture or why there is none."""
 
 
@@ -91,8 +91,8 @@ class Drawing:
         self.cancelled = False
         self._cancel = cancel
         self._changed = threading.Condition()
-        self._events: list[Event] = []
-        self._subscribers: list[Callable[[Event], None]] = []
+        self._events: list[DrawingEvent] = []
+        self._subscribers: list[Callable[[DrawingEvent], None]] = []
 
     @property
     def done(self) -> bool:
@@ -131,7 +131,7 @@ class Drawing:
         assert isinstance(picture, Picture)
         return picture
 
-    def subscribe(self, callback: Callable[[Event], None]) -> None:
+    def subscribe(self, callback: Callable[[DrawingEvent], None]) -> None:
         """Have `callback` called with every event in order, those already past at once.
 
         It is called on the engine's thread, so it must only pass the event on: for asyncio,
@@ -147,7 +147,7 @@ class Drawing:
         self.cancelled = True
         self._cancel(self)
 
-    def tell(self, event: Event) -> None:
+    def tell(self, event: DrawingEvent) -> None:
         """For the engine: add an event, unless the last one has been told."""
         with self._changed:
             if self.done:
@@ -158,7 +158,7 @@ class Drawing:
                 _call(callback, event)
 
 
-def _call(callback: Callable[[Event], None], event: Event) -> None:
+def _call(callback: Callable[[DrawingEvent], None], event: DrawingEvent) -> None:
     try:
         callback(event)
     except Exception:

@@ -43,7 +43,8 @@ class Loaded:
     @property
     def nbytes(self) -> int:
         """Size of the weights."""
-        return self.adapter.embedding.nbytes + sum(tensor.nbytes for tensor in self.adapter.lora.values())
+        tensors = [*self.adapter.embeddings.values(), *self.adapter.lora.values()]
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ class Resident:
     phrase: str
     class_name: str
     lora_sha256: str
-    embedding: Tensor
+    embeddings: Mapping[str, Tensor]
     slot: int
 
 
-class Claim:
+class Reservation:
     """The artifacts that one request needs, each once. Its `Residency` keeps its state."""
 
     def __init__(self, keys: Sequence[ArtifactKey]) -> None:
@@ -78,10 +79,10 @@ class _Slot:
 class Residency:
     """Three tiers of adapters: the slots of a bank, host memory limited in bytes, the store.
 
-    A request's `Claim` goes through `prepare` (loads begin, on threads of their own), `lease` (its adapters are in
-    slots and stay there) and `release`. A leased slot is never overwritten; of the others the one that was released
-    longest ago goes first. Adapters that prepared claims wait for stay in host memory, so that it can exceed its limit
-    by what `prepare` was called for. Requests for one artifact share one load.
+    A request's `Reservation` goes through `prepare` (loads begin, on threads of their own), `lease` (its adapters are
+    in slots and stay there) and `release`. A leased slot is never overwritten; of the others the one that was released
+    longest ago goes first. Adapters that prepared reservations wait for stay in host memory, so that it can exceed its
+    limit by what `prepare` was called for. Requests for one artifact share one load.
 
     `lease` writes to the bank and must not run while the network does; all else is thread-safe.
 
@@ -138,74 +139,75 @@ class Residency:
         with self._lock:
             return dict(self._hits)
 
-    def prepare(self, claim: Claim) -> bool:
-        """Start loading what the claim needs and neither slots nor host memory hold.
+    def prepare(self, reservation: Reservation) -> bool:
+        """Start loading what the reservation needs and neither slots nor host memory hold.
 
         Returns:
             False if it must be asked again later: adapters that others wait for fill the host memory.
         """
         with self._lock:
-            if claim.pinned or claim.released:
-                return claim.pinned
-            if self._pins and self._pinned_bytes() >= self._host_bytes and self._absent(claim):
+            if reservation.pinned or reservation.released:
+                return reservation.pinned
+            if self._pins and self._pinned_bytes() >= self._host_bytes and self._absent(reservation):
                 return False
-            self._pins.update(claim.keys)
-            claim.pinned = True
-            self._load_absent(claim)
+            self._pins.update(reservation.keys)
+            reservation.pinned = True
+            self._load_absent(reservation)
             return True
 
-    def ready(self, claim: Claim) -> bool:
-        """Whether the claim's loads have ended, well or not."""
+    def ready(self, reservation: Reservation) -> bool:
+        """Whether the reservation's loads have ended, well or not."""
         with self._lock:
-            return all(load.done() for load in claim.loads.values())
+            return all(load.done() for load in reservation.loads.values())
 
-    def needs_no_slot(self, claim: Claim) -> bool:
-        """Whether other leases hold already all the adapters of the claim."""
+    def needs_no_slot(self, reservation: Reservation) -> bool:
+        """Whether other leases hold already all the adapters of the reservation."""
         with self._lock:
-            return all(key in self._slots and self._slots[key].leases for key in claim.keys)
+            return all(key in self._slots and self._slots[key].leases for key in reservation.keys)
 
-    def lease(self, claim: Claim) -> tuple[Resident, ...] | None:
-        """Have the claim's adapters in slots until it is released.
+    def lease(self, reservation: Reservation) -> tuple[Resident, ...] | None:
+        """Have the reservation's adapters in slots until it is released.
 
         Returns:
-            The adapters in the order of the claim's keys; None while they are not loaded or too few slots are free.
+            The adapters in the order of the reservation's keys; None while they are not loaded or too few slots are
+            free.
 
         Raises:
-            ObjdriveError: a load failed, and with it this claim.
+            ObjdriveError: a load failed, and with it this reservation.
         """
         with self._lock:
-            if claim.released:
+            if reservation.released:
                 return None
-            for load in claim.loads.values():
+            for load in reservation.loads.values():
                 if load.done() and (error := load.exception()) is not None:
                     raise error
-            missing = [key for key in claim.keys if key not in self._slots]
+            missing = [key for key in reservation.keys if key not in self._slots]
             if not all(key in self._hosted for key in missing):
-                self._load_absent(claim)
+                self._load_absent(reservation)
                 return None
-            idle = [key for key, slot in self._slots.items() if not slot.leases and key not in claim.keys]
+            idle = [key for key, slot in self._slots.items() if not slot.leases and key not in reservation.keys]
             if len(missing) > len(self._free) + len(idle):
                 return None
-            for key in claim.keys:
-                self._hits["store" if key in claim.loads else "host" if key in missing else "bank"] += 1
+            for key in reservation.keys:
+                self._hits["store" if key in reservation.loads else "host" if key in missing else "bank"] += 1
             for key in missing:
                 if not self._free:
                     self._free.append(self._slots.pop(idle.pop(0)).resident.slot)
                 self._fill(self._hosted[key])
-            for key in claim.keys:
+            for key in reservation.keys:
                 self._slots[key].leases += 1
-            self._unpin(claim)
-            claim.leased = True
-            return tuple(self._slots[key].resident for key in claim.keys)
+            self._unpin(reservation)
+            reservation.leased = True
+            return tuple(self._slots[key].resident for key in reservation.keys)
 
-    def release(self, claim: Claim) -> None:
-        """Let go of all that the claim holds; may be called at any time and again."""
+    def release(self, reservation: Reservation) -> None:
+        """Let go of all that the reservation holds; may be called at any time and again."""
         with self._lock:
-            claim.released = True
-            self._unpin(claim)
-            if claim.leased:
-                claim.leased = False
-                for key in claim.keys:
+            reservation.released = True
+            self._unpin(reservation)
+            if reservation.leased:
+                reservation.leased = False
+                for key in reservation.keys:
                     self._slots[key].leases -= 1
                     self._slots.move_to_end(key)
 
@@ -213,15 +215,15 @@ class Residency:
         """Wait for the loads that run, and forget those that do not yet."""
         self._loaders.shutdown(cancel_futures=True)
 
-    def _absent(self, claim: Claim) -> list[ArtifactKey]:
-        return [key for key in claim.keys if key not in self._slots and key not in self._hosted]
+    def _absent(self, reservation: Reservation) -> list[ArtifactKey]:
+        return [key for key in reservation.keys if key not in self._slots and key not in self._hosted]
 
-    def _load_absent(self, claim: Claim) -> None:
-        for key in self._absent(claim):
+    def _load_absent(self, reservation: Reservation) -> None:
+        for key in self._absent(reservation):
             if key not in self._loading:
                 self._loading[key] = Future()
                 self._loaders.submit(self._load, key, self._loading[key])
-            claim.loads[key] = self._loading[key]
+            reservation.loads[key] = self._loading[key]
 
     def _pinned_bytes(self) -> int:
         return sum(self._hosted[key].nbytes for key in self._pins if key in self._hosted)
@@ -248,15 +250,15 @@ class Residency:
         self._bank.load(slot, loaded.adapter.lora)
         self._free.pop()
         self.swap_seconds.observe(time.monotonic() - started)
-        embedding = loaded.adapter.embedding.to(self._base.device)
-        resident = Resident(loaded.key, loaded.phrase, loaded.class_name, loaded.lora_sha256, embedding, slot)
+        embeddings = {encoder: vector.to(self._base.device) for encoder, vector in loaded.adapter.embeddings.items()}
+        resident = Resident(loaded.key, loaded.phrase, loaded.class_name, loaded.lora_sha256, embeddings, slot)
         self._slots[loaded.key] = _Slot(resident)
         self._hosted.move_to_end(loaded.key)
 
-    def _unpin(self, claim: Claim) -> None:
-        if claim.pinned:
-            claim.pinned = False
-            self._pins -= Counter(claim.keys)
+    def _unpin(self, reservation: Reservation) -> None:
+        if reservation.pinned:
+            reservation.pinned = False
+            self._pins -= Counter(reservation.keys)
             self._shrink()
 
     def _shrink(self) -> None:
@@ -285,10 +287,10 @@ def load_artifact(base: Base, store: ArtifactStore, bank: AdapterBank, key: Arti
             "personalize the object on this one"
         )
     try:
-        adapter = parse_adapter(files, token=metadata.token)
+        adapter = parse_adapter(files, token=metadata.token, family=base.family)
         _check_rank(key, adapter, bank)
         bank.check(adapter.lora)
-        _check_width(adapter, base)
+        _check_widths(adapter, base)
         if metadata.phrase.count(metadata.token) != 1:
             raise ObjdriveError(f"its phrase {metadata.phrase!r} does not hold its token {metadata.token!r} once")
     except AdapterTooLarge:
@@ -297,7 +299,7 @@ def load_artifact(base: Base, store: ArtifactStore, bank: AdapterBank, key: Arti
         raise CorruptArtifact(f"the artifact {key}: {error}") from error
     return Loaded(
         key=key,
-        phrase=marked_phrase(metadata),
+        phrase=marked_phrase(metadata.phrase, metadata.class_name, token=metadata.token),
         class_name=metadata.class_name,
         lora_sha256=metadata.files[LORA_FILE].sha256 if LORA_FILE in metadata.files else "",
         adapter=adapter,
@@ -311,7 +313,8 @@ def _check_rank(key: ArtifactKey, adapter: Adapter, bank: AdapterBank) -> None:
         )
 
 
-def _check_width(adapter: Adapter, base: Base) -> None:
-    width = base.text_encoder.config.hidden_size
-    if adapter.embedding.shape != (width,):
-        raise ObjdriveError(f"the embedding has shape {tuple(adapter.embedding.shape)}, the base takes ({width},)")
+def _check_widths(adapter: Adapter, base: Base) -> None:
+    for encoder, vocabulary in base.vocabularies.items():
+        shape, expected = tuple(adapter.embeddings[encoder].shape), tuple(vocabulary.shape[1:])
+        if shape != expected:
+            raise ObjdriveError(f"the embedding for {encoder!r} has shape {shape}, the base takes {expected}")

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from objdrive.adapters.bank import AdapterBank
+from objdrive.base.conditioning import Conditioning
 from objdrive.base.prompts import fill_prompt, refuse_mark
 from objdrive.base.stable_diffusion import Base
 from objdrive.base.steppers import SchedulerName, Stepper
@@ -20,14 +21,14 @@ _PIXELS_PER_BATCH = 4 * 512**2
 
 
 @dataclass(frozen=True)
-class Request:
+class SampleSpec:
     """One picture to draw.
 
     Attributes:
         prompt: with ``{}`` wherever an object stands.
         seed: of the starting noise.
         phrases: what each ``{}`` becomes, `TOKEN_MARK` standing for the learned token.
-        embeddings: the learned token embedding (d,) of each phrase.
+        embeddings: for each phrase its learned token's embeddings, (d,) by text encoder.
         slots: the bank's slots that adapt the base, with their scales; none draw with the base alone.
         negative_prompt: what guidance leads away from.
         steps: of the scheduler.
@@ -38,7 +39,7 @@ class Request:
     prompt: str
     seed: int
     phrases: Sequence[str] = ()
-    embeddings: Sequence[Tensor] = ()
+    embeddings: Sequence[Mapping[str, Tensor]] = ()
     slots: Mapping[int, float] = field(default_factory=dict)
     negative_prompt: str = ""
     steps: int = field(kw_only=True)
@@ -52,43 +53,43 @@ class Sample:
 
     Attributes:
         latents: (1, C, h, h), where it has got to.
-        states: (2, L, d), the negative prompt's and the prompt's text states, or (1, L, d) without guidance.
+        conditioning: the negative prompt and the prompt; without guidance the prompt alone.
         guidance_scale: how far beyond the prompt's prediction to go.
         slots: the bank's slots that adapt the base, with their scales.
         stepper: its way from noise to picture.
     """
 
     latents: Tensor
-    states: Tensor
+    conditioning: Conditioning
     guidance_scale: float
     slots: Mapping[int, float]
     stepper: Stepper
 
 
 def starting_noise(base: Base, seeds: Sequence[int]) -> Tensor:
-    """(N, C, h, h) normal noise, drawn on the CPU from each request's own seed as stock pipelines do."""
+    """(N, C, h, h) normal noise, drawn on the CPU from each picture's own seed as stock pipelines do."""
     shape = (1, base.unet.config["in_channels"], base.latent_size, base.latent_size)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.cat(noise).to(base.device)
 
 
 @torch.no_grad()
-def begin(base: Base, request: Request) -> Sample:
-    """Start a picture: its noise, its text states and its place before the first step.
+def begin(base: Base, spec: SampleSpec) -> Sample:
+    """Start a picture: its noise, its encoded prompts and its place before the first step.
 
     Raises:
         InvalidPrompt: places and objects do not match, or the prompt is too long for the base.
         ObjdriveError: a number of steps that the base cannot take.
     """
-    stepper = Stepper(base.scheduler, request.scheduler, request.steps)
-    refuse_mark(request.negative_prompt)
-    prompt = base.tokenize(fill_prompt(request.prompt, request.phrases))
-    one = len(request.embeddings) == 1
-    embeddings = list(request.embeddings) * len(prompt.places) if one else request.embeddings
-    guided = request.guidance_scale != 1
-    prompts = [base.tokenize(request.negative_prompt), prompt] if guided else [prompt]
-    states, _ = base.encode_text(prompts, embeddings)
-    return Sample(starting_noise(base, [request.seed]), states, request.guidance_scale, request.slots, stepper)
+    stepper = base.noise.stepper(spec.scheduler, spec.steps)
+    refuse_mark(spec.negative_prompt)
+    prompt = base.tokenize(fill_prompt(spec.prompt, spec.phrases))
+    one = len(spec.embeddings) == 1
+    embeddings = list(spec.embeddings) * len(prompt.places) if one else spec.embeddings
+    guided = spec.guidance_scale != 1
+    prompts = [base.tokenize(spec.negative_prompt), prompt] if guided else [prompt]
+    conditioning = base.encode_text(prompts, embeddings)
+    return Sample(starting_noise(base, [spec.seed]), conditioning, spec.guidance_scale, spec.slots, stepper)
 
 
 @torch.no_grad()
@@ -98,12 +99,13 @@ def denoise(base: Base, samples: Sequence[Sample], bank: AdapterBank | None = No
     With classifier-free guidance (arXiv 2207.12598) a sample takes two rows of the batch. Each sample depends on
     itself alone, up to rounding.
     """
-    counts = [len(sample.states) for sample in samples]
+    counts = [len(sample.conditioning) for sample in samples]
     latents = torch.cat([sample.latents.expand(n, -1, -1, -1) for sample, n in zip(samples, counts, strict=True)])
     timesteps = torch.tensor([sample.stepper.timestep for sample in samples]).repeat_interleave(torch.tensor(counts))
     runs = _in_long_runs([sample.slots for sample, n in zip(samples, counts, strict=True) for _ in range(n)])
     with bank.active(runs) if bank is not None else nullcontext():
-        outputs = base.predict(latents, timesteps.to(base.device), torch.cat([sample.states for sample in samples]))
+        conditioning = Conditioning.cat([sample.conditioning for sample in samples])
+        outputs = base.predict(latents, timesteps.to(base.device), conditioning)
     for sample, output in zip(samples, outputs.split(counts), strict=True):
         if len(output) == 2:
             plain, prompted = output.split(1)
@@ -118,19 +120,19 @@ def _in_long_runs(rows: Sequence[Mapping[int, float]]) -> Sequence[Mapping[int, 
 
 def draw_latents(
     base: Base,
-    requests: Sequence[Request],
+    specs: Sequence[SampleSpec],
     *,
     bank: AdapterBank | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Draw all requests in one batch. Each picture depends on its own request alone.
+    """Draw all pictures in one batch. Each depends on its own spec alone.
 
     Returns:
         (N, C, h, h) scaled latents.
     """
-    if bank is None and any(request.slots for request in requests):
-        raise ValueError("a request names slots, but there is no bank")
-    samples = [begin(base, request) for request in requests]
+    if bank is None and any(spec.slots for spec in specs):
+        raise ValueError("a spec names slots, but there is no bank")
+    samples = [begin(base, spec) for spec in specs]
     while rest := [sample for sample in samples if not sample.stepper.done]:
         denoise(base, rest, bank)
         on_step()
@@ -139,21 +141,21 @@ def draw_latents(
 
 def draw_pictures(
     base: Base,
-    requests: Sequence[Request],
+    specs: Sequence[SampleSpec],
     *,
     bank: AdapterBank | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
-    """Draw requests in batches that fit a device; pictures in the requests' order."""
+    """Draw pictures in batches that fit a device, in the order of `specs`."""
     pictures = []
     batch = fitting_batch_size(base)
-    for first in range(0, len(requests), batch):
-        latents = draw_latents(base, requests[first : first + batch], bank=bank, on_step=on_step)
+    for first in range(0, len(specs), batch):
+        latents = draw_latents(base, specs[first : first + batch], bank=bank, on_step=on_step)
         pictures += to_pictures(base.decode_latents(latents))
         on_step()
     return pictures
 
 
 def fitting_batch_size(base: Base) -> int:
-    """Requests in a batch that fits a device: four pictures of 512 x 512, or as many pixels in smaller ones."""
+    """Pictures in a batch that fits a device: four pictures of 512 x 512, or as many pixels in smaller ones."""
     return max(1, _PIXELS_PER_BATCH // base.resolution**2)

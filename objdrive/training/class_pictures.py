@@ -8,7 +8,7 @@ from torch import Tensor
 
 from objdrive.base.prompts import class_prompt
 from objdrive.base.stable_diffusion import Base
-from objdrive.sampling.sampler import Request, draw_latents, fitting_batch_size
+from objdrive.sampling.sampler import SampleSpec, draw_latents, fitting_batch_size
 from objdrive.seeds import seed_of
 from objdrive.training.recipe import Recipe
 
@@ -34,8 +34,8 @@ class ClassPictures:
         """Have pictures of all these classes, drawing the missing ones together."""
         missing = sorted(class_names - self._latents.keys())
         recipe = self._recipe
-        requests = [
-            Request(
+        specs = [
+            SampleSpec(
                 class_prompt(name),
                 seed=seed_of(f"{recipe.seed}:{name}:{index}"),
                 steps=recipe.sample_steps,
@@ -46,8 +46,8 @@ class ClassPictures:
         ]
         batch = fitting_batch_size(self._base)
         drawn = [
-            draw_latents(self._base, requests[first : first + batch], on_step=on_step)
-            for first in range(0, len(requests), batch)
+            draw_latents(self._base, specs[first : first + batch], on_step=on_step)
+            for first in range(0, len(specs), batch)
         ]
         if drawn:
             self._latents.update(zip(missing, torch.cat(drawn).split(recipe.class_pool), strict=True))

@@ -13,25 +13,39 @@ from objdrive.training.recipe import Recipe
 from objdrive.training.views import Scene, main_picture, to_pixels
 
 
-def starting_embeddings(base: Base, scenes: Sequence[Scene], recipe: Recipe) -> list[Tensor]:
-    """For each scene (objects, d): class word embeddings, prototypes or random identifiers, by the recipe."""
+def starting_embeddings(base: Base, scenes: Sequence[Scene], recipe: Recipe) -> list[dict[str, Tensor]]:
+    """The embeddings of each scene's objects before the first step, by the recipe's `embedding_start`.
+
+    Returns:
+        For each scene (objects, d) by text encoder: embeddings of the class words, prototypes or random identifiers.
+    """
     objects = [(scene, o) for scene in scenes for o in scene.objects]
     if recipe.embedding_start == "random":
         # By place, not by id: an adapter depends on nothing that its digest does not hold.
         places = [f"{recipe.seed}:{scene.key}:{place}" for scene in scenes for place in range(len(scene.objects))]
-        start = torch.stack([_random_embedding(base, place) for place in places])
+        vectors = [_random_embeddings(base, place) for place in places]
     else:
-        start = torch.stack([base.class_embedding(o.class_name) for _, o in objects])
+        vectors = [base.class_embeddings(o.class_name) for _, o in objects]
+    start = {encoder: torch.stack([one[encoder] for one in vectors]) for encoder in base.vocabularies}
     if recipe.embedding_start == "prototype":
         whole = to_pixels(base, [main_picture(base, scene, recipe) for scene, _ in objects])
         alone = to_pixels(base, [object_alone(scene.image, o.mask, base.resolution) for scene, o in objects])
         targets = prototype_targets(base, whole, alone, [o.class_name for _, o in objects])
         start = optimise_prototypes(base, start, targets, steps=recipe.prototype_steps, lr=recipe.prototype_lr)
-    return list(start.split([len(scene.objects) for scene in scenes]))
+    counts = [len(scene.objects) for scene in scenes]
+    parts = zip(*(rows.split(counts) for rows in start.values()), strict=True)
+    return [dict(zip(start, part, strict=True)) for part in parts]
 
 
-def _random_embedding(base: Base, text: str) -> Tensor:
-    """(d,): an identifier without meaning, as DreamBooth's rare tokens, of the vocabulary's own mean and spread."""
-    table: Tensor = base.text_encoder.get_input_embeddings().weight.float()
-    generator = torch.Generator().manual_seed(seed_of(text))
-    return table.mean(dim=0) + table.std(dim=0) * torch.randn(table.shape[1], generator=generator).to(table.device)
+def _random_embeddings(base: Base, seed: str) -> dict[str, Tensor]:
+    """(d,) by text encoder: an identifier without meaning, as DreamBooth's rare tokens (arXiv 2208.12242).
+
+    It has the vocabulary's own mean and spread.
+    """
+    generator = torch.Generator().manual_seed(seed_of(seed))
+    return {encoder: _like_any(table.float(), generator) for encoder, table in base.vocabularies.items()}
+
+
+def _like_any(table: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(table.shape[1], generator=generator).to(table.device)
+    return table.mean(dim=0) + table.std(dim=0) * noise

@@ -1,4 +1,9 @@
-"""The losses of arXiv 2401.15708 as pure functions of predictions."""
+"""The losses of arXiv 2401.15708 as pure functions of predictions.
+
+The paper's three are `prototype_loss` (L_PE), which finds the embedding that a fine-tune starts from (`prototype.py`),
+and `object_loss` (L_obj) and `class_loss` (L_ccr), whose sum a fine-tune minimises (`objective.py`).
+`background_loss` is beyond the paper.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,26 +13,25 @@ from torch import Tensor
 _SAMPLE = (-3, -2, -1)
 
 
-def latent_mask(mask: Tensor, size: int, *, soft: bool = True) -> Tensor:
-    """Bring masks to the latents' size by area averaging, so that thin and tiny objects keep a weight.
+def prototype_loss(text: Tensor, targets: Tensor) -> Tensor:
+    """Prototypical embedding loss L_PE, ``1 - cos(T(c_p), mean(I(x), I(x_m), T(c_c)))``.
+
+    CLIP compares directions, so each target is normalised before the mean; otherwise the tower with the longer
+    vectors would decide alone.
 
     Args:
-        mask: (..., H, W) in [0, 1], H and W multiples of `size`.
-        size: edge of the latents.
-        soft: keep the averaged edge; False cuts at one half (an object smaller than that keeps its maximum).
+        text: (N, D), the embedded prompts with the learned token.
+        targets: (N, 3, D), embeddings of the image, the object alone and the class prompt.
 
     Returns:
-        (..., size, size) in [0, 1].
+        (N,) losses in [0, 2].
     """
-    area = F.adaptive_avg_pool2d(mask, size)
-    if soft:
-        return area
-    peak = area.amax(dim=(-2, -1), keepdim=True)
-    return ((area >= torch.clamp(peak, max=0.5)) & (area > 0)).to(mask.dtype)
+    prototype = F.normalize(targets, dim=-1).mean(dim=1)
+    return 1 - F.cosine_similarity(text, prototype, dim=-1)
 
 
 def object_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Object-specific loss, ``||M * (eps - eps_theta)||^2 / sum M`` for each sample (arXiv 2401.15708).
+    """Object-specific loss L_obj, ``||M * (eps - eps_theta)||^2 / sum M`` for each sample.
 
     Each sample is normalised by its own mask, so that small objects learn as fast as large ones and no sample's
     loss depends on its neighbours in the batch.
@@ -44,7 +48,7 @@ def object_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def class_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Class-characterizing regularization, ``||eps_theta(z', t, T(c_c)) - eps_base(z', t, T(c_c))||^2``.
+    """Class-characterizing regularization L_ccr, ``||eps_theta(z', t, T(c_c)) - eps_base(z', t, T(c_c))||^2``.
 
     Args:
         prediction: (..., C, H, W), the adapted network on class pictures with the class prompt.
@@ -72,22 +76,23 @@ def background_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return _masked_square(prediction, target, around) / (weight * prediction.shape[-3])
 
 
-def _masked_square(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    return (mask * (prediction - target)).square().sum(dim=_SAMPLE)
-
-
-def prototype_loss(text: Tensor, targets: Tensor) -> Tensor:
-    """Prototypical embedding loss, ``1 - cos(T(c_p), mean(I(x), I(x_m), T(c_c)))`` (arXiv 2401.15708).
-
-    CLIP compares directions, so each target is normalised before the mean; otherwise the tower with the longer
-    vectors would decide alone.
+def latent_mask(mask: Tensor, size: int, *, soft: bool = True) -> Tensor:
+    """Bring masks to the latents' size by area averaging, so that thin and tiny objects keep a weight.
 
     Args:
-        text: (N, D), the embedded prompts with the learned token.
-        targets: (N, 3, D), embeddings of the image, the object alone and the class prompt.
+        mask: (..., H, W) in [0, 1], H and W multiples of `size`.
+        size: edge of the latents.
+        soft: keep the averaged edge; False cuts at one half (an object smaller than that keeps its maximum).
 
     Returns:
-        (N,) losses in [0, 2].
+        (..., size, size) in [0, 1].
     """
-    prototype = F.normalize(targets, dim=-1).mean(dim=1)
-    return 1 - F.cosine_similarity(text, prototype, dim=-1)
+    area = F.adaptive_avg_pool2d(mask, size)
+    if soft:
+        return area
+    peak = area.amax(dim=(-2, -1), keepdim=True)
+    return ((area >= torch.clamp(peak, max=0.5)) & (area > 0)).to(mask.dtype)
+
+
+def _masked_square(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    return (mask * (prediction - target)).square().sum(dim=_SAMPLE)

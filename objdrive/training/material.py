@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from objdrive.base.noise import timestep_odds
-from objdrive.base.prompts import class_prompt, token_phrase
+from objdrive.base.conditioning import Conditioning
+from objdrive.base.prompts import class_prompt, fill_prompt, join_objects, marked_phrase
 from objdrive.base.stable_diffusion import Base
 from objdrive.seeds import seed_of
 from objdrive.training.class_pictures import ClassPictures
@@ -15,8 +15,19 @@ from objdrive.training.views import Scene, View, make_views
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What one scene brings to one step: first its views, then what the regularization keeps."""
+class StepSamples:
+    """What one scene brings to one step: S samples, first V views, then those at which the base's prediction is kept.
+
+    Attributes:
+        clean: (S, C, h, h) latents.
+        noise: (S, C, h, h), what is added to them.
+        timesteps: (S,), how much of it.
+        weights: (V, 1, h, h), what each place counts in the object-specific loss.
+        texts: V prompts, with `TOKEN_MARK` for each object that the view shows.
+        shown: for each view the indices of those objects, in the order of their marks.
+        worded: V encoded prompts that say the class words in the tokens' places.
+        kept: S - V encoded prompts, of the samples after the views.
+    """
 
     clean: Tensor
     noise: Tensor
@@ -24,62 +35,72 @@ class Draw:
     weights: Tensor
     texts: list[str]
     shown: list[tuple[int, ...]]
-    word_states: Tensor
-    kept_states: Tensor
+    worded: Conditioning
+    kept: Conditioning
 
 
 @dataclass(frozen=True)
-class Material:
-    """All that is computed once for a scene, and the generator of everything random about it."""
+class SceneMaterial:
+    """All that a fine-tune computes once for a scene, and the generator of everything random about it.
+
+    Attributes:
+        generator: on the CPU.
+        views: encoded cuts of the scene's picture.
+        phrases: for each object what ``{}`` in a training prompt becomes.
+        class_latents: for each object (class_pool, C, h, h) pictures of its class; none without the regularization.
+        class_prompts: for each object its encoded class prompt.
+        worded: for each view the encoded class prompt of all that it shows.
+        no_prompt: the encoded empty prompt, without a batch axis.
+        odds: (T,), how often each timestep is trained on.
+    """
 
     generator: torch.Generator
     views: list[View]
     phrases: list[str]
     class_latents: list[Tensor]
-    class_states: Tensor
-    word_states: Tensor
-    null_states: Tensor
+    class_prompts: Conditioning
+    worded: Conditioning
+    no_prompt: Conditioning
     odds: Tensor
 
     @classmethod
-    def prepare(cls, base: Base, scene: Scene, recipe: Recipe, class_pictures: ClassPictures) -> "Material":
+    def prepare(cls, base: Base, scene: Scene, recipe: Recipe, class_pictures: ClassPictures) -> "SceneMaterial":
         """Cut and encode the scene's views, and encode the prompts that stay the same."""
         generator = torch.Generator().manual_seed(seed_of(f"{recipe.seed}:{scene.key}"))
         names = [o.class_name for o in scene.objects]
         views = make_views(base, scene, recipe)
-        worded = [class_prompt(" and ".join(names[i] for i in view.shown)) for view in views]
+        words = [class_prompt(join_objects([names[i] for i in view.shown])) for view in views]
         with torch.no_grad():
-            class_states, _ = base.encode_text([base.tokenize(class_prompt(name)) for name in names])
-            word_states, _ = base.encode_text([base.tokenize(text) for text in worded])
-            null_states, _ = base.encode_text([base.tokenize("")])
-        alphas = base.alphas.cpu()
+            class_prompts = base.encode_text([base.tokenize(class_prompt(name)) for name in names])
+            worded = base.encode_text([base.tokenize(text) for text in words])
+            no_prompt = base.encode_text([base.tokenize("")])
         return cls(
             generator=generator,
             views=views,
-            phrases=[token_phrase(recipe, name) for name in names],
+            phrases=[marked_phrase(recipe.phrase, name) for name in names],
             class_latents=[class_pictures[name] for name in names] if recipe.ccr_weight else [],
-            class_states=class_states,
-            word_states=word_states,
-            null_states=null_states[0],
-            odds=timestep_odds(alphas) if recipe.timesteps == "log-normal" else torch.ones_like(alphas),
+            class_prompts=class_prompts,
+            worded=worded,
+            no_prompt=no_prompt[0],
+            odds=base.noise.timestep_odds(recipe.timesteps),
         )
 
-    def draw(self, recipe: Recipe) -> Draw:
-        """The next step's draw; it uses the scene's own generator only."""
+    def next_samples(self, recipe: Recipe) -> StepSamples:
+        """The next step's samples; they use the scene's own generator only."""
         chosen = [self._view(recipe) for _ in range(recipe.views)]
         views = [self.views[index] for index in chosen]
         template = recipe.prompts[self._below(len(recipe.prompts))]
         kept = [self._kept(recipe) for _ in range(recipe.class_samples if recipe.ccr_weight else 0)]
         clean = torch.stack([view.latents for view in views] + [latents for latents, _ in kept])
-        return Draw(
+        return StepSamples(
             clean=clean,
             noise=torch.randn(clean.shape, generator=self.generator),
             timesteps=torch.multinomial(self.odds, len(clean), replacement=True, generator=self.generator),
             weights=torch.stack([view.weights for view in views]),
             texts=[self._text(template, view) for view in views],
             shown=[view.shown for view in views],
-            word_states=self.word_states[chosen],
-            kept_states=torch.stack([states for _, states in kept]) if kept else self.class_states[:0],
+            worded=self.worded[chosen],
+            kept=Conditioning.stack([prompt for _, prompt in kept]) if kept else self.class_prompts[:0],
         )
 
     def _view(self, recipe: Recipe) -> int:
@@ -88,13 +109,13 @@ class Material:
         among = close if zoomed else [index for index in range(len(self.views)) if index not in close]
         return among[self._below(len(among))]
 
-    def _kept(self, recipe: Recipe) -> tuple[Tensor, Tensor]:
-        """Latents and text states of a sample at which the base's prediction is kept."""
+    def _kept(self, recipe: Recipe) -> tuple[Tensor, Conditioning]:
+        """Latents and prompt of a sample at which the base's prediction is kept."""
         if self._chance() < recipe.ccr_unconditional:
-            return self.views[self._view(recipe)].latents, self.null_states
-        member = self._below(len(self.class_states))
+            return self.views[self._view(recipe)].latents, self.no_prompt
+        member = self._below(len(self.class_prompts))
         pictures = self.class_latents[member]
-        return pictures[self._below(len(pictures))], self.class_states[member]
+        return pictures[self._below(len(pictures))], self.class_prompts[member]
 
     def _below(self, count: int) -> int:
         return int(torch.randint(count, (), generator=self.generator))
@@ -103,4 +124,4 @@ class Material:
         return float(torch.rand((), generator=self.generator))
 
     def _text(self, template: str, view: View) -> str:
-        return template.replace("{}", " and ".join(self.phrases[i] for i in view.shown))
+        return fill_prompt(template, [join_objects([self.phrases[i] for i in view.shown])])

@@ -25,7 +25,7 @@ def fitting_group_size(base: Base, recipe: Recipe) -> int:
 
 
 def _bytes_per_scene(base: Base, recipe: Recipe) -> int:
-    """What one scene's forward pass keeps for the backward pass."""
+    """What one scene's forward pass through the network keeps for the backward pass."""
     kept: dict[int, int] = {}
     # Views of the base's weights are saved too, but all scenes share them.
     weights = {weight.untyped_storage().data_ptr() for weight in base.unet.parameters()}
@@ -38,13 +38,14 @@ def _bytes_per_scene(base: Base, recipe: Recipe) -> int:
 
     samples = recipe.views + (recipe.class_samples if recipe.ccr_weight else 0)
     latents = torch.zeros(samples, base.unet.config["in_channels"], base.latent_size, base.latent_size)
-    states, _ = base.encode_text([base.tokenize("")] * samples)
+    # Learned tokens get their gradients through the prompts.
+    prompts = base.encode_text([base.tokenize("")] * samples).as_leaf()
     with (
-        AdapterBank(base.unet, slots=1, rank=recipe.rank) as bank,
+        AdapterBank(base.unet, base.family.lora_targets, slots=1, rank=recipe.rank) as bank,
         bank.active([0]),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
         timesteps = torch.zeros(samples, dtype=torch.long, device=base.device)
-        output = base.predict(latents.to(base.device), timesteps, states.detach().requires_grad_(True))
+        output = base.predict(latents.to(base.device), timesteps, prompts)
     del output
     return sum(kept.values())

@@ -3,22 +3,22 @@
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from objdrive.adapters.adapter import Adapter
 from objdrive.adapters.bank import AdapterBank
-from objdrive.base.noise import add_noise, velocity, velocity_weight
 from objdrive.base.stable_diffusion import Base
 from objdrive.training.class_pictures import ClassPictures
 from objdrive.training.embeddings import starting_embeddings
-from objdrive.training.losses import background_loss, class_loss, object_loss
-from objdrive.training.material import Draw, Material
+from objdrive.training.material import SceneMaterial
+from objdrive.training.objective import group_losses
 from objdrive.training.recipe import Recipe
 from objdrive.training.views import Scene, with_mended_masks
 
@@ -29,13 +29,13 @@ class FineTuned:
 
     Attributes:
         adapters: one for each object.
-        prototypes: (d,) for each object, what it started from.
+        prototypes: for each object (d,) by text encoder, what it started from.
         masks: (H, W) for each object, what it was learned by: the scene's own mask, or another one in its place.
         metrics: losses, steps and seconds.
     """
 
     adapters: tuple[Adapter, ...]
-    prototypes: tuple[Tensor, ...]
+    prototypes: tuple[dict[str, Tensor], ...]
     masks: tuple[np.ndarray, ...]
     metrics: dict[str, float]
 
@@ -78,11 +78,14 @@ def personalize(
         class_pictures.draw({o.class_name for scene in scenes for o in scene.objects}, on_step=on_step)
     materials = []
     for scene in scenes:
-        materials.append(Material.prepare(base, scene, recipe, class_pictures))
+        materials.append(SceneMaterial.prepare(base, scene, recipe, class_pictures))
         on_step()
     # A scene with fewer objects than others leaves the last rows of its embeddings unused.
-    embeddings = nn.Parameter(nn.utils.rnn.pad_sequence(prototypes, batch_first=True))
-    with AdapterBank(base.unet, slots=len(scenes), rank=recipe.rank) as bank:
+    embeddings = {
+        encoder: nn.Parameter(pad_sequence([one[encoder] for one in prototypes], batch_first=True))
+        for encoder in base.vocabularies
+    }
+    with AdapterBank(base.unet, base.family.lora_targets, slots=len(scenes), rank=recipe.rank) as bank:
         for slot, material in enumerate(materials):
             bank.initialise(slot, material.generator)
         course = _train(base, bank, embeddings, materials, recipe, on_step)
@@ -116,13 +119,14 @@ class _Course:
 def _train(
     base: Base,
     bank: AdapterBank,
-    embeddings: nn.Parameter,
-    materials: Sequence["Material"],
+    embeddings: Mapping[str, nn.Parameter],
+    materials: Sequence[SceneMaterial],
     recipe: Recipe,
     on_step: Callable[[], None],
 ) -> _Course:
-    embeddings.requires_grad_(recipe.embedding_lr > 0)
-    trained = [([embeddings], recipe.embedding_lr)] if recipe.embedding_lr > 0 else []
+    for stack in embeddings.values():
+        stack.requires_grad_(recipe.embedding_lr > 0)
+    trained = [(list(embeddings.values()), recipe.embedding_lr)] if recipe.embedding_lr > 0 else []
     trained += [(bank.parameters(), recipe.lora_lr)] if recipe.rank > 0 else []
     values = [value for stacks, _ in trained for value in stacks]
     groups = [{"params": stacks, "lr": lr} for stacks, lr in trained]
@@ -132,7 +136,8 @@ def _train(
     sums = torch.zeros(2, count, device=base.device)
     diverged_at = torch.full((count,), -1, device=base.device)
     for step in range(recipe.steps):
-        object_losses, class_losses = _losses(base, bank, embeddings, materials, recipe)
+        group = [material.next_samples(recipe) for material in materials]
+        object_losses, class_losses = group_losses(base, bank, embeddings, group, recipe)
         losses = object_losses + recipe.ccr_weight * class_losses
         optimizer.zero_grad()
         losses.sum().backward()
@@ -179,71 +184,12 @@ def _per_slot(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (like.dim() - 1))
 
 
-def _losses(
-    base: Base, bank: AdapterBank, embeddings: Tensor, materials: Sequence["Material"], recipe: Recipe
-) -> tuple[Tensor, Tensor]:
-    """One step's object-specific and class losses, each (K,): every scene brings its views and what is kept."""
-    draws = [material.draw(recipe) for material in materials]
-    clean, noise, timesteps = (
-        torch.stack(parts).to(base.device)
-        for parts in zip(*((draw.clean, draw.noise, draw.timesteps) for draw in draws), strict=True)
-    )
-    masks, kept_states = (
-        torch.stack(parts) for parts in zip(*((draw.weights, draw.kept_states) for draw in draws), strict=True)
-    )
-    alphas = base.alphas[timesteps]
-    noised = add_noise(clean, noise, alphas)
-    target = velocity(clean, noise, alphas) if base.predicts_velocity else noise
-    states = torch.cat([_learned_states(base, embeddings, draws, recipe), kept_states], dim=1)
-    with bank.active(range(len(draws))):
-        prediction = _predict(base, noised, timesteps, states)
-    importance = torch.ones_like(alphas)
-    if recipe.timesteps == "log-normal":
-        importance = velocity_weight(alphas, velocity=base.predicts_velocity)
-    views, kept = slice(None, recipe.views), slice(recipe.views, None)
-    object_losses = (importance[:, views] * object_loss(prediction[:, views], target[:, views], masks)).mean(dim=1)
-    if recipe.ccr_weight == 0:
-        return object_losses, torch.zeros_like(object_losses)
-    expected = target.clone()
-    if recipe.ccr_target == "base":
-        words = torch.cat([torch.stack([draw.word_states for draw in draws]), kept_states], dim=1)
-        # Without the background, what the base makes of the views is of no use.
-        asked = slice(None) if recipe.ccr_background else kept
-        with torch.no_grad():
-            expected[:, asked] = _predict(base, noised[:, asked], timesteps[:, asked], words[:, asked])
-    class_losses = (importance[:, kept] * class_loss(prediction[:, kept], expected[:, kept])).mean(dim=1)
-    if recipe.ccr_background:
-        around = importance[:, views] * background_loss(prediction[:, views], expected[:, views], masks)
-        class_losses = class_losses + around.mean(dim=1)
-    return object_losses, class_losses
-
-
-def _predict(base: Base, noised: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
-    """(K, S, C, h, h): the network's output for S samples of each of K scenes."""
-    flat = base.predict(noised.flatten(0, 1), timesteps.flatten(0, 1), states.flatten(0, 1))
-    predicted: Tensor = flat.unflatten(0, timesteps.shape)
-    return predicted
-
-
-def _learned_states(base: Base, embeddings: Tensor, draws: Sequence["Draw"], recipe: Recipe) -> Tensor:
-    """(K, views, L, d) text states of the prompts with learned tokens; each distinct prompt is encoded once."""
-    distinct: dict[tuple[int, str, tuple[int, ...]], int] = {}
-    rows = []
-    for slot, draw in enumerate(draws):
-        for text, shown in zip(draw.texts, draw.shown, strict=True):
-            rows.append(distinct.setdefault((slot, text, shown), len(distinct)))
-    prompts = [base.tokenize(text) for _, text, _ in distinct]
-    vectors = [embeddings[slot, index] for slot, _, shown in distinct for index in shown]
-    states, _ = base.encode_text(prompts, vectors)
-    return states[torch.tensor(rows, device=states.device).view(len(draws), recipe.views)]
-
-
 def _result(
     bank: AdapterBank,
     slot: int,
     scene: Scene,
-    embeddings: Tensor,
-    prototypes: Tensor,
+    embeddings: Mapping[str, Tensor],
+    prototypes: Mapping[str, Tensor],
     course: _Course,
     recipe: Recipe,
     seconds: float,
@@ -254,7 +200,7 @@ def _result(
             diverged_at, f"the loss stopped being finite at step {diverged_at}: lower lora_lr or embedding_lr"
         )
     lora = bank.export(slot) if recipe.rank else {}
-    learned = embeddings.detach()[slot, : len(scene.objects)].cpu()
+    learned = {encoder: stack[slot] for encoder, stack in embeddings.items()}
     steps = max(1, recipe.steps)
     metrics = {
         "loss_object": float(course.object_losses[slot]) / steps,
@@ -263,8 +209,12 @@ def _result(
         "seconds": seconds,
     }
     return FineTuned(
-        adapters=tuple(Adapter(lora, vector.clone()) for vector in learned),
-        prototypes=tuple(vector.cpu().clone() for vector in prototypes),
+        adapters=tuple(Adapter(lora, _copied(learned, place)) for place in range(len(scene.objects))),
+        prototypes=tuple(_copied(prototypes, place) for place in range(len(scene.objects))),
         masks=tuple(o.mask for o in scene.objects),
         metrics=metrics,
     )
+
+
+def _copied(rows: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
+    return {encoder: vectors[place].detach().cpu().clone() for encoder, vectors in rows.items()}

@@ -2,13 +2,15 @@ import json
 import math
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 
 import pytest
 import safetensors.torch
 import torch
 from pydantic import ValidationError
 
-from objdrive.adapters.adapter import Adapter, adapter_files, parse_adapter
+from objdrive.adapters import adapter as adapter_module
+from objdrive.adapters.adapter import Adapter
 from objdrive.adapters.artifact import (
     EMBEDDING_FILE,
     LORA_FILE,
@@ -23,7 +25,11 @@ from objdrive.adapters.artifact import (
     adapter_digest,
     library_versions,
 )
+from objdrive.base.family import STABLE_DIFFUSION
 from objdrive.errors import ObjdriveError
+
+adapter_files = partial(adapter_module.adapter_files, family=STABLE_DIFFUSION)
+parse_adapter = partial(adapter_module.parse_adapter, family=STABLE_DIFFUSION)
 
 TOKEN = "<mug-1>"
 MODULE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -36,7 +42,7 @@ def an_adapter(rank=4, inside=6, outside=5):
             f"{MODULE}.lora_A.weight": torch.randn(rank, inside, generator=generator),
             f"{MODULE}.lora_B.weight": torch.randn(outside, rank, generator=generator),
         },
-        embedding=torch.randn(8, generator=generator),
+        embeddings={"clip_l": torch.randn(8, generator=generator)},
     )
 
 
@@ -91,13 +97,19 @@ class TestFiles:
         assert parsed.lora.keys() == adapter.lora.keys()
         for key, tensor in adapter.lora.items():
             torch.testing.assert_close(parsed.lora[key], tensor, rtol=0, atol=0)
-        torch.testing.assert_close(parsed.embedding, adapter.embedding, rtol=0, atol=0)
+        torch.testing.assert_close(parsed.embeddings, adapter.embeddings, rtol=0, atol=0)
 
     def test_names_are_those_of_diffusers(self):
         files = adapter_files(an_adapter(), token=TOKEN)
         lora = safetensors.torch.load(files[LORA_FILE])
         assert set(lora) == {f"unet.{MODULE}.lora_A.weight", f"unet.{MODULE}.lora_B.weight"}
         assert set(safetensors.torch.load(files[EMBEDDING_FILE])) == {TOKEN}
+
+    def test_the_embedding_file_is_diffusers_textual_inversion(self):
+        adapter = an_adapter()
+        data = adapter_files(adapter, token=TOKEN)[EMBEDDING_FILE]
+        expected = safetensors.torch.save({TOKEN: adapter.embeddings["clip_l"]}, metadata={"format": "pt"})
+        assert data == expected
 
     def test_equal_adapters_give_equal_bytes(self):
         assert adapter_files(an_adapter(), token=TOKEN) == adapter_files(an_adapter(), token=TOKEN)
@@ -107,7 +119,7 @@ class TestFiles:
         transposed = torch.randn(3, 4, 5, requires_grad=True)
         adapter = Adapter(
             {f"{MODULE}.lora_A.weight": stacked[1], f"{MODULE}.lora_B.weight": transposed[1].T},
-            torch.randn(3, 8)[1],
+            {"clip_l": torch.randn(3, 8)[1]},
         )
         files = adapter_files(adapter, token=TOKEN)
         parsed = parse_adapter(files, token=TOKEN)
@@ -116,7 +128,7 @@ class TestFiles:
         assert len(files[LORA_FILE]) < 4 * (stacked.numel() + transposed.numel())
 
     def test_an_adapter_without_lora_has_no_lora_file(self):
-        adapter = Adapter({}, torch.ones(8))
+        adapter = Adapter({}, {"clip_l": torch.ones(8)})
         files = adapter_files(adapter, token=TOKEN)
         assert set(files) == {EMBEDDING_FILE}
         assert parse_adapter(files, token=TOKEN).lora == {}
@@ -140,7 +152,7 @@ class TestRefusals:
         ],
     )
     def test_of_lora_tensors_when_written_and_when_read(self, key, tensor, message):
-        bad = Adapter(an_adapter().lora | {f"{MODULE}.{key}": tensor}, torch.ones(8))
+        bad = Adapter(an_adapter().lora | {f"{MODULE}.{key}": tensor}, {"clip_l": torch.ones(8)})
         with pytest.raises(ObjdriveError, match=f"{MODULE}.*{message}"):
             adapter_files(bad, token=TOKEN)
         files = adapter_files(an_adapter(), token=TOKEN)
@@ -152,7 +164,7 @@ class TestRefusals:
         lora = an_adapter().lora
         del lora[f"{MODULE}.lora_B.weight"]
         with pytest.raises(ObjdriveError, match="has only one of"):
-            adapter_files(Adapter(lora, torch.ones(8)), token=TOKEN)
+            adapter_files(Adapter(lora, {"clip_l": torch.ones(8)}), token=TOKEN)
 
     def test_of_tensors_outside_the_unet(self):
         files = adapter_files(an_adapter(), token=TOKEN)
@@ -166,8 +178,13 @@ class TestRefusals:
 
     @pytest.mark.parametrize("embedding", [torch.ones(1, 8), torch.full((8,), math.nan), torch.ones(8).int()])
     def test_of_embeddings_that_are_none(self, embedding):
-        with pytest.raises(ObjdriveError, match="the embedding has"):
-            adapter_files(Adapter({}, embedding), token=TOKEN)
+        with pytest.raises(ObjdriveError, match="the embedding for 'clip_l' has"):
+            adapter_files(Adapter({}, {"clip_l": embedding}), token=TOKEN)
+
+    def test_of_embeddings_for_other_text_encoders(self):
+        vectors = {"clip_l": torch.ones(8), "clip_g": torch.ones(8)}
+        with pytest.raises(ObjdriveError, match=r"for \['clip_g', 'clip_l'\], expected only 'clip_l'"):
+            adapter_files(Adapter({}, vectors), token=TOKEN)
 
     def test_of_a_missing_embedding(self):
         with pytest.raises(ObjdriveError, match=EMBEDDING_FILE):

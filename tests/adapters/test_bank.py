@@ -5,9 +5,11 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from torch import nn
 
-from objdrive.adapters.bank import LORA_TARGETS, AdapterBank
+from objdrive.adapters.bank import AdapterBank
+from objdrive.base.family import STABLE_DIFFUSION
 from objdrive.errors import ObjdriveError
 
+LORA_TARGETS = STABLE_DIFFUSION.lora_targets
 WIDTHS = {"attn.to_q": (5, 7), "attn.to_out.0": (7, 3)}
 
 
@@ -72,7 +74,7 @@ class TestForward:
     def test_each_sample_gets_its_own_adapter(self, network, slots, run, shape):
         loras = [random_lora(WIDTHS, 2, seed) for seed in range(3)]
         x = torch.randn(len(slots) * run, *shape, generator=torch.Generator().manual_seed(9))
-        with AdapterBank(network, slots=3, rank=2) as bank:
+        with AdapterBank(network, LORA_TARGETS, slots=3, rank=2) as bank:
             for slot, lora in enumerate(loras):
                 bank.load(slot, lora)
             with bank.active(slots), torch.no_grad():
@@ -86,7 +88,7 @@ class TestForward:
         loras = [random_lora(WIDTHS, rank, seed) for seed, rank in enumerate((2, 1, 2))]
         mixes = [{}, {}, {0: 1.0}, {2: 0.5, 1: -1.5}, {2: 0.5, 1: -1.5}, {1: 0.0}, {0: 1.0, 1: 1.0, 2: 1.0}]
         x = torch.randn(len(mixes) * run, 4, 5, generator=torch.Generator().manual_seed(9))
-        with AdapterBank(network, slots=3, rank=2) as bank:
+        with AdapterBank(network, LORA_TARGETS, slots=3, rank=2) as bank:
             for slot, lora in enumerate(loras):
                 bank.load(slot, lora)
             with bank.active(mixes), torch.no_grad():
@@ -104,7 +106,7 @@ class TestForward:
             np.testing.assert_allclose(answer, by_hand(network, x[sample].numpy(), stacked), rtol=1e-4, atol=1e-5)
 
     def test_equals_pefts_own_injection(self, unet):
-        with AdapterBank(unet, slots=2, rank=3) as bank:
+        with AdapterBank(unet, LORA_TARGETS, slots=2, rank=3) as bank:
             generator = torch.Generator().manual_seed(1)
             empty = bank.export(1)
             lora = {key: 0.1 * torch.randn(value.shape, generator=generator) for key, value in empty.items()}
@@ -129,7 +131,7 @@ class TestForward:
         layer, x = network["block"]["conv1"], torch.randn(6, 3, 8, 8)
         downs, ups = torch.randn(2, 2, 3, 3, 3), torch.randn(2, 5, 2)
         kernels = layer.weight + (ups @ downs.flatten(2)).view(2, 5, 3, 3, 3)
-        with AdapterBank(network, slots=2, rank=2) as bank, torch.no_grad():
+        with AdapterBank(network, LORA_TARGETS, slots=2, rank=2) as bank, torch.no_grad():
             for slot in range(2):
                 lora = {"lora_A.weight": downs[slot], "lora_B.weight": ups[slot][..., None, None]}
                 bank.load(slot, {f"block.conv1.{key}": value for key, value in lora.items()})
@@ -143,7 +145,7 @@ class TestForward:
             torch.testing.assert_close(got[part], expected.detach(), rtol=1e-4, atol=1e-4)
 
     def test_gradients_stay_in_their_slots(self, network):
-        with AdapterBank(network, slots=3, rank=2) as bank:
+        with AdapterBank(network, LORA_TARGETS, slots=3, rank=2) as bank:
             for slot in range(3):
                 bank.load(slot, random_lora(WIDTHS, 2, slot))
             with bank.active([0, 1, 2]):
@@ -157,7 +159,7 @@ class TestPlain:
     def test_outside_of_active_the_network_is_bit_identical(self, network):
         x = torch.randn(4, 5)
         plain = network(x)
-        with AdapterBank(network, slots=1, rank=2) as bank:
+        with AdapterBank(network, LORA_TARGETS, slots=1, rank=2) as bank:
             bank.load(0, random_lora(WIDTHS, 2, 0))
             assert torch.equal(network(x), plain)
             with bank.active([0]):
@@ -171,7 +173,7 @@ class TestPlain:
 
     def test_a_slot_as_initialised_changes_nothing(self, network):
         x = torch.randn(4, 5)
-        with AdapterBank(network, slots=1, rank=2) as bank:
+        with AdapterBank(network, LORA_TARGETS, slots=1, rank=2) as bank:
             bank.initialise(0, torch.Generator().manual_seed(0))
             with bank.active([0]):
                 adapted = network(x)
@@ -179,7 +181,7 @@ class TestPlain:
 
     def test_a_closed_bank_leaves_no_trace(self, network):
         before = network.state_dict().keys()
-        with AdapterBank(network, slots=1, rank=2) as bank:
+        with AdapterBank(network, LORA_TARGETS, slots=1, rank=2) as bank:
             assert network.state_dict().keys() == before
             bank.load(0, random_lora(WIDTHS, 2, 0))
         x = torch.randn(4, 5)
@@ -189,7 +191,7 @@ class TestPlain:
 
     def test_active_runs_nest(self, network):
         x = torch.randn(2, 5)
-        with AdapterBank(network, slots=2, rank=2) as bank:
+        with AdapterBank(network, LORA_TARGETS, slots=2, rank=2) as bank:
             for slot in range(2):
                 bank.load(slot, random_lora(WIDTHS, 2, slot))
             with bank.active([0]):
@@ -202,7 +204,7 @@ class TestPlain:
 class TestSlots:
     def test_export_gives_back_what_was_loaded(self, network):
         lora = random_lora(WIDTHS, 2, 0)
-        with AdapterBank(network, slots=3, rank=2) as bank:
+        with AdapterBank(network, LORA_TARGETS, slots=3, rank=2) as bank:
             bank.load(1, lora)
             exported = bank.export(1)
             bank.load(1, {})
@@ -214,7 +216,7 @@ class TestSlots:
         lora, x = random_lora(WIDTHS, 2, 0), torch.randn(4, 5)
         answers = []
         for rank in (2, 5):
-            with AdapterBank(network, slots=1, rank=rank) as bank:
+            with AdapterBank(network, LORA_TARGETS, slots=1, rank=rank) as bank:
                 # What the slot held before must not shine through the padding.
                 bank.load(0, random_lora(WIDTHS, rank, 1))
                 bank.load(0, lora)
@@ -224,7 +226,7 @@ class TestSlots:
 
     def test_layers_that_an_adapter_lacks_add_nothing(self, network):
         lora = random_lora({"attn.to_q": WIDTHS["attn.to_q"]}, 2, 0)
-        with AdapterBank(network, slots=1, rank=2) as bank:
+        with AdapterBank(network, LORA_TARGETS, slots=1, rank=2) as bank:
             bank.load(0, random_lora(WIDTHS, 2, 1))
             bank.load(0, lora)
             exported = bank.export(0)
@@ -235,7 +237,7 @@ class TestSlots:
     def test_initialise_starts_as_lora_does_from_the_generator_alone(self, network):
         banks = []
         for slot in (0, 2):
-            with AdapterBank(network, slots=3, rank=64) as bank:
+            with AdapterBank(network, LORA_TARGETS, slots=3, rank=64) as bank:
                 bank.load(slot, random_lora(WIDTHS, 64, 1))
                 bank.initialise(slot, torch.Generator().manual_seed(4))
                 banks.append(bank.export(slot))
@@ -248,7 +250,7 @@ class TestSlots:
 
     def test_rank_zero_holds_nothing_and_changes_nothing(self, network):
         x = torch.randn(4, 5)
-        with AdapterBank(network, slots=2, rank=0) as bank:
+        with AdapterBank(network, LORA_TARGETS, slots=2, rank=0) as bank:
             bank.initialise(0, torch.Generator())
             bank.load(1, {})
             with bank.active([0, 1]):
@@ -259,7 +261,7 @@ class TestSlots:
 class TestRefusals:
     def test_before_anything_is_overwritten(self, network):
         lora = random_lora(WIDTHS, 2, 0)
-        with AdapterBank(network, slots=1, rank=2) as bank:
+        with AdapterBank(network, LORA_TARGETS, slots=1, rank=2) as bank:
             bank.load(0, lora)
             for bad in (random_lora(WIDTHS, 3, 1), random_lora(WIDTHS | {"attn.to_k": (5, 7)}, 2, 1)):
                 with pytest.raises(ObjdriveError):
@@ -271,7 +273,7 @@ class TestRefusals:
 
     def test_of_a_layer_that_the_base_lacks(self, network):
         with (
-            AdapterBank(network, slots=1, rank=2) as bank,
+            AdapterBank(network, LORA_TARGETS, slots=1, rank=2) as bank,
             pytest.raises(ObjdriveError, match=r"layers that the base lacks, such as 'attn\.to_k'"),
         ):
             bank.load(0, random_lora({"attn.to_k": (5, 7)}, 2, 0))
@@ -285,12 +287,12 @@ class TestRefusals:
         ],
     )
     def test_of_shapes_that_do_not_fit(self, network, shapes, rank, message):
-        with AdapterBank(network, slots=1, rank=2) as bank, pytest.raises(ObjdriveError, match=message):
+        with AdapterBank(network, LORA_TARGETS, slots=1, rank=2) as bank, pytest.raises(ObjdriveError, match=message):
             bank.load(0, random_lora(shapes, rank, 0))
 
     def test_of_a_batch_that_does_not_split(self, network):
         with (
-            AdapterBank(network, slots=2, rank=2) as bank,
+            AdapterBank(network, LORA_TARGETS, slots=2, rank=2) as bank,
             bank.active([0, 1]),
             pytest.raises(ValueError, match="a batch of 3 does not split into 2 equal runs"),
         ):

@@ -57,12 +57,12 @@ class TestTiny64:
 
     def test_is_frozen_and_knows_its_sizes(self, tiny64):
         assert (tiny64.name, tiny64.resolution, tiny64.latent_size) == ("tiny64", 64, 16)
-        assert not tiny64.predicts_velocity
+        assert not tiny64.noise.predicts_velocity
         for part in (tiny64.unet, tiny64.vae, tiny64.text_encoder, tiny64.image_encoder, tiny64.text_projection):
             assert not part.training
             assert not any(value.requires_grad for value in part.parameters())
-        assert len(tiny64.alphas) == 1000
-        assert (tiny64.alphas.diff() < 0).all()
+        assert len(tiny64.noise.alphas) == 1000
+        assert (tiny64.noise.alphas.diff() < 0).all()
 
     def test_its_tuning_makes_a_recipe_and_its_classes_are_listed(self):
         files = find_base("tiny64")
@@ -81,7 +81,7 @@ class TestTiny64:
         alone = to_pixels(tiny64, [object_alone(scene.image, scene.objects[0].mask, 64) for scene in scenes])
         prompts = [tiny64.tokenize(f"a photo of a {scene.objects[0].class_name}") for scene in scenes]
         pictures = F.normalize(tiny64.encode_images(alone), dim=-1)
-        texts = F.normalize(tiny64.encode_text(prompts)[1], dim=-1)
+        texts = F.normalize(tiny64.embed_text(prompts), dim=-1)
         right = (pictures @ texts.T).argmax(dim=1) == torch.arange(len(HELD_OUT))
         chance = 1 / len(HELD_OUT)
         assert right.float().mean() > 3 * chance
@@ -172,38 +172,40 @@ class TestText:
         ["a photo of {} on grass", "{}", "{} teapot, under water", "a photo of {}.", "the {} and the {}"],
     )
     def test_a_learned_token_reads_as_in_the_stock_pipeline(self, tiny64, tmp_path, prompt):
-        vector = tiny64.class_embedding("teapot") + 0.1 * torch.randn(128, generator=torch.Generator().manual_seed(1))
+        vector = tiny64.class_embeddings("teapot")["clip_l"]
+        vector += 0.1 * torch.randn(128, generator=torch.Generator().manual_seed(1))
         safetensors.torch.save_file({"<mug-1>": vector}, tmp_path / "learned_embeds.safetensors")
         pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED / "tiny64", dtype=torch.float32)
         pipe.load_textual_inversion(tmp_path, use_safetensors=True)
         expected = pipe.encode_prompt(prompt.replace("{}", "<mug-1>"), "cpu", 1, False)[0]
         marked = tiny64.tokenize(prompt.replace("{}", TOKEN_MARK))
         with torch.no_grad():
-            states, _ = tiny64.encode_text([marked], [vector] * prompt.count("{}"))
-            plain, _ = tiny64.encode_text([tiny64.tokenize(prompt.replace("{}", "teapot"))])
+            states = tiny64.encode_text([marked], [{"clip_l": vector}] * prompt.count("{}")).states
+            plain = tiny64.encode_text([tiny64.tokenize(prompt.replace("{}", "teapot"))]).states
         torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
         assert (states - plain).abs().max() > 0.01
 
     def test_each_prompt_gets_its_own_embeddings(self, tiny64):
-        vectors = list(torch.randn(3, 128, generator=torch.Generator().manual_seed(1)))
+        drawn = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
+        vectors = [{"clip_l": vector} for vector in drawn]
         texts = [f"{TOKEN_MARK} on grass", "a teapot", f"{TOKEN_MARK} near {TOKEN_MARK}"]
         prompts = [tiny64.tokenize(text) for text in texts]
         assert [len(prompt.places) for prompt in prompts] == [1, 0, 2]
         with torch.no_grad():
-            together, projected = tiny64.encode_text(prompts, vectors)
+            together, embedded = tiny64.encode_text(prompts, vectors).states, tiny64.embed_text(prompts, vectors)
             alone = [
-                tiny64.encode_text([prompt], some)
+                (tiny64.encode_text([prompt], some).states, tiny64.embed_text([prompt], some))
                 for prompt, some in zip(prompts, (vectors[:1], [], vectors[1:]), strict=True)
             ]
         assert together.shape == (3, 32, 128)
         torch.testing.assert_close(together, torch.cat([states for states, _ in alone]), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(projected, torch.cat([text for _, text in alone]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(embedded, torch.cat([text for _, text in alone]), rtol=1e-4, atol=1e-5)
 
     def test_the_vocabulary_is_not_touched(self, tiny64):
         table = tiny64.text_encoder.get_input_embeddings().weight
         before = table.clone()
         vector = torch.ones(128, requires_grad=True)
-        states, _ = tiny64.encode_text([tiny64.tokenize(TOKEN_MARK)], [vector])
+        states = tiny64.encode_text([tiny64.tokenize(TOKEN_MARK)], [{"clip_l": vector}]).states
         states.sum().backward()
         assert vector.grad.abs().sum() > 0
         assert table.grad is None
@@ -213,7 +215,8 @@ class TestText:
         table = tiny64.text_encoder.get_input_embeddings().weight.numpy()
         ids = tiny64.tokenizer("alarm clock", add_special_tokens=False).input_ids
         assert len(ids) > 1
-        np.testing.assert_allclose(tiny64.class_embedding("alarm clock"), table[ids].mean(axis=0), rtol=1e-5, atol=1e-7)
+        vector = tiny64.class_embeddings("alarm clock")["clip_l"]
+        np.testing.assert_allclose(vector, table[ids].mean(axis=0), rtol=1e-5, atol=1e-7)
 
 
 class TestKnows:
@@ -238,7 +241,7 @@ class TestStableDiffusion15:
         snapshot, clip = sd15_folders
         base = Base.load(str(snapshot), clip=str(clip), device="cpu")
         assert (base.resolution, base.latent_size) == (128, 16)
-        assert base.predicts_velocity == (snapshot.name == "velocity")
+        assert base.noise.predicts_velocity == (snapshot.name == "velocity")
         assert base.files.tuning == {}
         assert base.files.classes == frozenset()
 
@@ -246,7 +249,7 @@ class TestStableDiffusion15:
         base = Base.load(str(sd15[0]), clip=str(sd15[1]), device="cpu")
         pipe = StableDiffusionPipeline.from_pretrained(sd15[0], safety_checker=None, dtype=torch.float32)
         expected = pipe.encode_prompt("a photo of a Teapot, under water", "cpu", 1, False)[0]
-        states, _ = base.encode_text([base.tokenize("a photo of a Teapot, under water")])
+        states = base.encode_text([base.tokenize("a photo of a Teapot, under water")]).states
         assert states.shape == (1, 77, 32)
         torch.testing.assert_close(states, expected)
 
@@ -262,7 +265,7 @@ class TestStableDiffusion15:
                 input_ids=torch.stack([prompt.ids for prompt in prompts]),
                 pixel_values=torch.from_numpy(scaled).float(),
             )
-            texts, pictures = base.encode_text(prompts)[1], base.encode_images(pixels)
+            texts, pictures = base.embed_text(prompts), base.encode_images(pixels)
         for ours, expected in ((texts, theirs.text_embeds), (pictures, theirs.image_embeds)):
             torch.testing.assert_close(ours / ours.norm(dim=-1, keepdim=True), expected, rtol=1e-4, atol=1e-5)
 
@@ -275,4 +278,4 @@ class TestStableDiffusion15:
         path = copied[0] / "scheduler" / "scheduler_config.json"
         path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "clip_sample"}))
         base = Base.load(str(copied[0]), clip=str(copied[1]), device="cpu")
-        assert base.scheduler.config["clip_sample"] is False
+        assert base.noise.scheduler.config["clip_sample"] is False

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from objdrive.adapters.bank import AdapterBank
 from objdrive.base.prompts import TOKEN_MARK
-from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures
 from objdrive.training.personalize import personalize
 from objdrive.training.recipe import make_recipe
 
@@ -40,14 +40,16 @@ class OneDevice(TorchDispatchMode):
 def away(tiny64):
     """The embedded base as it is on a GPU: elsewhere than what is made on the CPU, and mostly in half precision."""
     half = {name: torch.bfloat16 for name in ("text_encoder", "text_projection", "unet")}
-    whole = dict.fromkeys(("alphas", "vae", "image_encoder"), torch.float32)
+    whole = dict.fromkeys(("vae", "image_encoder"), torch.float32)
     parts = {name: copy.deepcopy(getattr(tiny64, name)).to("meta", dtype) for name, dtype in (half | whole).items()}
-    return replace(tiny64, **parts)
+    noise = replace(tiny64.noise, alphas=tiny64.noise.alphas.to("meta"))
+    return replace(tiny64, noise=noise, **parts)
 
 
 def test_prompts_with_embeddings_of_the_cpu(away):
     with OneDevice():
-        states, embedded = away.encode_text([away.tokenize(f"a photo of {TOKEN_MARK}")], [torch.zeros(128)])
+        prompt = [away.tokenize(f"a photo of {TOKEN_MARK}")], [{"clip_l": torch.zeros(128)}]
+        states, embedded = away.encode_text(*prompt).states, away.embed_text(*prompt)
     assert states.device.type == embedded.device.type == "meta"
 
 
@@ -61,15 +63,15 @@ def test_fine_tunes(away, catalog_scene, preset):
 
 
 def test_drawings_with_adapters_of_the_cpu(tiny64, away):
-    with AdapterBank(tiny64.unet, slots=1, rank=4) as bank:
+    with AdapterBank(tiny64.unet, tiny64.family.lora_targets, slots=1, rank=4) as bank:
         bank.initialise(0, torch.Generator())
         lora = bank.export(0)
     how = {"steps": 2, "guidance_scale": 3.0}
     requests = [
-        Request("a photo of {}", 1, [TOKEN_MARK], [torch.zeros(128)], {0: 1.0, 1: 0.5}, **how),
-        Request("a photo", 2, (), (), {}, **how),
+        SampleSpec("a photo of {}", 1, [TOKEN_MARK], [{"clip_l": torch.zeros(128)}], {0: 1.0, 1: 0.5}, **how),
+        SampleSpec("a photo", 2, (), (), {}, **how),
     ]
-    with OneDevice(), AdapterBank(away.unet, slots=2, rank=4) as bank:
+    with OneDevice(), AdapterBank(away.unet, away.family.lora_targets, slots=2, rank=4) as bank:
         for slot in (0, 1):
             bank.load(slot, lora)
         assert len(draw_pictures(away, requests, bank=bank)) == 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from objdrive.base.stable_diffusion import Base
-from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +39,7 @@ def test_all_stages_make_a_base_and_more_workers_go_on_from_a_checkpoint(cluster
     pretrain(cluster, out)
     base = Base.load(str(out / "snapshot"), device="cpu")
     assert base.files.classes == {"apple", "book", "kite"}
-    request = Request("a photo of a kite on grass", 0, steps=2, guidance_scale=2.0)
+    request = SampleSpec("a photo of a kite on grass", 0, steps=2, guidance_scale=2.0)
     (picture,) = draw_pictures(base, [request])
     assert picture.size == (32, 32)
     for stage in ("vae", "clip", "unet"):

@@ -9,7 +9,7 @@ import torch
 from objdrive.adapters.adapter import parse_adapter
 from objdrive.adapters.bank import AdapterBank
 from objdrive.base.prompts import marked_phrase
-from objdrive.sampling.sampler import Request, draw_latents
+from objdrive.sampling.sampler import SampleSpec, draw_latents
 
 VERSIONS = 2
 STYLES = [
@@ -58,18 +58,20 @@ class Catalog:
 def draw_alone(base, store, request):
     """The latents (C, h, h) that the sampler gives a `DrawRequest`, with nothing beside it and nothing kept."""
     artifacts = [store.read(key.object_id, key.digest) for key in request.objects]
-    adapters = [parse_adapter(files, token=metadata.token) for metadata, files in artifacts]
-    alone = Request(
+    adapters = [parse_adapter(files, token=metadata.token, family=base.family) for metadata, files in artifacts]
+    alone = SampleSpec(
         request.prompt,
         request.seed,
-        [marked_phrase(metadata) for metadata, _ in artifacts],
-        [adapter.embedding for adapter in adapters],
+        [marked_phrase(metadata.phrase, metadata.class_name, token=metadata.token) for metadata, _ in artifacts],
+        [adapter.embeddings for adapter in adapters],
         dict.fromkeys(range(len(adapters)), 1.0),
         steps=request.steps,
         guidance_scale=request.guidance_scale,
         scheduler=request.scheduler,
     )
-    with AdapterBank(base.unet, slots=len(adapters), rank=max(adapter.rank for adapter in adapters)) as bank:
+    with AdapterBank(
+        base.unet, base.family.lora_targets, slots=len(adapters), rank=max(adapter.rank for adapter in adapters)
+    ) as bank:
         for slot, adapter in enumerate(adapters):
             bank.load(slot, adapter.lora)
         return draw_latents(base, [alone], bank=bank)[0]

@@ -24,7 +24,7 @@ from objdrive.evaluation.prompts import read_prompts
 from objdrive.evaluation.reference import Design, Gallery, Reference
 from objdrive.evaluation.ruler import WINDOWS, Asked, Ruler, cut_windows, embed
 from objdrive.pictures import as_pixels
-from objdrive.sampling.sampler import Request, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures
 
 CATALOG = Path(__file__).parents[2] / "examples" / "catalog"
 CONTEXTS = ("grass", "night", "cloth")
@@ -160,7 +160,7 @@ def test_the_base_without_personalization_has_chance_identity_and_the_right_cont
     words = {one.object_id: one.class_name for one in shapes.references}
     texts = {prompt.id: prompt.text for prompt in shapes.prompts}
     requests = [
-        Request(texts[one.prompt_id], seed, (words[one.object_id],), steps=10, guidance_scale=4.0)
+        SampleSpec(texts[one.prompt_id], seed, (words[one.object_id],), steps=10, guidance_scale=4.0)
         for seed, one in enumerate(asked)
     ]
     drawn = np.stack([np.asarray(picture) for picture in draw_pictures(tiny64, requests)])

@@ -20,6 +20,7 @@ from jobs.plan import Unit
 from jobs.settings import FineTuneSettings
 from objdrive.adapters.adapter import parse_adapter
 from objdrive.adapters.store import ArtifactStore
+from objdrive.base.family import STABLE_DIFFUSION
 from objdrive.catalog.manifest import read_manifest
 from objdrive.errors import ObjdriveError
 from objdrive.training.recipe import make_recipe
@@ -61,7 +62,7 @@ class Workshop:
 
     def adapter(self, object_id):
         metadata, files = self.store.read(object_id)
-        return parse_adapter(files, token=metadata.token)
+        return parse_adapter(files, token=metadata.token, family=STABLE_DIFFUSION)
 
     def copy_row(self, object_id, new_id):
         """The row again under another id, with pictures of its own."""
@@ -105,7 +106,7 @@ def test_a_lease_is_committed_object_by_object(workshop):
         assert metadata.metrics == outcome.metrics
         assert outcome.metrics["steps"] == 2
         assert [preview.caption for preview in metadata.previews] == ["input"]
-    assert not torch.equal(workshop.adapter(first).embedding, workshop.adapter(second).embedding)
+    assert not torch.equal(workshop.adapter(first).embeddings["clip_l"], workshop.adapter(second).embeddings["clip_l"])
     assert alive > 2 * len(outcomes)
 
 
@@ -190,7 +191,7 @@ def test_objects_of_a_scene_share_a_digest_and_a_lora_and_have_a_token_each(work
         assert metadata.token == f"<{object_id}>"
         assert len(metadata.previews) == 3 + len(PREVIEW_PROMPTS)
     one, other = (workshop.adapter(object_id) for object_id in SCENE)
-    assert not torch.equal(one.embedding, other.embedding)
+    assert not torch.equal(one.embeddings["clip_l"], other.embeddings["clip_l"])
     assert one.lora.keys() == other.lora.keys()
     assert all(torch.equal(one.lora[name], other.lora[name]) for name in one.lora)
     (again,), alive = workshop.work(workshop.unit(*SCENE))

@@ -29,7 +29,7 @@ from objdrive.errors import (
 )
 from objdrive.sampling.engine import Engine, partial_steps
 from objdrive.sampling.requests import DrawRequest, Partial, Picture
-from objdrive.sampling.sampler import Request, draw_latents
+from objdrive.sampling.sampler import SampleSpec, draw_latents
 
 RANK = 4
 STEPS = 4
@@ -233,8 +233,8 @@ class TestSeveralObjects:
                     weight = merged.unet.get_submodule(layer).weight
                     weight.data += 0.5 * (up.flatten(1) @ adapter.lora[key].flatten(1)).view_as(weight)
         phrases = [f"{TOKEN_MARK} mug"] * 2
-        embeddings = [adapter.embedding for adapter in adapters]
-        request = Request("{} left of {}", 5, phrases, embeddings, steps=STEPS, guidance_scale=4.0)
+        embeddings = [adapter.embeddings for adapter in adapters]
+        request = SampleSpec("{} left of {}", 5, phrases, embeddings, steps=STEPS, guidance_scale=4.0)
         assert difference(picture.latents, draw_latents(merged, [request])[0]) < 1e-3
         assert difference(picture.latents, draw_latents(small, [request])[0]) > 0.01
 
@@ -242,7 +242,7 @@ class TestSeveralObjects:
         self, engine, small, put_adapter, random_adapter, tmp_path
     ):
         store, lora = ArtifactStore(str(tmp_path)), random_adapter(small, 1).lora
-        vectors = [random_adapter(small, seed).embedding for seed in (2, 3)]
+        vectors = [random_adapter(small, seed).embeddings for seed in (2, 3)]
         cup, jug = (
             put_adapter(store, small, name, 1, adapter=Adapter(lora, vector), digest="5" * 32, scene="table")
             for name, vector in zip(("cup", "jug"), vectors, strict=True)
@@ -444,7 +444,7 @@ class TestFaults:
         self, engine, small, put_adapter, random_adapter, tmp_path
     ):
         store, adapter = ArtifactStore(str(tmp_path)), random_adapter(small, 1)
-        huge = Adapter({key: value * 1e30 for key, value in adapter.lora.items()}, adapter.embedding)
+        huge = Adapter({key: value * 1e30 for key, value in adapter.lora.items()}, adapter.embeddings)
         bad, good = put_adapter(store, small, "bad", 1, adapter=huge), put_adapter(store, small, "good", 2)
         one = engine(store)
         expected = draw(one, ask("{}", 1, (good,)))

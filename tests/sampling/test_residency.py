@@ -8,7 +8,7 @@ from objdrive.adapters.artifact import EMBEDDING_FILE, LORA_FILE, ArtifactKey
 from objdrive.adapters.bank import AdapterBank
 from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import AdapterTooLarge, CorruptArtifact, ObjdriveError, StoreError, UnknownObject, WrongBase
-from objdrive.sampling.residency import Claim, Residency
+from objdrive.sampling.residency import Reservation, Residency
 
 RANK = 4
 PLENTY = 10**9
@@ -47,7 +47,7 @@ def residency(filled, small):
     opened = []
 
     def open_residency(slots, host_bytes=PLENTY, store=filled[0]):
-        bank = AdapterBank(small.unet, slots=slots, rank=RANK)
+        bank = AdapterBank(small.unet, small.family.lora_targets, slots=slots, rank=RANK)
         opened.append((Loading(small, store, bank, host_bytes=host_bytes), bank))
         return opened[-1][0]
 
@@ -66,15 +66,15 @@ class Loading(Residency):
         super().__init__(base, store, bank, host_bytes=host_bytes, on_loaded=self.ended.release)
         self.bank = bank
 
-    def loaded(self, claim):
-        assert self.prepare(claim)
-        while not self.ready(claim):
+    def loaded(self, reservation):
+        assert self.prepare(reservation)
+        while not self.ready(reservation):
             assert self.ended.acquire(timeout=30)
-        return claim
+        return reservation
 
     def leased(self, *keys):
-        claim = Claim(keys)
-        return claim, self.lease(self.loaded(claim))
+        reservation = Reservation(keys)
+        return reservation, self.lease(self.loaded(reservation))
 
 
 def assert_in_slot(residency, resident, expected):
@@ -84,7 +84,7 @@ def assert_in_slot(residency, resident, expected):
         got = exported[key] if ".lora_A" in key else exported[key].transpose(0, 1)
         assert torch.equal(got[:rank], value if ".lora_A" in key else value.transpose(0, 1))
         assert not got[rank:].any()
-    torch.testing.assert_close(resident.embedding, expected.embedding, rtol=0, atol=0)
+    torch.testing.assert_close(resident.embeddings, expected.embeddings, rtol=0, atol=0)
 
 
 def adapter_of(small, random_adapter, key):
@@ -95,13 +95,13 @@ def adapter_of(small, random_adapter, key):
 class TestLeases:
     def test_bring_adapters_into_slots_in_the_keys_order(self, residency, keys, small, random_adapter):
         three = residency(slots=3)
-        claim, residents = three.leased(keys[2], keys[0], keys[2])
+        reservation, residents = three.leased(keys[2], keys[0], keys[2])
         assert [resident.key for resident in residents] == [keys[2], keys[0]]
         assert residents[0].phrase == "\0 mug"
         assert residents[0].class_name == "mug"
         for resident in residents:
             assert_in_slot(three, resident, adapter_of(small, random_adapter, resident.key))
-        assert claim.leased
+        assert reservation.leased
         assert set(three.resident) == {keys[0], keys[2]}
 
     def test_a_leased_slot_is_never_given_away(self, residency, keys):
@@ -109,7 +109,7 @@ class TestLeases:
         first, _ = two.leased(keys[0])
         again, _ = two.leased(keys[0])
         two.leased(keys[1])
-        waits = two.loaded(Claim([keys[2]]))
+        waits = two.loaded(Reservation([keys[2]]))
         assert two.lease(waits) is None
         two.release(first)
         two.release(first)
@@ -121,7 +121,7 @@ class TestLeases:
     def test_all_or_nothing(self, residency, keys):
         two = residency(slots=2)
         first, _ = two.leased(keys[0])
-        both = two.loaded(Claim([keys[1], keys[2]]))
+        both = two.loaded(Reservation([keys[1], keys[2]]))
         assert two.lease(both) is None
         assert two.resident == (keys[0],)
         two.release(first)
@@ -129,28 +129,28 @@ class TestLeases:
 
     def test_the_longest_unused_goes_first(self, residency, keys):
         three = residency(slots=3)
-        claims = [three.leased(key)[0] for key in keys[:3]]
+        reservations = [three.leased(key)[0] for key in keys[:3]]
         for index in (1, 0, 2):
-            three.release(claims[index])
+            three.release(reservations[index])
         three.leased(keys[3])
         assert set(three.resident) == {keys[0], keys[2], keys[3]}
 
-    def test_a_released_claim_holds_and_gets_nothing(self, residency, keys):
+    def test_a_released_reservation_holds_and_gets_nothing(self, residency, keys):
         one = residency(slots=1)
-        claim = one.loaded(Claim([keys[0]]))
-        one.release(claim)
-        assert not one.prepare(claim)
-        assert one.lease(claim) is None
+        reservation = one.loaded(Reservation([keys[0]]))
+        one.release(reservation)
+        assert not one.prepare(reservation)
+        assert one.lease(reservation) is None
         assert one.resident == ()
 
-    def test_tell_which_claims_need_no_further_slot(self, residency, keys):
+    def test_tell_which_reservations_need_no_further_slot(self, residency, keys):
         two = residency(slots=2)
         first, _ = two.leased(keys[0])
-        assert two.needs_no_slot(Claim([keys[0]]))
-        assert two.needs_no_slot(Claim([]))
-        assert not two.needs_no_slot(Claim([keys[0], keys[1]]))
+        assert two.needs_no_slot(Reservation([keys[0]]))
+        assert two.needs_no_slot(Reservation([]))
+        assert not two.needs_no_slot(Reservation([keys[0], keys[1]]))
         two.release(first)
-        assert not two.needs_no_slot(Claim([keys[0]]))
+        assert not two.needs_no_slot(Reservation([keys[0]]))
 
     def test_under_threads_every_lease_finds_its_own_weights(self, residency, keys, small, random_adapter):
         two, wrong = residency(slots=2, host_bytes=0), []
@@ -161,25 +161,25 @@ class TestLeases:
             generator = torch.Generator().manual_seed(seed)
             while not stop.is_set():
                 picks = torch.randint(len(keys), (1 + seed % 2,), generator=generator)
-                claim = Claim([keys[pick] for pick in picks])
-                two.prepare(claim)
-                held.append(claim)
-                while not claim.leased and not stop.is_set():
-                    two.ready(claim)
+                reservation = Reservation([keys[pick] for pick in picks])
+                two.prepare(reservation)
+                held.append(reservation)
+                while not reservation.leased and not stop.is_set():
+                    two.ready(reservation)
                     stop.wait(0.0005)
-                two.release(claim)
+                two.release(reservation)
 
         threads = [threading.Thread(target=prepare_and_release, args=(seed,), daemon=True) for seed in range(4)]
         for thread in threads:
             thread.start()
         leases = 0
         while leases < 150 and not wrong:
-            for claim in [held.pop(0) for _ in range(len(held))]:
-                two.prepare(claim)
-                residents = two.lease(claim)
+            for reservation in [held.pop(0) for _ in range(len(held))]:
+                two.prepare(reservation)
+                residents = two.lease(reservation)
                 if residents is None:
-                    if not claim.released:
-                        held.append(claim)
+                    if not reservation.released:
+                        held.append(reservation)
                     continue
                 leases += 1
                 for resident in residents:
@@ -191,18 +191,18 @@ class TestLeases:
 
 
 class TestLoads:
-    def test_concurrent_claims_share_one(self, residency, filled, keys):
+    def test_concurrent_reservations_share_one(self, residency, filled, keys):
         one, store = residency(slots=1), filled[0]
         store.gate.clear()
-        claims = [Claim([keys[0]]) for _ in range(3)]
-        for claim in claims:
-            one.prepare(claim)
-        assert not any(one.ready(claim) for claim in claims)
-        assert one.lease(claims[0]) is None
+        reservations = [Reservation([keys[0]]) for _ in range(3)]
+        for reservation in reservations:
+            one.prepare(reservation)
+        assert not any(one.ready(reservation) for reservation in reservations)
+        assert one.lease(reservations[0]) is None
         store.gate.set()
-        for claim in claims:
-            one.loaded(claim)
-            assert one.lease(claim) is not None
+        for reservation in reservations:
+            one.loaded(reservation)
+            assert one.lease(reservation) is not None
         assert store.reads == ["object-0"]
         assert one.hits == {"store": 3}
 
@@ -229,10 +229,10 @@ class TestLoads:
             assert tight.hosted_bytes <= three
         assert store.reads == ["object-0", "object-1", "object-2", "object-3", "object-0"]
 
-    def test_what_claims_wait_for_stays_in_host_memory(self, residency, keys):
+    def test_what_reservations_wait_for_stays_in_host_memory(self, residency, keys):
         none = residency(slots=1, host_bytes=0)
-        waits = none.loaded(Claim([keys[0]]))
-        more = Claim([keys[1]])
+        waits = none.loaded(Reservation([keys[0]]))
+        more = Reservation([keys[1]])
         assert not none.prepare(more)
         assert none.hosted == (keys[0],)
         assert none.lease(waits) is not None
@@ -242,7 +242,7 @@ class TestLoads:
     def test_an_adapter_that_was_evicted_meanwhile_is_loaded_again(self, residency, keys):
         one = residency(slots=1, host_bytes=1)
         first, _ = one.leased(keys[0])
-        waits = Claim([keys[0]])
+        waits = Reservation([keys[0]])
         assert one.prepare(waits)
         one.release(first)
         one.release(one.leased(keys[1])[0])
@@ -319,8 +319,8 @@ class TestChecks:
         with pytest.raises(CorruptArtifact, match="layers that the base lacks"):
             residency(slots=1, store=store).leased(foreign)
         adapter = random_adapter(small, 1)
-        wide = put_adapter(store, small, "wide", 1, adapter=type(adapter)(adapter.lora, torch.ones(7)))
-        with pytest.raises(CorruptArtifact, match=r"embedding has shape \(7,\), the base takes \(32,\)"):
+        wide = put_adapter(store, small, "wide", 1, adapter=type(adapter)(adapter.lora, {"clip_l": torch.ones(7)}))
+        with pytest.raises(CorruptArtifact, match=r"embedding for 'clip_l' has shape \(7,\), the base takes \(32,\)"):
             residency(slots=1, store=store).leased(wide)
 
     def test_refuse_a_phrase_without_the_token(self, residency, own, small, put_adapter):
@@ -344,7 +344,7 @@ class TestChecks:
     def test_a_failed_load_fails_only_those_who_wait_for_it(self, residency, own):
         store, key = own
         two = residency(slots=2, store=store)
-        bad, good = Claim([ArtifactKey("absent", key.digest), key]), Claim([key])
+        bad, good = Reservation([ArtifactKey("absent", key.digest), key]), Reservation([key])
         two.loaded(bad)
         two.loaded(good)
         with pytest.raises(ObjdriveError, match="absent"):

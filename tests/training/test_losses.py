@@ -1,12 +1,9 @@
 import math
-from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
-from objdrive.base.noise import add_noise, timestep_odds, velocity, velocity_weight
 from objdrive.training.losses import background_loss, class_loss, latent_mask, object_loss, prototype_loss
 
 
@@ -134,45 +131,3 @@ class TestPrototypeLoss:
         same = normal(1, 6)
         losses = prototype_loss(torch.cat([same, -same]), same.expand(2, 3, 6))
         np.testing.assert_allclose(losses, [0, 2], atol=1e-6)
-
-
-class TestDiffusion:
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    timesteps = torch.tensor([0, 1, 250, 999])
-
-    def test_add_noise_is_diffusers(self):
-        latents, noise = normal(4, 4, 3, 3), normal(4, 4, 3, 3, seed=1)
-        alphas = self.scheduler.alphas_cumprod[self.timesteps]
-        expected = self.scheduler.add_noise(latents, noise, self.timesteps)
-        torch.testing.assert_close(add_noise(latents, noise, alphas), expected)
-
-    def test_velocity_is_diffusers(self):
-        latents, noise = normal(4, 4, 3, 3), normal(4, 4, 3, 3, seed=1)
-        alphas = self.scheduler.alphas_cumprod[self.timesteps]
-        expected = self.scheduler.get_velocity(latents, noise, self.timesteps)
-        torch.testing.assert_close(velocity(latents, noise, alphas), expected)
-
-    def test_a_weighted_error_of_the_noise_is_that_of_the_velocity(self):
-        latents, noise, guess = normal(4, 4, 3, 3), normal(4, 4, 3, 3, seed=1), normal(4, 4, 3, 3, seed=2)
-        alphas = self.scheduler.alphas_cumprod[self.timesteps]
-        a = alphas.view(-1, 1, 1, 1)
-        guessed_latents = (add_noise(latents, noise, alphas) - (1 - a).sqrt() * guess) / a.sqrt()
-        expected = (velocity(guessed_latents, guess, alphas) - velocity(latents, noise, alphas)).square()
-        weights = velocity_weight(alphas, velocity=False).view(-1, 1, 1, 1)
-        torch.testing.assert_close(weights * (guess - noise).square(), expected, rtol=1e-3, atol=1e-4)
-        assert velocity_weight(alphas, velocity=True).tolist() == [1, 1, 1, 1]
-
-    def test_timesteps_are_drawn_so_that_noise_levels_are_log_normal(self):
-        alphas = self.scheduler.alphas_cumprod
-        odds = timestep_odds(alphas)
-        level = [math.log(math.sqrt((1 - alpha) / alpha)) for alpha in alphas.tolist()]
-        normal_levels = NormalDist(0.5, 1.0)
-        inside = normal_levels.cdf(level[-1]) - normal_levels.cdf(level[0])
-        for low, high in ((0, 250), (250, 500), (500, 750), (750, 999)):
-            expected = (normal_levels.cdf(level[high]) - normal_levels.cdf(level[low])) / inside
-            assert float(odds[low:high].sum()) == pytest.approx(expected, abs=0.003)
-
-    def test_no_timestep_is_drawn_at_which_nothing_is_kept(self):
-        odds = timestep_odds(torch.cat([self.scheduler.alphas_cumprod, torch.zeros(1)]))
-        assert odds.isfinite().all()
-        assert float(odds[-1]) < 1e-6

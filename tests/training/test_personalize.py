@@ -1,21 +1,17 @@
 import math
-from collections import namedtuple
 from dataclasses import replace
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from torch import nn
 
 from objdrive.adapters.bank import AdapterBank
-from objdrive.base.noise import add_noise
-from objdrive.base.prompts import TOKEN_MARK, token_phrase
+from objdrive.base.prompts import TOKEN_MARK, marked_phrase
 from objdrive.base.stable_diffusion import Base
 from objdrive.catalog.geometry import cut, whole_window
 from objdrive.training.class_pictures import ClassPictures
 from objdrive.training.losses import latent_mask, object_loss
-from objdrive.training.memory import LARGEST_GROUP, fitting_group_size
 from objdrive.training.personalize import Diverged, FineTuned, clip_each_, learning_rate_factor, personalize
 from objdrive.training.recipe import PRESETS, Recipe, make_recipe
 from objdrive.training.views import main_picture, make_views, to_pixels
@@ -76,9 +72,9 @@ def distance(one, other):
     """
     assert isinstance(one, FineTuned)
     assert isinstance(other, FineTuned)
-    pairs = list(zip(one.prototypes, other.prototypes, strict=True))
+    pairs = [(a["clip_l"], b["clip_l"]) for a, b in zip(one.prototypes, other.prototypes, strict=True)]
     for a, b in zip(one.adapters, other.adapters, strict=True):
-        pairs += [(a.embedding, b.embedding), *zip(products(a), products(b), strict=True)]
+        pairs += [(a.embeddings["clip_l"], b.embeddings["clip_l"]), *zip(products(a), products(b), strict=True)]
     return largest(a - b for a, b in pairs)
 
 
@@ -114,7 +110,7 @@ class TestGroup:
     def test_a_scene_has_one_lora_and_a_token_for_each_object(self, alone):
         first, second = alone["jeans-01+high-heel-01"].adapters
         assert all(torch.equal(first.lora[key], second.lora[key]) for key in first.lora)
-        assert (first.embedding - second.embedding).abs().max() > 0.01
+        assert (first.embeddings["clip_l"] - second.embeddings["clip_l"]).abs().max() > 0.01
 
     def test_a_member_that_diverges_leaves_the_others_alone(self, tiny64, catalog_scene, alone):
         good, pair, masked, classed = (catalog_scene(*SCENES[index]) for index in (0, 1, 2, 3))
@@ -148,7 +144,7 @@ class TestSeeds:
     def test_the_same_seed_and_key_give_the_same_bits(self, tiny64, catalog_scene, alone):
         scene = catalog_scene("rocket-01")
         once, again = alone[scene.key].adapters[0], personalize(tiny64, [scene], RECIPE)[0].adapters[0]
-        assert torch.equal(once.embedding, again.embedding)
+        assert torch.equal(once.embeddings["clip_l"], again.embeddings["clip_l"])
         assert once.lora.keys() == again.lora.keys()
         assert all(torch.equal(once.lora[key], again.lora[key]) for key in once.lora)
 
@@ -157,8 +153,9 @@ class TestSeeds:
         renamed = personalize(tiny64, [replace(scene, key="another")], RECIPE)[0]
         reseeded = personalize(tiny64, [scene], RECIPE.model_copy(update={"seed": 1}))[0]
         for other in (renamed, reseeded):
-            assert torch.equal(other.prototypes[0], alone[scene.key].prototypes[0])
-            assert (other.adapters[0].embedding - alone[scene.key].adapters[0].embedding).abs().max() > 1e-3
+            assert torch.equal(other.prototypes[0]["clip_l"], alone[scene.key].prototypes[0]["clip_l"])
+            learned, expected = (one.adapters[0].embeddings["clip_l"] for one in (other, alone[scene.key]))
+            assert (learned - expected).abs().max() > 1e-3
 
 
 class TestPresets:
@@ -172,14 +169,14 @@ class TestPresets:
 
     def test_trains_what_it_should_and_nothing_else(self, tiny64, tuned):
         recipe, result = tuned
-        adapter, start = result.adapters[0], result.prototypes[0]
+        adapter, start = result.adapters[0], result.prototypes[0]["clip_l"]
         assert bool(adapter.lora) == (recipe.preset != "textual_inversion")
         if adapter.lora:
             assert largest(products(adapter)) > 0
             assert all(len(down) == recipe.rank for key, down in adapter.lora.items() if "lora_A" in key)
         frozen = recipe.preset in ("lora", "dreambooth")
-        assert torch.equal(adapter.embedding, start) == frozen
-        class_word = tiny64.class_embedding("rocket")
+        assert torch.equal(adapter.embeddings["clip_l"], start) == frozen
+        class_word = tiny64.class_embeddings("rocket")["clip_l"]
         assert torch.equal(start, class_word) == (recipe.preset in ("lora", "textual_inversion"))
         assert (result.metrics["loss_class"] > 0) == (recipe.preset == "dreambooth" or recipe.ccr_weight > 0)
         assert result.metrics["steps"] == 2
@@ -188,7 +185,7 @@ class TestPresets:
     def test_names_the_object_as_the_method_does(self, tuned):
         recipe, _ = tuned
         expected = f"{TOKEN_MARK} rocket" if recipe.preset == "dreambooth" else TOKEN_MARK
-        assert token_phrase(recipe, "rocket") == expected
+        assert marked_phrase(recipe.phrase, "rocket") == expected
 
 
 class TestLearning:
@@ -198,7 +195,7 @@ class TestLearning:
         result = personalize(tiny64, [scene], recipe)[0]
         learned, start = result.adapters[0], result.prototypes[0]
         before = fixed_noise_losses(tiny64, scene, start, {})
-        after = fixed_noise_losses(tiny64, scene, learned.embedding, learned.lora)
+        after = fixed_noise_losses(tiny64, scene, learned.embeddings, learned.lora)
         assert (after < before).all()
         assert after.mean() < 0.9 * before.mean()
 
@@ -220,7 +217,7 @@ class TestLearning:
         scene = catalog_scene("jeans-01", "high-heel-01")
         result = personalize(tiny64, [scene], RECIPE.model_copy(update={"steps": 0}))[0]
         for adapter, start in zip(result.adapters, result.prototypes, strict=True):
-            assert torch.equal(adapter.embedding, start)
+            assert torch.equal(adapter.embeddings["clip_l"], start["clip_l"])
             assert largest(products(adapter)) == 0
 
     def test_the_base_is_as_it_was(self, tiny64, catalog_scene):
@@ -240,33 +237,37 @@ def change_of_the_base(base, scene, adapter, prompt, *, around):
     view = make_views(base, scene, RECIPE)[0]
     latents = view.latents.repeat(len(timesteps), 1, 1, 1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    noised = add_noise(latents, noise, base.alphas[timesteps])
+    noised = base.noise.add_noise(latents, noise, timesteps)
 
     def predict(text, vectors=()):
-        states = base.encode_text([base.tokenize(text)], list(vectors))[0]
-        return base.predict(noised, timesteps, states.expand(len(timesteps), -1, -1))
+        prompt = base.encode_text([base.tokenize(text)], list(vectors))
+        return base.predict(noised, timesteps, prompt.expand(len(timesteps)))
 
-    with AdapterBank(base.unet, slots=1, rank=RECIPE.rank) as bank, torch.no_grad():
+    with AdapterBank(base.unet, base.family.lora_targets, slots=1, rank=RECIPE.rank) as bank, torch.no_grad():
         alone = predict(prompt.replace(TOKEN_MARK, scene.objects[0].class_name))
         bank.load(0, adapter.lora)
         with bank.active([0]):
-            change = (predict(prompt, [adapter.embedding] if TOKEN_MARK in prompt else []) - alone).square().mean(1)
+            change = (predict(prompt, [adapter.embeddings] if TOKEN_MARK in prompt else []) - alone).square().mean(1)
     outside = 1 - view.weights
     return float((change * outside).sum() / outside.sum() if around else change.mean())
 
 
-def fixed_noise_losses(base, scene, embedding, lora):
+def fixed_noise_losses(base, scene, embeddings, lora):
     """Object-specific losses of the whole picture at 19 timesteps, with noise that is always the same."""
     mask = scene.objects[0].mask
     weights = latent_mask(torch.from_numpy(cut(scene.image, mask, whole_window(mask), base.resolution)[1])[None], 16)
     timesteps = torch.arange(50, 1000, 50)
     latents = base.encode_latents(to_pixels(base, [main_picture(base, scene, RECIPE)])).repeat(len(timesteps), 1, 1, 1)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    with AdapterBank(base.unet, slots=1, rank=RECIPE.rank) as bank, torch.no_grad(), bank.active([0]):
+    with (
+        AdapterBank(base.unet, base.family.lora_targets, slots=1, rank=RECIPE.rank) as bank,
+        torch.no_grad(),
+        bank.active([0]),
+    ):
         bank.load(0, lora)
-        states, _ = base.encode_text([base.tokenize(f"a photo of {TOKEN_MARK}")], [embedding])
-        noised = add_noise(latents, noise, base.alphas[timesteps])
-        prediction = base.predict(noised, timesteps, states.expand(len(timesteps), -1, -1))
+        prompt = base.encode_text([base.tokenize(f"a photo of {TOKEN_MARK}")], [embeddings])
+        noised = base.noise.add_noise(latents, noise, timesteps)
+        prediction = base.predict(noised, timesteps, prompt.expand(len(timesteps)))
     return object_loss(prediction, noise, weights[None])
 
 
@@ -280,7 +281,7 @@ class TestStableDiffusion15:
         for scene, result in zip(scenes, together, strict=True):
             assert_same(result, personalize(base, [scene], recipe)[0])
             assert largest(products(result.adapters[0])) > 0
-            assert result.adapters[0].embedding.shape == (32,)
+            assert result.adapters[0].embeddings["clip_l"].shape == (32,)
 
     def test_the_loss_is_that_of_what_the_network_predicts(self, sd15_folders, catalog_scene):
         """A network that answers zero has a loss known in closed form: E[eps^2] = 1, E[v^2] = a + (1 - a) z^2."""
@@ -292,8 +293,9 @@ class TestStableDiffusion15:
         base.vae.register_to_config(scaling_factor=20.0)
         scene = catalog_scene("rocket-01")
         square = base.encode_latents(to_pixels(base, [main_picture(base, scene, RECIPE)])).square().mean()
-        expected = float((base.alphas + (1 - base.alphas) * square).mean()) if base.predicts_velocity else 1.0
-        assert (expected > 2) == base.predicts_velocity
+        alphas = base.noise.alphas
+        expected = float((alphas + (1 - alphas) * square).mean()) if base.noise.predicts_velocity else 1.0
+        assert (expected > 2) == base.noise.predicts_velocity
         result = personalize(base, [scene], make_recipe("lora", overrides=["steps=4", "views=16"]))[0]
         assert result.metrics["loss_object"] == pytest.approx(expected, rel=0.1)
 
@@ -338,26 +340,3 @@ class TestClipping:
         norms = clip_each_([stack], 1.0)
         np.testing.assert_allclose(norms, [5, math.nan, 0.5])
         np.testing.assert_allclose(stack.grad[[0, 2]], [[0.6, 0.8], [0.3, 0.4]], rtol=1e-5)
-
-
-class TestGroupSize:
-    @pytest.fixture
-    def free_memory(self, monkeypatch):
-        """Call it to set how many bytes are free."""
-        memory = namedtuple("memory", "available")
-        return lambda size: monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(size))
-
-    def test_is_a_size_of_a_group(self, tiny64):
-        assert 1 <= fitting_group_size(tiny64, RECIPE) <= LARGEST_GROUP
-
-    def test_is_one_at_least_and_the_largest_at_most(self, tiny64, free_memory):
-        free_memory(0)
-        assert fitting_group_size(tiny64, RECIPE) == 1
-        free_memory(10**15)
-        assert fitting_group_size(tiny64, RECIPE) == LARGEST_GROUP
-
-    def test_counts_what_grows_with_the_group_and_no_shared_weights(self, tiny64, free_memory, monkeypatch):
-        monkeypatch.setattr("objdrive.training.memory.LARGEST_GROUP", 10**9)
-        free_memory(10**13)
-        sizes = [fitting_group_size(tiny64, Recipe(rank=1, views=views, ccr_weight=0.0)) for views in (1, 4)]
-        assert sizes[0] / sizes[1] == pytest.approx(4, rel=0.15)
