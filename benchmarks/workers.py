@@ -16,8 +16,9 @@ from typing import Any
 from pyarrow.fs import LocalFileSystem
 
 from jobs.cluster import connect
-from jobs.fanout import Task, Workers, fan_out
+from jobs.fanout import Workers, fan_out
 from jobs.ingest import Checked, Target, ingest
+from jobs.leases import Task
 from jobs.plan import Unit
 from jobs.settings import FineTuneSettings
 from jobs.worker import make_fine_tune

@@ -14,7 +14,9 @@ from jobs.cluster import choose_workers, connect
 from jobs.command import absolute, add_base_options, number, positive
 from jobs.fanout import Workers
 from jobs.ingest import Target
+from jobs.interrupts import Interrupted, interruptible
 from jobs.ledger import REJECTS_FILE, Ledger
+from jobs.progress import Standing
 from jobs.run import BatchRun
 from jobs.settings import FineTuneSettings
 from jobs.worker import make_fine_tune
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="batch_personalize.py",
         description="Turn every row of a manifest into an adapter.",
         epilog="Exit status: 0 every row is in the store, 3 rows were rejected or failed, "
-        "2 the run could not start or broke off.",
+        "2 the run could not start or broke off, 130 or 143 it was interrupted.",
     )
     parser.add_argument(
         "manifest",
@@ -89,6 +91,7 @@ def _run(arguments: argparse.Namespace) -> int:
     connect()
     workers = choose_workers(arguments.workers, arguments.gpus_per_worker)
     started = time.monotonic()
+    interrupted: Interrupted | None = None
     with closing(Ledger()) as ledger:
         run = BatchRun(
             manifest_pieces,
@@ -105,7 +108,11 @@ def _run(arguments: argparse.Namespace) -> int:
             _print_summary(run, store, time.monotonic() - started, dry=True)
         else:
             try:
-                run.work_off()
+                with interruptible():
+                    run.work_off()
+            except Interrupted as interrupt:
+                interrupted = interrupt
+                print(f"\n{_interruption(run.standing(), ledger)}", flush=True)
             finally:
                 # However a run ends, what became of its rows until then is told.
                 seconds = time.monotonic() - started
@@ -114,7 +121,14 @@ def _run(arguments: argparse.Namespace) -> int:
                 store.write_run_file(run.id, REPORT_FILE, _report(run, store, facts, seconds).encode())
                 _print_summary(run, store, seconds, dry=False)
         lost = ledger.counts["rejected"] + ledger.counts["failed"]
+    if interrupted is not None:
+        return interrupted.exit_status
     return _EXIT_ROWS_LOST if lost and not arguments.allow_rejects else _EXIT_OK
+
+
+def _interruption(standing: Standing, ledger: Ledger) -> str:
+    left = f"{standing.left} left" + ("" if standing.total is not None else " of those read so far")
+    return f"interrupted: {ledger.counts['committed']} committed, {left}; run the same command to go on"
 
 
 def _shared(address: str) -> str:

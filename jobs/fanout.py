@@ -7,7 +7,7 @@ a dead rank is replaced alone, and tasks are leased.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,12 +20,14 @@ from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from jobs.leases import Collected, Lost, Task
+from jobs.leases import Alive, Collected, InWork, LeaseLostError, Lost, Task
 from jobs.queue_actor import QueueActor
 from objdrive.errors import ObjdriveError
 
 _POLL_SECONDS = 0.2
 _BEAT_SECONDS = 1.0
+_PAUSES_SECONDS = (1.0, 4.0)
+"""Between tries of making a worker's work: storage may be away for a moment."""
 
 
 class Work(Protocol):
@@ -33,8 +35,17 @@ class Work(Protocol):
 
     group_size: int
 
-    def __call__(self, payloads: list[Any], alive: Callable[[], None]) -> list[Any]:
+    def __call__(self, payloads: list[Any], alive: Alive) -> list[Any]:
         """Return one outcome per payload; call `alive` now and then while working."""
+
+
+@dataclass(frozen=True)
+class Leased:
+    """Tasks in work together: `done` of `of` steps; `of` is 0 until their worker has said how many there are."""
+
+    tasks: tuple[Task, ...]
+    done: int
+    of: int
 
 
 @dataclass(frozen=True)
@@ -51,10 +62,6 @@ class Workers:
         resources = {"CPU": 0.9, **({"GPU": self.gpus} if self.gpus else {})}
         count: Any = self.least if self.least == self.most else (self.least, self.most)
         return ScalingConfig(num_workers=count, use_gpu=self.gpus > 0, resources_per_worker=resources)
-
-
-class LeaseLostError(Exception):
-    """The queue gave this worker's tasks to another one."""
 
 
 class PerWorkerBackend(Backend):
@@ -92,6 +99,7 @@ def fan_out(
     *,
     workers: Workers,
     on_outcome: Callable[[Task, Any], None],
+    on_progress: Callable[[Sequence[Leased]], None] = lambda leased: None,
     storage: tuple[FileSystem, str],
     stall_seconds: float,
     window: int,
@@ -103,16 +111,17 @@ def fan_out(
         make_work: makes a worker's `Work`; sent to the workers, so it must be picklable.
         workers: how many, with what.
         on_outcome: called in the driver for each task, with what `Work` returned or `Lost`.
+        on_progress: called in the driver again and again with what is in work.
         storage: filesystem and path that all nodes share, where Ray Train keeps the state of its run.
         stall_seconds: a worker that shows no progress for so long is killed and its tasks are leased anew.
         window: most tasks that are out at any time.
 
     Raises:
-        ObjdriveError: no worker could start, or Ray Train gave up with tasks left.
+        ObjdriveError: no worker could start, or Ray Train gave up before all tasks were read and done.
     """
     actor: Any = QueueActor
     queue: ActorHandle[Any] = actor.remote(workers=workers.least, stall_seconds=stall_seconds)
-    pump = _Pump(queue, iter(tasks), on_outcome, window)
+    pump = _Pump(queue, iter(tasks), on_outcome, on_progress, window)
     filesystem, path = storage
     trainer = _FanoutTrainer(
         _worker_loop,
@@ -127,30 +136,51 @@ def fan_out(
         ),
     )
     pump.start()
-    failure: Exception | None = None
     try:
-        trainer.fit()
-    except Exception as error:
-        failure = error
+        failure = _fit(trainer)
     finally:
         pump.stop()
         ray.kill(queue)
     if pump.failure is not None:
         raise pump.failure
-    if pump.unfinished:
+    if pump.unfinished or not pump.fed:
         cause = "; ".join(sorted(set(pump.broken))) or failure or "all the workers left"
-        raise ObjdriveError(f"{pump.unfinished} task(s) were left undone: {cause}")
+        unread = "" if pump.fed else ", and others had not been read yet"
+        raise ObjdriveError(f"{pump.unfinished} task(s) were left undone{unread}: {cause}")
+
+
+def _fit(trainer: TorchTrainer) -> BaseException | None:
+    """Run the trainer to its end; why it failed, if it did."""
+    failures: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failures.append(error)
+
+    # In the main thread, Ray Train would take Ctrl-C for itself, and end the process with 0.
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    thread.join()
+    return failures[0] if failures else None
 
 
 class _Pump:
     """The driver's side: feeds tasks, collects outcomes, and offers everything again when the queue was reborn."""
 
     def __init__(
-        self, queue: "ActorHandle[Any]", tasks: Iterator[Task], on_outcome: Callable[[Task, Any], None], window: int
+        self,
+        queue: "ActorHandle[Any]",
+        tasks: Iterator[Task],
+        on_outcome: Callable[[Task, Any], None],
+        on_progress: Callable[[Sequence[Leased]], None],
+        window: int,
     ) -> None:
         self._queue = queue
         self._tasks = tasks
         self._on_outcome = on_outcome
+        self._on_progress = on_progress
         self._room = threading.Semaphore(window)
         self._lock = threading.Lock()
         self._out: dict[str, Task] = {}
@@ -165,6 +195,11 @@ class _Pump:
     def unfinished(self) -> int:
         """Tasks without an outcome."""
         return len(self._out)
+
+    @property
+    def fed(self) -> bool:
+        """Whether all tasks have been read."""
+        return self._fed
 
     def start(self) -> None:
         """Start feeding and collecting."""
@@ -217,6 +252,7 @@ class _Pump:
                 if task is not None:
                     self._on_outcome(task, outcome if isinstance(outcome, Lost) else cloudpickle.loads(outcome))
                     self._room.release()
+            self._on_progress(self._leased(collected.in_work))
             if collected.incarnation != incarnation or self._fed != last_offered:
                 # Looked at before the tasks: once it is set, none comes to them any more.
                 last_offered = self._fed
@@ -224,6 +260,13 @@ class _Pump:
             if last:
                 return
             self._stopping.wait(_POLL_SECONDS)
+
+    def _leased(self, in_work: Sequence[InWork]) -> list[Leased]:
+        with self._lock:
+            return [
+                Leased(tuple(self._out[key] for key in one.keys if key in self._out), one.done, one.of)
+                for one in in_work
+            ]
 
     def _offer_fresh(self) -> None:
         with self._lock:
@@ -246,12 +289,8 @@ def _packed(tasks: list[Task]) -> list[Task]:
 def _worker_loop(config: dict[str, Any]) -> None:
     queue, rank = config["queue"], get_context().get_world_rank()
     process = ray.get_runtime_context().current_actor
-    try:
-        work = config["make_work"]()
-    except Exception as error:
-        ray.get(queue.report_broken.remote(f"{type(error).__name__}: {error}"))
-        return
-    while True:
+    work = _made(config["make_work"], queue, rank)
+    while work is not None:
         # A group larger than the window would never be full.
         lease = ray.get(queue.lease.remote(rank, min(work.group_size, config["window"]), process))
         if lease == "done":
@@ -272,6 +311,23 @@ def _worker_loop(config: dict[str, Any]) -> None:
         ray.get(queue.finish.remote(lease.id, dict(zip(beats.keys, packed, strict=True))))
 
 
+def _made(make_work: Callable[[], Work], queue: "ActorHandle[Any]", rank: int) -> Work | None:
+    """The worker's work; None if the queue has given the rank up.
+
+    Raises:
+        Exception: it could not be made. Ray Train then replaces this process.
+    """
+    for pause in (*_PAUSES_SECONDS, None):
+        try:
+            return make_work()
+        except Exception as error:
+            if pause is not None:
+                time.sleep(pause)
+            elif ray.get(queue.report_broken.remote(rank, f"{type(error).__name__}: {error}")):
+                raise
+    return None
+
+
 class _Beats:
     """Calling it says that work goes on, at most once a second and without waiting for the answer."""
 
@@ -279,11 +335,13 @@ class _Beats:
         self, queue: "ActorHandle[Any]", lease_id: str, rank: int, keys: list[str], process: "ActorHandle[Any]"
     ) -> None:
         self.keys = keys
-        self._beat: Callable[[], ray.ObjectRef[bool]] = lambda: queue.beat.remote(lease_id, rank, keys, process)
+        self._beat: Callable[[int, int], ray.ObjectRef[bool]] = lambda done, of: queue.beat.remote(
+            lease_id, rank, keys, process, done=done, of=of
+        )
         self._last = time.monotonic()
         self._answer: ray.ObjectRef[bool] | None = None
 
-    def __call__(self) -> None:
+    def __call__(self, done: int = 0, of: int = 0) -> None:
         if time.monotonic() - self._last < _BEAT_SECONDS:
             return
         if self._answer is not None:
@@ -292,8 +350,5 @@ class _Beats:
                 return
             if not ray.get(self._answer):
                 raise LeaseLostError
-        self._answer = self._beat()
+        self._answer = self._beat(done, of)
         self._last = time.monotonic()
-
-
-__all__ = ["FanoutConfig", "LeaseLostError", "Lost", "Task", "Work", "Workers", "fan_out"]

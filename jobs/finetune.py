@@ -1,5 +1,7 @@
 """What a worker does with a lease: read, fine-tune as one group, draw previews, commit."""
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +14,7 @@ from PIL import Image
 
 from jobs.bases import load_planned
 from jobs.ingest import Checked, digest_inputs, read_photo, source_record
+from jobs.leases import Alive, LeaseLostError
 from jobs.outcomes import RowOutcome, fail_row
 from jobs.plan import Unit
 from jobs.settings import FineTuneSettings
@@ -34,7 +37,7 @@ from objdrive.catalog.masks import intersection_over_union
 from objdrive.catalog.photos import Photo, masks_overlap
 from objdrive.errors import RowError, StoreError
 from objdrive.pictures import encode_picture
-from objdrive.sampling.sampler import SampleSpec, draw_pictures
+from objdrive.sampling.sampler import SampleSpec, draw_pictures, fitting_batch_size
 from objdrive.seeds import seed_of
 from objdrive.training.class_pictures import ClassPictures
 from objdrive.training.memory import fitting_group_size
@@ -49,6 +52,9 @@ PREVIEW_PROMPTS = (
     "a photo of {} under water",
 )
 _THUMBNAIL = 256
+_FATAL = (LeaseLostError, torch.AcceleratorError)
+"""Exceptions that concern all of a worker's work: its tasks are another's by now, or its device has failed."""
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,17 @@ class _Drawn:
     picture: Image.Image
 
 
+class _Counted:
+    """Tells with every call how many there have been, of how many."""
+
+    def __init__(self, alive: Alive, of: int) -> None:
+        self._alive, self._of, self._done = alive, of, 0
+
+    def __call__(self) -> None:
+        self._done = min(self._done + 1, self._of)
+        self._alive(self._done, self._of)
+
+
 class FineTune:
     """Fine-tunes leases of units on a base that it holds.
 
@@ -90,8 +107,21 @@ class FineTune:
         self._class_pictures = ClassPictures(self._base, self._recipe)
         self.group_size = settings.group_size or fitting_group_size(self._base, self._recipe)
 
-    def __call__(self, payloads: list[Unit], alive: Callable[[], None]) -> list[list[RowOutcome]]:
-        """Return for each unit one outcome per row."""
+    def __call__(self, payloads: list[Unit], alive: Alive) -> list[list[RowOutcome]]:
+        """Return for each unit one outcome per row. What a unit raises is its own failure: the others go on."""
+        return self._work_off(payloads, _Counted(alive, self._steps(payloads)))
+
+    def _steps(self, units: Sequence[Unit]) -> int:
+        """How often `alive` is called for a lease of these, unless something goes wrong."""
+        rows = [record.row for unit in units for record in unit.rows]
+        previewed = sum(len(unit.rows) for unit in units if unit.previews)
+        pictures = math.ceil(previewed * (1 + len(PREVIEW_PROMPTS)) / fitting_batch_size(self._base))
+        classes = {row.class_name for row in rows} if self._recipe.ccr_weight else set()
+        mended = len(units) if self._recipe.mend_masks else 0
+        prepared = len(units) + mended + 1 + self._class_pictures.steps_to_draw(classes) + len(units)
+        return prepared + self._recipe.steps + pictures * (self._recipe.sample_steps + 1) + len(rows)
+
+    def _work_off(self, payloads: list[Unit], alive: Callable[[], None]) -> list[list[RowOutcome]]:
         outcomes: dict[int, list[RowOutcome]] = {}
         loaded: dict[int, _Loaded] = {}
         for index, unit in enumerate(payloads):
@@ -101,14 +131,20 @@ class FineTune:
                 loaded[index] = ready
             else:
                 outcomes[index] = ready
-        results = self._personalize([unit.scene() for unit in loaded.values()], alive)
-        fine = [(unit, r) for unit, r in zip(loaded.values(), results, strict=True) if isinstance(r, FineTuned)]
+        results = self._personalize([one.scene() for one in loaded.values()], alive)
+        fine = [(one, r) for one, r in zip(loaded.values(), results, strict=True) if isinstance(r, FineTuned)]
         previews = iter(self._draw_previews(fine, alive))
         for (index, one), result in zip(loaded.items(), results, strict=True):
-            if isinstance(result, Diverged):
+            if isinstance(result, FineTuned):
+                drawn = next(previews)
+                if isinstance(drawn, Exception):
+                    outcomes[index] = _failed(one.unit, drawn)
+                else:
+                    outcomes[index] = self._commit(one, result, drawn, alive)
+            elif isinstance(result, Diverged):
                 outcomes[index] = _fail(one.unit, "diverged", result.message)
             else:
-                outcomes[index] = self._commit(one, result, next(previews), alive)
+                outcomes[index] = _failed(one.unit, result)
         return [outcomes[index] for index in range(len(payloads))]
 
     def _load(self, unit: Unit) -> _Loaded | list[RowOutcome]:
@@ -126,25 +162,44 @@ class FineTune:
             return _fail(unit, error.code, str(error))
         except StoreError as error:
             return _fail(unit, "store_failed", str(error))
+        except Exception as error:
+            return _failed(unit, error)
 
-    def _personalize(self, scenes: Sequence[Scene], alive: Callable[[], None]) -> list[FineTuned | Diverged]:
+    def _personalize(
+        self, scenes: Sequence[Scene], alive: Callable[[], None]
+    ) -> Sequence[FineTuned | Diverged | Exception]:
+        """One result per scene; an exception for a scene that raised it."""
         if not scenes:
             return []
         try:
             return personalize(self._base, scenes, self._recipe, class_pictures=self._class_pictures, on_step=alive)
-        except torch.OutOfMemoryError:
+        except _FATAL:
+            raise
+        except Exception as error:
             if len(scenes) == 1:
-                raise
-        # The group is only an optimisation, so halves give the same adapters.
-        self.group_size = max(1, len(scenes) // 2)
-        torch.cuda.empty_cache()
-        half = self.group_size
-        return self._personalize(scenes[:half], alive) + self._personalize(scenes[half:], alive)
+                return [error]
+            failure = error
+        # The group is only an optimisation, so halves give the same adapters; and in the end the culprit is alone.
+        half = len(scenes) // 2
+        if isinstance(failure, torch.OutOfMemoryError):
+            self.group_size = half
+            torch.cuda.empty_cache()
+        return [*self._personalize(scenes[:half], alive), *self._personalize(scenes[half:], alive)]
 
     def _draw_previews(
         self, fine: Sequence[tuple[_Loaded, FineTuned]], alive: Callable[[], None]
-    ) -> list[list[_Drawn]]:
-        """For each unit the pictures of its objects; none where none are wanted."""
+    ) -> Sequence[list[_Drawn] | Exception]:
+        """For each unit the pictures of its objects, none where none are wanted; an exception if it raised one."""
+        try:
+            return self._drawn(fine, alive)
+        except _FATAL:
+            raise
+        except Exception as error:
+            if len(fine) == 1:
+                return [error]
+        return [previews for one in fine for previews in self._draw_previews([one], alive)]
+
+    def _drawn(self, fine: Sequence[tuple[_Loaded, FineTuned]], alive: Callable[[], None]) -> list[list[_Drawn]]:
         asks = [ask for slot, (unit, result) in enumerate(fine) for ask in self._asks(slot, unit, result)]
         drawn: list[list[_Drawn]] = [[] for _ in fine]
         if not asks:
@@ -183,44 +238,52 @@ class FineTune:
         return asks
 
     def _commit(
-        self,
-        loaded: _Loaded,
-        result: FineTuned,
-        previews: list[_Drawn],
-        alive: Callable[[], None],
+        self, loaded: _Loaded, result: FineTuned, previews: Sequence[_Drawn], alive: Callable[[], None]
     ) -> list[RowOutcome]:
         outcomes = []
-        for index, (record, photo) in enumerate(zip(loaded.unit.rows, loaded.photos, strict=True)):
-            object_id = record.row.object_id
-            drawn = [(p.kind, p.caption, p.picture) for p in previews if p.object_id == object_id]
-            learned_by = result.masks[index]
-            mended = learned_by is not photo.mask
-            # A catalog shows every object, those without drawn previews too.
-            pictures: list[tuple[PreviewKind, str, Image.Image]] = [("input", "input", _thumbnail(photo.image))]
-            if drawn:
-                pictures.append(("mask", "mask", _mask_picture(photo.mask)))
-                if mended:
-                    pictures.append(("mended_mask", "mended mask", _mask_picture(learned_by)))
-                pictures += drawn
-            names = [f"previews/{number}.webp" for number in range(len(pictures))]
-            files = adapter_files(result.adapters[index], token=_token(object_id), family=self._base.family)
-            files |= {name: _webp(picture) for name, (*_, picture) in zip(names, pictures, strict=True)}
-            notes = [
-                Preview(file=name, kind=kind, caption=caption)
-                for name, (kind, caption, _) in zip(names, pictures, strict=True)
-            ]
+        for index, record in enumerate(loaded.unit.rows):
+            drawn = [(p.kind, p.caption, p.picture) for p in previews if p.object_id == record.row.object_id]
             try:
-                committed = self._store.commit(files, self._metadata(loaded, record, result, notes), alive=alive)
+                outcomes.append(self._commit_object(loaded, index, result, drawn, alive))
+            except _FATAL:
+                raise
             except StoreError as error:
                 outcomes.append(fail_row(record, "store_failed", str(error)))
-                continue
-            warnings = [] if self._base.knows(record.row.class_name) else [_unknown_class(record, self._base)]
-            if mended:
-                warnings.append(_mended(photo.mask, learned_by))
-            status: Literal["committed", "already"] = "committed" if committed else "already"
-            outcomes.append(RowOutcome(status, loaded.digest, warning="; ".join(warnings), metrics=result.metrics))
+            except Exception as error:
+                outcomes.append(_failed_row(record, error))
             alive()
         return outcomes
+
+    def _commit_object(
+        self,
+        loaded: _Loaded,
+        index: int,
+        result: FineTuned,
+        drawn: list[tuple[PreviewKind, str, Image.Image]],
+        alive: Callable[[], None],
+    ) -> RowOutcome:
+        record, photo, learned_by = loaded.unit.rows[index], loaded.photos[index], result.masks[index]
+        mended = learned_by is not photo.mask
+        # A catalog shows every object, those without drawn previews too.
+        pictures: list[tuple[PreviewKind, str, Image.Image]] = [("input", "input", _thumbnail(photo.image))]
+        if drawn:
+            pictures.append(("mask", "mask", _mask_picture(photo.mask)))
+            if mended:
+                pictures.append(("mended_mask", "mended mask", _mask_picture(learned_by)))
+            pictures += drawn
+        names = [f"previews/{number}.webp" for number in range(len(pictures))]
+        files = adapter_files(result.adapters[index], token=_token(record.row.object_id), family=self._base.family)
+        files |= {name: _webp(picture) for name, (*_, picture) in zip(names, pictures, strict=True)}
+        notes = [
+            Preview(file=name, kind=kind, caption=caption)
+            for name, (kind, caption, _) in zip(names, pictures, strict=True)
+        ]
+        committed = self._store.commit(files, self._metadata(loaded, record, result, notes), alive=alive)
+        warnings = [] if self._base.knows(record.row.class_name) else [_unknown_class(record, self._base)]
+        if mended:
+            warnings.append(_mended(photo.mask, learned_by))
+        status: Literal["committed", "already"] = "committed" if committed else "already"
+        return RowOutcome(status, loaded.digest, warning="; ".join(warnings), metrics=result.metrics)
 
     def _metadata(
         self, loaded: _Loaded, record: Checked, result: FineTuned, previews: list[Preview]
@@ -255,6 +318,15 @@ class FineTune:
 
 def _token(object_id: str) -> str:
     return f"<{object_id}>"
+
+
+def _failed(unit: Unit, error: Exception) -> list[RowOutcome]:
+    return [_failed_row(record, error) for record in unit.rows]
+
+
+def _failed_row(record: Checked, error: Exception) -> RowOutcome:
+    _logger.error("%s failed", record.row.where, exc_info=error)
+    return fail_row(record, "fine_tune_failed", f"the fine-tune failed: {type(error).__name__}: {error}")
 
 
 def _fail(unit: Unit, code: str, message: str) -> list[RowOutcome]:

@@ -2,13 +2,15 @@
 
 import math
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 MAX_ATTEMPTS = 3
 """A task that has taken this many workers down with it is given up."""
+MAX_STARTS = 3
+"""A rank whose processes could not start this many times in a row is given up."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,21 @@ class Lost:
     message: str
 
 
+class LeaseLostError(Exception):
+    """The queue gave a worker's tasks to another one."""
+
+
+class Alive(Protocol):
+    """Says that work on a lease goes on: `done` of `of` steps, if it knows."""
+
+    def __call__(self, done: int = 0, of: int = 0) -> None:
+        """Tell the queue.
+
+        Raises:
+            LeaseLostError: the tasks are another worker's by now.
+        """
+
+
 @dataclass(frozen=True)
 class Lease:
     """Tasks that one worker holds until it finishes them, dies or falls silent."""
@@ -40,15 +57,27 @@ class _Holding:
     keys: tuple[str, ...]
     expires: float
     process: Any
+    done: int = 0
+    of: int = 0
+
+
+@dataclass(frozen=True)
+class InWork:
+    """A lease under way: `done` of `of` steps; `of` is 0 until its worker has said how many there are."""
+
+    keys: tuple[str, ...]
+    done: int
+    of: int
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What the driver learns at each poll: outcomes by key, and which incarnation of the queue answers."""
+    """What the driver learns at each poll: outcomes, what is in work, and which incarnation of the queue answers."""
 
     incarnation: str
     outcomes: dict[str, Any]
-    broken: tuple[str, ...] = field(default=())
+    in_work: tuple[InWork, ...] = ()
+    broken: tuple[str, ...] = ()
 
 
 class LeaseQueue:
@@ -88,6 +117,7 @@ class LeaseQueue:
         self._outcomes: dict[str, Any] = {}
         self._broken: list[str] = []
         self._ranks: set[int] = set()
+        self._failed_starts: Counter[int] = Counter()
         self._closed = False
 
     def offer(self, tasks: Sequence[Task], *, last: bool = False) -> str:
@@ -114,6 +144,7 @@ class LeaseQueue:
     def lease(self, rank: int, size: int, process: Any = None) -> Lease | Literal["wait", "done"]:
         """Lease up to `size` tasks to a rank; whatever it held before is void: it died, or it would not ask."""
         self._ranks.add(rank)
+        self._failed_starts.pop(rank, None)
         for lease_id in [i for i, holding in self._holdings.items() if holding.rank == rank]:
             self._void(lease_id, f"the worker of rank {rank} died")
         self._expire()
@@ -126,8 +157,10 @@ class LeaseQueue:
         self._holdings[lease.id] = _Holding(rank, keys, self._clock() + self._stall_seconds, process)
         return lease
 
-    def beat(self, lease_id: str, rank: int, keys: Sequence[str], process: Any = None) -> bool:
-        """Say that work on a lease goes on.
+    def beat(
+        self, lease_id: str, rank: int, keys: Sequence[str], process: Any = None, *, done: int = 0, of: int = 0
+    ) -> bool:
+        """Say that work on a lease goes on: `done` of `of` steps.
 
         Returns:
             False if the lease is void: its tasks are another worker's by now, so the caller should drop them.
@@ -139,6 +172,7 @@ class LeaseQueue:
             holding = self._holdings[lease_id] = _Holding(rank, tuple(keys), 0.0, process)
             self._pending = deque(key for key in self._pending if key not in keys)
         holding.expires = self._clock() + self._stall_seconds
+        holding.done, holding.of = done, of
         return True
 
     def finish(self, lease_id: str, outcomes: dict[str, Any]) -> None:
@@ -155,16 +189,23 @@ class LeaseQueue:
         if lease_id in self._holdings:
             self._void(lease_id, cause)
 
-    def report_broken(self, message: str) -> None:
-        """A worker could not start; it takes no leases."""
+    def report_broken(self, rank: int, message: str) -> bool:
+        """A worker could not start, and takes no leases.
+
+        Returns:
+            Whether another process is worth a try in its place: not after `MAX_STARTS` in a row.
+        """
         self._broken.append(message)
+        self._failed_starts[rank] += 1
+        return self._failed_starts[rank] < MAX_STARTS
 
     def collect(self, received: Iterable[str]) -> Collected:
         """Outcomes that the driver hasn't received yet; those named as received are forgotten."""
         for key in received:
             self._outcomes.pop(key, None)
         self._expire()
-        return Collected(self._incarnation, dict(self._outcomes), tuple(self._broken))
+        in_work = tuple(InWork(one.keys, one.done, one.of) for one in self._holdings.values())
+        return Collected(self._incarnation, dict(self._outcomes), in_work, tuple(self._broken))
 
     def _next_keys(self, size: int) -> tuple[str, ...]:
         # A task that took a worker down is leased alone, so that it can't take its neighbours down again.

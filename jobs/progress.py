@@ -11,29 +11,84 @@ from tqdm import tqdm
 
 _TERMINAL_SECONDS = 0.5
 _LINES_SECONDS = 10.0
+_EVIDENCE_SECONDS = 10.0
+_TOO_LATE = 1.2
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Rows at one moment; `total` is None as long as the manifest is still being read."""
+    """Rows at one moment.
+
+    Attributes:
+        done: in the store.
+        failed: rejected or failed.
+        known: read from the manifest.
+        total: of the manifest; None as long as it is still being read.
+        trained: of those done, how many this run has fine-tuned.
+        working: being fine-tuned.
+        step: of `steps`, how far those in work are; a mean.
+        steps: of those in work; 0 as long as it is not known.
+    """
 
     done: int
     failed: int
     known: int
     total: int | None
     trained: int
+    working: int = 0
+    step: float = 0.0
+    steps: int = 0
+
+    @property
+    def left(self) -> int:
+        """Rows that are neither done nor failed."""
+        return self.known - self.done - self.failed
+
+    @property
+    def partly(self) -> float:
+        """What is done of the rows in work, in rows."""
+        return self.working * self.step / self.steps if self.steps else 0.0
 
 
-def describe(standing: Standing, seconds: float) -> str:
-    """One line: done, failed, left, objects per minute, time to go."""
-    left = standing.known - standing.done - standing.failed
+class Pace:
+    """How fast a run gets on, and from that the time to go.
+
+    The time to go falls as time passes. It rises only for a cause: if the rows that are left take over a fifth longer
+    than it says.
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[float, float] | None = None
+        self._ends: float | None = None
+
+    def seconds_to_go(self, standing: Standing, now: float) -> float | None:
+        """The time to go at the time `now` (seconds); None as long as nothing can be said."""
+        trained = standing.trained + standing.partly
+        if trained <= 0 or standing.total is None or not standing.left:
+            return None
+        if self._first is None:
+            self._first = now, trained
+        since, before = self._first
+        if now - since < _EVIDENCE_SECONDS or trained <= before:
+            return None if self._ends is None else max(0.0, self._ends - now)
+        estimate = (standing.left - standing.partly) * (now - since) / (trained - before)
+        if self._ends is None or now + estimate < self._ends or estimate > _TOO_LATE * (self._ends - now):
+            self._ends = now + estimate
+        return max(0.0, self._ends - now)
+
+
+def describe(standing: Standing, seconds: float, to_go: float | None = None) -> str:
+    """One line: done, failed, in work, left, objects per minute, time to go."""
     parts = [f"{standing.done} done", f"{standing.failed} failed"]
+    if standing.working:
+        how_far = f" (step {standing.step:.0f} of {standing.steps})" if standing.steps else ""
+        parts.append(f"{standing.working} in work{how_far}")
+    left = standing.left - standing.working
     parts.append(f"{left} left" if standing.total is not None else f"{left} left so far, still reading the manifest")
     if standing.trained:
-        rate = standing.trained / seconds * 60
-        parts.append(f"{rate:.1f} objects a minute")
-        if standing.total is not None and left:
-            parts.append(f"{_duration(left / rate * 60)} to go")
+        parts.append(f"{standing.trained / seconds * 60:.1f} objects a minute")
+    if to_go is not None:
+        parts.append(f"{_duration(to_go)} to go")
     return ", ".join(parts)
 
 
@@ -48,6 +103,7 @@ class Progress:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._last = ""
+        self._pace = Pace()
 
     def __enter__(self) -> "Progress":
         self._thread.start()
@@ -66,7 +122,8 @@ class Progress:
 
     def _show(self) -> None:
         standing = self._standing()
-        text = describe(standing, time.monotonic() - self._started)
+        seconds = time.monotonic() - self._started
+        text = describe(standing, seconds, self._pace.seconds_to_go(standing, seconds))
         if self._bar is not None:
             self._bar.total = max(1, standing.known)
             self._bar.n = standing.done + standing.failed

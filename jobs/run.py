@@ -1,7 +1,7 @@
 """One run over a manifest: rows become tasks, tasks become outcomes, and the ledger knows of all of them."""
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import chain, islice
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 import fsspec
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-from jobs.fanout import Lost, Task, Work, Workers, fan_out
+from jobs.fanout import Leased, Work, Workers, fan_out
 from jobs.ingest import Checked, Target, ingest
+from jobs.leases import Lost, Task
 from jobs.ledger import Ledger
 from jobs.outcomes import fail_row
 from jobs.plan import plan
@@ -59,16 +60,17 @@ class BatchRun:
         self._stall_seconds = stall_seconds
         self._known = 0
         self._read = False
+        self._in_work: list[tuple[int, int, int]] = []
 
     def plan_only(self) -> None:
         """Check every row; count those that `work_off` would train."""
-        with Progress(self._standing):
+        with Progress(self.standing):
             for task in self._tasks(self.ledger.committed_before):
                 self.ledger.counts["to train"] += len(task.payload.rows)
 
     def work_off(self) -> None:
         """Have every row in the store, or in the ledger with the reason why not."""
-        with Progress(self._standing):
+        with Progress(self.standing):
             tasks = self._tasks(self._have_current)
             # Starting workers takes a while: not for a manifest that is committed already.
             first = next(tasks, None)
@@ -110,6 +112,7 @@ class BatchRun:
                 self._make_work,
                 workers=self._workers,
                 on_outcome=self._on_outcome,
+                on_progress=self._on_progress,
                 # pyarrow's stubs call every handler abstract.
                 storage=(PyFileSystem(FSSpecHandler(filesystem)), folder),  # type: ignore[abstract]
                 stall_seconds=self._stall_seconds,
@@ -119,6 +122,9 @@ class BatchRun:
             if filesystem.exists(folder):
                 filesystem.rm(folder, recursive=True)
 
+    def _on_progress(self, leased: Sequence[Leased]) -> None:
+        self._in_work = [(sum(len(task.payload.rows) for task in one.tasks), one.done, one.of) for one in leased]
+
     def _on_outcome(self, task: Task, outcome: Any) -> None:
         rows = task.payload.rows
         if isinstance(outcome, Lost):
@@ -126,13 +132,20 @@ class BatchRun:
         for record, one in zip(rows, outcome, strict=True):
             self.ledger.outcome(record, one)
 
-    def _standing(self) -> Standing:
+    def standing(self) -> Standing:
+        """How far the run is."""
         counts = self.ledger.counts
         failed = counts["rejected"] + counts["failed"]
+        working = sum(rows for rows, _, _ in self._in_work)
+        steps = max((of for _, _, of in self._in_work), default=0)
+        shares = sum(rows * done / of for rows, done, of in self._in_work if of)
         return Standing(
             done=counts.total() - failed,
             failed=failed,
             known=self._known,
             total=self._known if self._read else None,
             trained=counts["committed"],
+            working=working,
+            step=steps * shares / working if working else 0.0,
+            steps=steps,
         )

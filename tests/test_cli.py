@@ -36,7 +36,7 @@ def filled(tmp_path_factory, tiny64):
     rows = [row for row in read_manifest(str(MANIFEST)) if not row.scene][:2]
     units = [Unit((check_row(row, store, target),), previews=False) for row in rows]
     outcomes = make_fine_tune(FineTuneSettings("tiny64", None, recipe, target, group_size=2, threads=1))(
-        units, lambda: None
+        units, lambda done, of: None
     )
     assert [outcome.status for (outcome,) in outcomes] == ["committed"] * 2
     return folder

@@ -1,5 +1,6 @@
 """Pictures of classes, for the class-characterizing regularization."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -29,6 +30,11 @@ class ClassPictures:
     def __getitem__(self, class_name: str) -> Tensor:
         """(class_pool, C, h, h) latents of a class that `draw` has been asked for."""
         return self._latents[class_name]
+
+    def steps_to_draw(self, class_names: set[str]) -> int:
+        """How often `draw` of these would call `on_step`."""
+        pictures = len(class_names - self._latents.keys()) * self._recipe.class_pool
+        return math.ceil(pictures / fitting_batch_size(self._base)) * self._recipe.sample_steps
 
     def draw(self, class_names: set[str], *, on_step: Callable[[], None] = lambda: None) -> None:
         """Have pictures of all these classes, drawing the missing ones together."""

@@ -14,7 +14,9 @@ import pytest
 from conftest import ray_processes
 from pyarrow.fs import LocalFileSystem
 
-from jobs.fanout import Lost, Task, Workers, fan_out
+from jobs import fanout
+from jobs.fanout import Workers, fan_out
+from jobs.leases import Lost, Task
 from objdrive.errors import ObjdriveError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
@@ -55,6 +57,24 @@ class MakeSlow:
         return Slow(self.log)
 
 
+@dataclass(frozen=True)
+class MakeAway:
+    """Making the work fails the first `times` times, over all processes: storage that is away for a while."""
+
+    log: str
+    tries: str
+    times: int
+
+    def __call__(self) -> Slow:
+        for number in range(self.times):
+            try:
+                Path(self.tries, str(number)).touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            raise OSError("the storage is away")
+        return Slow(self.log)
+
+
 class Run:
     """A fan-out over named tasks, with a fault that strikes when some outcomes are there."""
 
@@ -65,7 +85,9 @@ class Run:
         self.outcomes: list[tuple[str, Any]] = []
         self.struck = threading.Event()
 
-    def work_off(self, *, workers: Workers | None = None, make: MakeSlow | None = None, stall: float = 60.0) -> None:
+    def work_off(
+        self, *, workers: Workers | None = None, make: MakeSlow | MakeAway | None = None, stall: float = 60.0
+    ) -> None:
         fan_out(
             self.tasks(),
             make or MakeSlow(str(self.folder / "log")),
@@ -174,3 +196,39 @@ def test_a_source_of_tasks_that_fails_does_not_lose_those_before(cluster: str, t
     with pytest.raises(ObjdriveError, match=r"part-7\.parquet is truncated"):
         run.work_off()
     assert sorted(name for name, _ in run.outcomes) == list("abcd")
+
+
+def test_workers_whose_work_can_not_be_made_for_a_while_are_tried_again(cluster: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, NAMES)
+    # More than the tries of two processes, so that one at least is replaced.
+    (tmp_path / "tries").mkdir()
+    run.work_off(make=MakeAway(str(tmp_path / "log"), str(tmp_path / "tries"), times=7))
+    assert sorted(name for name, _ in run.outcomes) == sorted(NAMES)
+    assert len(list((tmp_path / "tries").iterdir())) == 7
+    assert len(run.pids()) == 2
+
+
+def test_training_that_fails_while_tasks_are_still_read_is_an_error(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping = threading.Event()
+    real_stop = fanout._Pump.stop
+
+    class Fails(fanout._FanoutTrainer):
+        def fit(self) -> None:
+            raise RuntimeError("the controller died")
+
+    def stop(pump: fanout._Pump) -> None:
+        pump._stopping.set()
+        stopping.set()
+        real_stop(pump)
+
+    class Reading(Run):
+        def tasks(self) -> Iterator[Task]:
+            stopping.wait()
+            yield Task("late", "late")
+
+    monkeypatch.setattr(fanout, "_FanoutTrainer", Fails)
+    monkeypatch.setattr(fanout._Pump, "stop", stop)
+    with pytest.raises(ObjdriveError, match="had not been read yet: the controller died"):
+        Reading(tmp_path, []).work_off()

@@ -1,6 +1,7 @@
 """Faults, injected for real into whole runs: afterwards every good object is committed exactly once."""
 
 import json
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -118,3 +119,33 @@ def test_failing_writes_are_tried_again_and_then_reported(start_job: StartJob, t
     assert "planned failure" in done.rejects[0]["message"]
     assert_whole(job.store, [IDS[0], IDS[1], IDS[3]])
     assert len(list(faults.glob("failed-0-*"))) == 3
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_far_it_is_and_is_a_rerun(
+    start_job: StartJob, tmp_path: Path, signum: signal.Signals, status: int
+) -> None:
+    manifest = write_manifest(tmp_path, IDS[:6])
+    options = ("--group-size", "2", "--workers", "1")
+    job = start_job(manifest, *options, fast=SLOW)
+    wait_for_commits(job, 2)
+    job.process.send_signal(signum)
+    done = job.finish()
+    assert done.status == status, done.output
+    found = re.search(r"interrupted: (\d+) committed, (\d+) left; run the same command to go on", done.output)
+    assert found, done.output
+    committed, left = map(int, found.groups())
+    assert (committed, committed + left) == (len(done.results), 6)
+    assert 2 <= committed < 6
+    assert "object-00" in done.report
+    assert_nothing_left_running()
+    again = start_job(manifest, *options, fast=SLOW).finish()
+    assert again.status == 0, again.output
+    assert_whole(job.store, IDS[:6])
+
+
+def test_a_terminal_is_shown_progress_inside_a_group(start_job: StartJob, tmp_path: Path) -> None:
+    job = start_job(write_manifest(tmp_path, IDS[:2]), "--workers", "1", fast=(*FAST[1:], "steps=300"))
+    done = job.finish()
+    assert done.status == 0, done.output
+    assert re.search(r"2 in work \(step [1-9]\d* of \d+\)", done.output), done.output

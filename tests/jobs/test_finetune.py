@@ -14,11 +14,14 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image, ImageFilter
 
+from jobs import finetune
 from jobs.finetune import PREVIEW_PROMPTS, FineTune
-from jobs.ingest import Checked, Target, check_row
+from jobs.ingest import Checked, Target, check_row, digest_inputs, read_photo
+from jobs.leases import LeaseLostError
 from jobs.plan import Unit
 from jobs.settings import FineTuneSettings
 from objdrive.adapters.adapter import parse_adapter
+from objdrive.adapters.artifact import adapter_digest
 from objdrive.adapters.store import ArtifactStore
 from objdrive.base.family import STABLE_DIFFUSION
 from objdrive.catalog.manifest import read_manifest
@@ -57,7 +60,7 @@ class Workshop:
     def work(self, *units):
         """(outcomes by unit, how often `alive` was called)."""
         calls = Counter()
-        outcomes = self.fine_tune(list(units), lambda: calls.update(["alive"]))
+        outcomes = self.fine_tune(list(units), lambda done, of: calls.update(["alive"]))
         return outcomes, calls["alive"]
 
     def adapter(self, object_id):
@@ -72,6 +75,12 @@ class Workshop:
             source = Path(getattr(row, role))
             paths[role] = str(shutil.copy(source, source.with_name(f"{new_id}{source.suffix}")))
         self.rows[new_id] = replace(row, object_id=new_id, **paths)
+
+
+def check_digest(workshop, unit):
+    """What the worker will find as the unit's digest, which is its scene's key."""
+    members = [read_photo(record.row, record.image, record.mask)[1] for record in unit.rows]
+    return adapter_digest(members, **digest_inputs(workshop.target))
 
 
 @pytest.fixture(scope="module")
@@ -317,3 +326,66 @@ def test_settings_can_be_sent_to_workers(workshop):
 
 def test_a_lease_without_units_is_fine(workshop):
     assert workshop.work() == ([], 0)
+
+
+def _raising_for(scene_key, error, real):
+    """`personalize`, but a group with this scene raises."""
+
+    def personalize(base, scenes, recipe, **options):
+        if any(scene.key == scene_key for scene in scenes):
+            raise error
+        return real(base, scenes, recipe, **options)
+
+    return personalize
+
+
+def test_what_a_scene_raises_is_its_own_failure_and_its_neighbours_go_on(workshop, monkeypatch):
+    ids = [f"neighbour-{number}" for number in range(5)]
+    for new_id, object_id in zip(ids, workshop.alone, strict=False):
+        workshop.copy_row(object_id, new_id)
+    units = [workshop.unit(object_id) for object_id in ids]
+    key = check_digest(workshop, units[2])
+    broken = _raising_for(key, ValueError("the image has no colours"), finetune.personalize)
+    monkeypatch.setattr(finetune, "personalize", broken)
+    outcomes, _ = workshop.work(*units)
+    assert [outcome.status for (outcome,) in outcomes] == ["committed"] * 2 + ["failed"] + ["committed"] * 2
+    (failure,) = outcomes[2]
+    assert failure.code == "fine_tune_failed"
+    assert "ValueError: the image has no colours" in failure.message
+    assert units[2].rows[0].row.where in failure.message
+
+
+def test_what_is_raised_while_an_objects_files_are_written_is_its_own_failure(workshop, monkeypatch):
+    ids = ("written-0", "written-1")
+    for new_id, object_id in zip(ids, workshop.alone, strict=False):
+        workshop.copy_row(object_id, new_id)
+    real = finetune.adapter_files
+
+    def adapter_files(adapter, *, token, family):
+        if "written-0" in token:
+            raise ObjdriveError("the tensor down.0 holds NaN")
+        return real(adapter, token=token, family=family)
+
+    monkeypatch.setattr(finetune, "adapter_files", adapter_files)
+    (first,), (second,) = workshop.work(*(workshop.unit(object_id) for object_id in ids))[0]
+    assert (first.code, second.status) == ("fine_tune_failed", "committed")
+    assert "the tensor down.0 holds NaN" in first.message
+
+
+def test_a_lost_lease_and_a_failed_device_are_no_fault_of_a_scene(workshop, monkeypatch):
+    workshop.copy_row(workshop.alone[0], "innocent")
+    unit = workshop.unit("innocent")
+    for error in (LeaseLostError(), torch.AcceleratorError("the device is gone")):
+        with monkeypatch.context() as patched:
+            patched.setattr(finetune, "personalize", _raising_for(check_digest(workshop, unit), error, None))
+            with pytest.raises(type(error)):
+                workshop.work(unit)
+
+
+def test_progress_goes_from_the_first_step_to_the_last(workshop):
+    workshop.copy_row(workshop.alone[0], "watched")
+    told = []
+    workshop.fine_tune([workshop.unit("watched", previews=True)], lambda done, of: told.append((done, of)))
+    steps = [done for done, _ in told]
+    assert steps == sorted(steps)
+    assert {of for _, of in told} == {told[-1][0]}

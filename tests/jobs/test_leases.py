@@ -270,8 +270,25 @@ def test_a_beat_on_a_void_lease_is_told_so(make_queue, clock):
 
 def test_a_worker_that_could_not_start_is_told_of(make_queue):
     queue = make_queue("a")
-    queue.report_broken("OSError: no such base")
+    queue.report_broken(0, "OSError: no such base")
     assert queue.collect([]).broken == ("OSError: no such base",)
+
+
+def test_a_rank_whose_processes_can_not_start_is_given_up_unless_one_has_started_meanwhile(make_queue):
+    queue = make_queue("a")
+    assert [queue.report_broken(0, "no") for _ in range(2)] == [True, True]
+    assert queue.report_broken(1, "no")
+    queue.lease(0, 1)
+    assert [queue.report_broken(0, "no") for _ in range(3)] == [True, True, False]
+
+
+def test_what_is_in_work_is_told_with_its_steps(make_queue):
+    queue = make_queue("abc")
+    lease, other = queue.lease(0, 1), queue.lease(1, 1)
+    assert {(one.keys, one.done, one.of) for one in queue.collect([]).in_work} == {(("a",), 0, 0), (("b",), 0, 0)}
+    queue.beat(lease.id, 0, ["a"], done=3, of=9)
+    finish(queue, other)
+    assert [(one.keys, one.done, one.of) for one in queue.collect([]).in_work] == [(("a",), 3, 9)]
 
 
 # A new incarnation after the queue's death

@@ -2,14 +2,16 @@
 
 import io
 import threading
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
-from jobs.progress import Progress, Standing, describe
+from jobs.progress import Pace, Progress, Standing, describe
 
 
-def standing(*, done=0, failed=0, known=10, total=10, trained=0):
-    return Standing(done, failed, known, total, trained)
+def standing(*, done=0, failed=0, known=10, total=10, trained=0, **working):
+    return Standing(done, failed, known, total, trained, **working)
 
 
 @pytest.mark.parametrize(
@@ -22,28 +24,62 @@ def standing(*, done=0, failed=0, known=10, total=10, trained=0):
             60.0,
             "4 done, 1 failed, 5 left so far, still reading the manifest, 4.0 objects a minute",
         ),
-        (
-            standing(done=4, failed=1, trained=4),
-            60.0,
-            "4 done, 1 failed, 5 left, 4.0 objects a minute, 1 min 15 s to go",
-        ),
+        (standing(done=4, failed=1, trained=4), 60.0, "4 done, 1 failed, 5 left, 4.0 objects a minute"),
         # What was committed before took no time.
-        (
-            standing(done=5, known=10, trained=1),
-            10.0,
-            "5 done, 0 failed, 5 left, 6.0 objects a minute, 50 s to go",
-        ),
-        (
-            standing(done=100, known=1_000_100, total=1_000_100, trained=100),
-            60.0,
-            "100 done, 0 failed, 1000000 left, 100.0 objects a minute, 166 h 40 min to go",
-        ),
+        (standing(done=5, known=10, trained=1), 10.0, "5 done, 0 failed, 5 left, 6.0 objects a minute"),
+        (standing(working=8), 5.0, "0 done, 0 failed, 8 in work, 2 left"),
+        (standing(working=8, step=119.6, steps=231), 90.0, "0 done, 0 failed, 8 in work (step 120 of 231), 2 left"),
         (standing(done=9, failed=1, trained=3), 90.0, "9 done, 1 failed, 0 left, 2.0 objects a minute"),
         (standing(known=0, total=0), 1.0, "0 done, 0 failed, 0 left"),
     ],
 )
 def test_a_standing_in_words(now, seconds, text):
     assert describe(now, seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(50.0, "50 s to go"), (75.0, "1 min 15 s to go"), (599_999.6, "166 h 40 min to go")],
+)
+def test_the_time_to_go_in_words(seconds, text):
+    assert describe(standing(), 1.0, seconds).endswith(f"10 left, {text}")
+
+
+def to_go(pace, at, *, rows=100, group=10, rate=1.0, start=30.0):
+    """The time to go of a run of groups of ten that makes `rate` rows a second after its start."""
+    made = max(0.0, at - start) * rate
+    done = int(made // group) * group
+    steps = 100 * (made - done) / group
+    return pace.seconds_to_go(
+        standing(done=done, known=rows, total=rows, trained=done, working=group, step=steps, steps=100), at
+    )
+
+
+def test_the_time_to_go_is_right_before_the_first_object_is_done_and_falls():
+    pace = Pace()
+    shown = [to_go(pace, float(at)) for at in range(130)]
+    assert shown[:30] == [None] * 30
+    assert next(second for second, value in enumerate(shown) if value is not None) < 45
+    said = [(second, value) for second, value in enumerate(shown) if value is not None]
+    assert all(value == pytest.approx(130 - second, abs=3) for second, value in said)
+    assert all(later < before for (_, before), (_, later) in pairwise(said))
+
+
+def test_small_changes_of_pace_do_not_raise_the_time_to_go_and_large_ones_do():
+    pace, row = Pace(), standing(known=100, total=100, trained=1, done=1)
+    pace.seconds_to_go(row, 0.0)
+    expected = pace.seconds_to_go(replace(row, trained=11, done=11), 100.0)
+    assert expected == pytest.approx(890)
+    # Ten seconds a row: a row late by a tenth is no cause, a worker lost is.
+    assert pace.seconds_to_go(replace(row, trained=21, done=21), 210.0) == pytest.approx(780)
+    assert pace.seconds_to_go(replace(row, trained=22, done=22), 420.0) == pytest.approx(78 * 420 / 21)
+
+
+def test_nothing_is_said_of_the_time_while_the_manifest_is_read_or_nothing_is_left():
+    pace = Pace()
+    for at in (0.0, 100.0):
+        assert pace.seconds_to_go(standing(trained=int(at), total=None), at) is None
+    assert pace.seconds_to_go(standing(done=10, trained=10), 200.0) is None
 
 
 class Stream(io.StringIO):
