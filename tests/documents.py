@@ -6,6 +6,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "objdrive" / "bases" / "tiny64" / "README.md"]
 )
 SHELL = ("bash", "sh")
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _TEXT_TOOLS = ("curl", "git", "npm", "apt-get")
 """Commands that are not the project's: nothing here can tell whether their options are right."""
 
@@ -50,7 +51,7 @@ def blocks(path: Path) -> list[Block]:
     """All fenced blocks of a document."""
     text = path.read_text(encoding="utf-8")
     return [
-        Block(path, match[1], match[2], text.count("\n", 0, match.start()) + 1)
+        Block(path, match[2], textwrap.dedent(match[3]), text.count("\n", 0, match.start()) + 1)
         for match in _FENCE.finditer(text)
     ]
 
