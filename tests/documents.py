@@ -21,7 +21,8 @@ DOCUMENTS = sorted(
 )
 SHELL = ("bash", "sh")
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-_TEXT_TOOLS = ("curl", "git", "npm", "apt-get")
+_ASSIGNMENT = re.compile(r"^\w+=\$\(")
+_OTHER_TOOLS = ("curl", "git", "npm", "apt-get")
 """Commands that are not the project's: nothing here can tell whether their options are right."""
 
 
@@ -42,7 +43,7 @@ class Block:
     @property
     def commands(self) -> list[list[str]]:
         """The words of each command of a shell block; what a pipe follows with is left out."""
-        lines = self.text.replace("\\\n", " ").splitlines()
+        lines = [_ASSIGNMENT.sub("", line) for line in self.text.replace("\\\n", " ").splitlines()]
         words = [shlex.split(line, comments=True) for line in lines]
         return [line[: line.index("|")] if "|" in line else line for line in words if line]
 
@@ -83,7 +84,7 @@ def check_command(words: list[str]) -> None:
             _check_extras(what)
         case ["pytest", *_] | ["ruff", *_] | ["mypy", *_]:
             pass
-        case [tool, *_] if tool in _TEXT_TOOLS:
+        case [tool, *_] if tool in _OTHER_TOOLS:
             pass
         case _:
             pytest.fail(f"no rule checks {shlex.join(words)!r}: add one to {__name__}.check_command")
