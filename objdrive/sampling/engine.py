@@ -19,47 +19,15 @@ from objdrive.base.stable_diffusion import Base
 from objdrive.errors import Cancelled, Draining, DrawingFailed, ObjdriveError, QueueFull
 from objdrive.pictures import to_pictures
 from objdrive.sampling.checks import check_request
-from objdrive.sampling.histogram import Histogram, HistogramSnapshot
-from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture, _logger
-from objdrive.sampling.residency import Reservation, Residency, Resident, Tier
+from objdrive.sampling.histogram import Histogram
+from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture, _logger, partial_steps
+from objdrive.sampling.residency import Reservation, Residency, Resident
 from objdrive.sampling.sampler import Sample, SampleSpec, begin, denoise, fitting_batch_size
+from objdrive.sampling.stats import EngineStats
 
 _MOST_OVERTAKEN = 32
 _LONGEST_RETRY_SECONDS = 60.0
 _NOT_FINITE = "the picture's values are not finite: lower guidance_scale or adapter_scale"
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters since the engine's start, and gauges.
-
-    Attributes:
-        requests: ended requests by outcome: ``drawn`` or an error's code (refused ones included).
-        waiting: requests that wait for a place in the batch.
-        running: requests in the batch.
-        queue_seconds: from `submit` to the first step.
-        batch_size: requests in a step.
-        step_seconds: a step's forward pass and update.
-        decode_seconds: decoding a batch of pictures.
-        swap_seconds: copying one adapter into a slot.
-        hits: needed adapters by the tier where they were found.
-        resident: adapters in slots.
-        hosted: adapters in host memory.
-        hosted_bytes: their size.
-    """
-
-    requests: Mapping[str, int]
-    waiting: int
-    running: int
-    queue_seconds: HistogramSnapshot
-    batch_size: HistogramSnapshot
-    step_seconds: HistogramSnapshot
-    decode_seconds: HistogramSnapshot
-    swap_seconds: HistogramSnapshot
-    hits: Mapping[Tier, int]
-    resident: int
-    hosted: int
-    hosted_bytes: int
 
 
 @dataclass(eq=False)
@@ -402,12 +370,6 @@ class Engine:
     def _count(self, outcome: str) -> None:
         with self._condition:
             self._outcomes[outcome] += 1
-
-
-def partial_steps(steps: int, count: int) -> tuple[int, ...]:
-    """After which steps (counted from 1) to show `count` partial pictures, evenly, none after the last."""
-    wanted = {round((index + 1) * steps / (count + 1)) for index in range(count)}
-    return tuple(sorted(wanted & set(range(1, steps))))
 
 
 def _sample_spec(request: DrawRequest, prompt: str, shown: Sequence[Resident]) -> SampleSpec:

@@ -164,3 +164,9 @@ def _call(callback: Callable[[DrawingEvent], None], event: DrawingEvent) -> None
     except Exception:
         # A subscriber that is gone (a closed event loop) must not take the others' pictures down.
         _logger.exception("a subscriber to a drawing failed on %s", type(event).__name__)
+
+
+def partial_steps(steps: int, count: int) -> tuple[int, ...]:
+    """After which steps (counted from 1) to show `count` partial pictures, evenly, none after the last."""
+    wanted = {round((index + 1) * steps / (count + 1)) for index in range(count)}
+    return tuple(sorted(wanted & set(range(1, steps))))

@@ -132,7 +132,7 @@ class TestFingerprint:
 
 class TestRefusals:
     def test_of_a_name_that_is_nothing(self):
-        with pytest.raises(ObjdriveError, match=r"no base 'nobody/nothing': neither an embedded one \(.*tiny64"):
+        with pytest.raises(ObjdriveError, match=r"no base 'nobody/nothing': it is not embedded \(.*tiny64"):
             find_base("nobody/nothing")
 
     @pytest.mark.parametrize("name", ["no such thing", "/nowhere/at/all", "a/b/c"])

@@ -27,8 +27,8 @@ from objdrive.errors import (
     UnknownObject,
     WrongBase,
 )
-from objdrive.sampling.engine import Engine, partial_steps
-from objdrive.sampling.requests import DrawRequest, Partial, Picture
+from objdrive.sampling.engine import Engine
+from objdrive.sampling.requests import DrawRequest, Partial, Picture, partial_steps
 from objdrive.sampling.sampler import SampleSpec, draw_latents
 
 RANK = 4
