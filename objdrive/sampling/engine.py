@@ -1,5 +1,6 @@
 """The engine: many requests, many objects, one denoising batch that requests join and leave at every step."""
 
+import logging
 import math
 import threading
 import time
@@ -25,6 +26,7 @@ from objdrive.sampling.residency import Reservation, Residency, Resident
 from objdrive.sampling.sampler import Sample, SampleSpec, begin, denoise, fitting_batch_size
 from objdrive.sampling.stats import EngineStats
 
+_logger = logging.getLogger(__name__)
 _MOST_OVERTAKEN = 32
 _LONGEST_RETRY_SECONDS = 60.0
 _NOT_FINITE = "the picture's values are not finite: lower guidance_scale or adapter_scale"
