@@ -21,7 +21,7 @@ from objdrive.errors import Cancelled, Draining, DrawingFailed, ObjdriveError, Q
 from objdrive.pictures import to_pictures
 from objdrive.sampling.checks import check_request
 from objdrive.sampling.histogram import Histogram
-from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture, _logger, partial_steps
+from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture, partial_steps
 from objdrive.sampling.residency import Reservation, Residency, Resident
 from objdrive.sampling.sampler import Sample, SampleSpec, begin, denoise, fitting_batch_size
 from objdrive.sampling.stats import EngineStats
