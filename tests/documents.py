@@ -116,7 +116,7 @@ def _check_extras(what: list[str]) -> None:
     assert asked <= known, f"there are no extras {asked - known}"
 
 
-def run_shell(script: str, folder: Path, *, timeout: float = 300) -> str:
+def run_shell(script: str, folder: Path, *, timeout: float = 500) -> str:
     """Run a shell block as a reader would, in `folder`; its output. Any command that fails fails the test."""
     preamble = (
         "set -euo pipefail\n"
