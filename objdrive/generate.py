@@ -39,7 +39,7 @@ def generate(
         steps: of DDIM; default: the recipe's.
         guidance_scale: default: the recipe's.
         base: name of the base; default: the one that the artifact notes.
-        clip: see `objdrive.base.find_base`.
+        clip: see `objdrive.base.files.find_base`.
 
     Raises:
         ObjdriveError: no such object, a damaged artifact, another base, a prompt without ``{}``, or a number that
@@ -73,7 +73,7 @@ def generate(
 
 
 def _drawing_recipe(metadata: ArtifactMetadata, **asked: float | None) -> Recipe:
-    """Of the artifact's recipe the fields that can be asked for otherwise, as they are asked for."""
+    """The artifact's recipe, with the fields that a caller has set."""
     # Not the others: an artifact may have been made with fields of another version.
     made_with = {name: metadata.recipe[name] for name in asked if name in metadata.recipe}
     try:

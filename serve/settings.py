@@ -19,7 +19,7 @@ class Settings(BaseModel):
     Attributes:
         store: the store's address.
         base: name of the base; empty: the one that the store's first object was fine-tuned on.
-        clip: see `objdrive.base.find_base`.
+        clip: see `objdrive.base.files.find_base`.
         api_keys: file of the API keys (see `serve.auth`).
         no_auth: ask for no keys; only this machine's own requests are then answered.
         signing_key_file: file with the secret that signs links, at least 32 bytes; by default the secret is random,

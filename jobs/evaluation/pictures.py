@@ -61,7 +61,7 @@ class DrawingSettings:
 
     Attributes:
         base: name of the base.
-        clip: see `objdrive.base.find_base`.
+        clip: see `objdrive.base.files.find_base`.
         fingerprint: of the base that is meant.
         steps: of the scheduler.
         guidance_scale: of classifier-free guidance.

@@ -34,7 +34,7 @@ def timestep_odds(alphas: Tensor) -> Tensor:
 
 
 def velocity_weight(alphas: Tensor, *, velocity: bool) -> Tensor:
-    """What makes a loss one of the velocity (arXiv 2202.00512): ``1 / a_t`` for predicted noise, 1 for the velocity.
+    """The weight that turns a loss into the velocity's (arXiv 2202.00512): ``1 / a_t`` for noise, 1 for the velocity.
 
     An error of the noise is ``sqrt(a_t)`` times the velocity's: a plain loss of it counts strong noise as nothing.
 

@@ -61,7 +61,7 @@ class Stepper:
 
     @property
     def predicted(self) -> Tensor:
-        """(1, C, h, w): where the last step saw the way end, the predicted x_0."""
+        """(1, C, h, w): the picture that the last step predicted, x_0."""
         if self._predicted is None:
             raise ValueError("no step has been taken yet")
         return self._predicted

@@ -49,7 +49,7 @@ def load_encoder(name: str, *, base: str, clip: str | None = None, device: str =
         name: ``clip``, the base's own CLIP; ``clip:ID`` or ``dino:ID``, a model of transformers by its hub id or
             folder; ``imagenet``, see `objdrive.imagenet`, which has a part in no base.
         base: the base that ``clip`` means.
-        clip: see `objdrive.base.find_base`.
+        clip: see `objdrive.base.files.find_base`.
         device: where to put it.
 
     Raises:

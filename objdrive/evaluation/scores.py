@@ -91,7 +91,7 @@ def scalarise(points: Array) -> Array:
 
 
 def pareto_front(points: Array) -> NDArray[np.bool_]:
-    """(N,): which points (N, K), the larger the better, no other point equals or beats everywhere, beating it once."""
+    """(N,): which points (N, K) are on the front: no other is at least as large on every axis and larger on one."""
     no_worse = (points[None, :, :] >= points[:, None, :]).all(axis=-1)
     better = (points[None, :, :] > points[:, None, :]).any(axis=-1)
     front: NDArray[np.bool_] = np.logical_not(np.logical_and(no_worse, better).any(axis=-1))

@@ -266,7 +266,7 @@ class Engine:
         return True
 
     def _seat(self, ticket: _Ticket) -> bool:
-        """Give the ticket a place, or an end if it cannot be drawn; False if its slots are not to be had yet."""
+        """Give the ticket a place, or end it if it cannot be drawn; False if its slots are not free yet."""
         try:
             residents = self._residency.lease(ticket.reservation)
             if residents is None:

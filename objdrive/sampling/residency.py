@@ -91,7 +91,7 @@ class Residency:
         store: where they come from.
         bank: the bank on the base's network.
         host_bytes: limit of host memory.
-        on_loaded: called on a loader's thread whenever a load has ended, well or not.
+        on_loaded: called on a loader's thread whenever a load has succeeded or failed.
         loaders: how many loads run at once.
     """
 
@@ -156,7 +156,7 @@ class Residency:
             return True
 
     def ready(self, reservation: Reservation) -> bool:
-        """Whether the reservation's loads have ended, well or not."""
+        """Whether the reservation's loads have all succeeded or failed."""
         with self._lock:
             return all(load.done() for load in reservation.loads.values())
 

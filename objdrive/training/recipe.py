@@ -154,7 +154,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def make_recipe(
     source: str = "objdrive", *, tuning: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
 ) -> Recipe:
-    """Put a recipe together: preset, then the base's tuning, then a YAML file, then overrides.
+    """Put a recipe together: defaults, then the base's tuning, the preset, a YAML file and overrides.
 
     Args:
         source: a preset's name, or the path of a YAML file whose keys are `Recipe` fields (its `preset` key

@@ -68,7 +68,7 @@ class _Cut:
 
 
 def with_mended_masks(scene: Scene) -> Scene:
-    """The scene by masks that follow its picture; an object whose own does already keeps it (`mend_mask`)."""
+    """The scene with masks that follow its picture. A mask that does so already stays as it is (`mend_mask`)."""
     objects = []
     for one in scene.objects:
         others = [other for other in scene.objects if other is not one]
