@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import FAST, Job, StoreWatch, assert_whole, commits, ray_processes, write_manifest
+from conftest import FAST, Finished, Job, StoreWatch, assert_whole, commits, ray_processes, write_manifest
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
@@ -121,16 +121,8 @@ def test_failing_writes_are_tried_again_and_then_reported(start_job: StartJob, t
     assert len(list(faults.glob("failed-0-*"))) == 3
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_says_how_far_it_is_and_is_a_rerun(
-    start_job: StartJob, tmp_path: Path, signum: signal.Signals, status: int
-) -> None:
-    manifest = write_manifest(tmp_path, IDS[:6])
-    options = ("--group-size", "2", "--workers", "1")
-    job = start_job(manifest, *options, fast=SLOW)
-    wait_for_commits(job, 2)
-    job.process.send_signal(signum)
-    done = job.finish()
+def assert_told(done: Finished, status: int) -> None:
+    """The run says how far it has come, in words and in its tables."""
     assert done.status == status, done.output
     found = re.search(r"interrupted: (\d+) committed, (\d+) left; run the same command to go on", done.output)
     assert found, done.output
@@ -138,14 +130,25 @@ def test_an_interrupted_run_says_how_far_it_is_and_is_a_rerun(
     assert (committed, committed + left) == (len(done.results), 6)
     assert 2 <= committed < 6
     assert "object-00" in done.report
+
+
+def test_a_terminated_run_says_how_far_it_is_and_is_a_rerun(start_job: StartJob, tmp_path: Path) -> None:
+    manifest, options = write_manifest(tmp_path, IDS[:6]), ("--group-size", "2", "--workers", "1")
+    job = start_job(manifest, *options, fast=SLOW)
+    wait_for_commits(job, 2)
+    job.process.send_signal(signal.SIGTERM)
+    assert_told(job.finish(), 143)
     assert_nothing_left_running()
     again = start_job(manifest, *options, fast=SLOW).finish()
     assert again.status == 0, again.output
     assert_whole(job.store, IDS[:6])
 
 
-def test_a_terminal_is_shown_progress_inside_a_group(start_job: StartJob, tmp_path: Path) -> None:
-    job = start_job(write_manifest(tmp_path, IDS[:2]), "--workers", "1", fast=(*FAST[1:], "steps=300"))
+def test_a_run_shows_its_steps_until_ctrl_c_ends_it(start_job: StartJob, tmp_path: Path) -> None:
+    fast = (*FAST[1:], "steps=150")
+    job = start_job(write_manifest(tmp_path, IDS[:6]), "--group-size", "2", "--workers", "1", fast=fast)
+    wait_for_commits(job, 2)
+    job.process.send_signal(signal.SIGINT)
     done = job.finish()
-    assert done.status == 0, done.output
+    assert_told(done, 130)
     assert re.search(r"2 in work \(step [1-9]\d* of \d+\)", done.output), done.output
