@@ -121,6 +121,7 @@ def measure(rows: int, *, commit: bool, dry: bool) -> None:
             make,
             Workers(2, 2),
             ledger,
+            prompt_fault=lambda class_names: "",
             limit=None,
             previews=0,
             stall_seconds=600,

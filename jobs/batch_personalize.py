@@ -17,6 +17,7 @@ from jobs.ingest import Target
 from jobs.interrupts import Interrupted, interruptible
 from jobs.ledger import REJECTS_FILE, Ledger
 from jobs.progress import Standing
+from jobs.prompt_lengths import PromptLengths
 from jobs.run import BatchRun
 from jobs.settings import FineTuneSettings
 from jobs.worker import make_fine_tune
@@ -99,6 +100,7 @@ def _run(arguments: argparse.Namespace) -> int:
             partial(make_fine_tune, _settings(arguments, recipe, target, workers)),
             workers,
             ledger,
+            prompt_fault=PromptLengths(base, recipe).fault,
             limit=arguments.limit,
             previews=arguments.previews,
             stall_seconds=arguments.stall_seconds,

@@ -17,7 +17,7 @@ from jobs.ingest import Checked, digest_inputs, read_photo, source_record
 from jobs.leases import Alive, LeaseLostError
 from jobs.outcomes import RowOutcome, fail_row
 from jobs.plan import Unit
-from jobs.settings import FineTuneSettings
+from jobs.settings import PREVIEW_PROMPTS, FineTuneSettings
 from objdrive.adapters.adapter import adapter_files
 from objdrive.adapters.artifact import (
     ArtifactMetadata,
@@ -45,12 +45,6 @@ from objdrive.training.personalize import Diverged, FineTuned, personalize
 from objdrive.training.recipe import METHOD_VERSION
 from objdrive.training.views import Scene, SceneObject
 
-PREVIEW_PROMPTS = (
-    "a photo of {} on grass",
-    "a photo of {} in the snow",
-    "a photo of {} on a wooden table",
-    "a photo of {} under water",
-)
 _THUMBNAIL = 256
 _FATAL = (LeaseLostError, torch.AcceleratorError)
 """Exceptions that concern all of a worker's work: its tasks are another's by now, or its device has failed."""

@@ -3,7 +3,7 @@
 import json
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ def plan(
     records: Iterable[Checked | Reject],
     *,
     previews: int,
+    prompt_fault: Callable[[Sequence[str]], str],
     on_reject: Callable[[Reject], None],
     on_committed: Callable[[Checked], None],
     on_repeat: Callable[[Checked], None],
@@ -39,6 +40,7 @@ def plan(
     Args:
         records: rows in manifest order.
         previews: for how many of the first objects pictures are drawn.
+        prompt_fault: why the base can't read the prompts of a scene with these class words; empty if it can.
         on_reject: told of rows that can't be used.
         on_committed: told of rows whose artifact is committed already.
         on_repeat: told of repeated rows.
@@ -56,6 +58,8 @@ def plan(
                 index.add_to_scene(record)
             elif record.digest and record.members == (record.row.object_id,):
                 on_committed(record)
+            elif message := prompt_fault([record.row.class_name]):
+                on_reject(_unreadable(record, message))
             else:
                 planned += 1
                 yield _task([record], planned <= previews)
@@ -66,10 +70,17 @@ def plan(
             elif _scene_committed(scene := list(members)):
                 for record in scene:
                     on_committed(record)
+            elif message := prompt_fault([record.row.class_name for record in scene]):
+                for record in scene:
+                    on_reject(_unreadable(record, message))
             else:
                 planned += len(scene)
                 yield _task(scene, planned - len(scene) < previews)
         index.close()
+
+
+def _unreadable(record: Checked, message: str) -> Reject:
+    return Reject(record.row.object_id, record.row.where, "class_too_long", f"{record.row.where}: {message}")
 
 
 def _task(rows: list[Checked], previews: bool) -> Task:

@@ -31,6 +31,7 @@ class BatchRun:
         make_work: makes what a worker does with a lease of `jobs.plan.Unit` (see `jobs.finetune.FineTune`).
         workers: how many, with what.
         ledger: told of every row.
+        prompt_fault: see `jobs.plan.plan`.
         limit: only so many rows; None: all.
         previews: for how many of the first objects pictures are drawn.
         stall_seconds: see `jobs.fanout.fan_out`.
@@ -44,6 +45,7 @@ class BatchRun:
         workers: Workers,
         ledger: Ledger,
         *,
+        prompt_fault: Callable[[Sequence[str]], str],
         limit: int | None,
         previews: int,
         stall_seconds: float,
@@ -55,6 +57,7 @@ class BatchRun:
         self._store = ArtifactStore(target.store_url)
         self._make_work = make_work
         self._workers = workers
+        self._prompt_fault = prompt_fault
         self._limit = limit
         self._previews = previews
         self._stall_seconds = stall_seconds
@@ -81,6 +84,7 @@ class BatchRun:
         return plan(
             self._records(),
             previews=self._previews,
+            prompt_fault=self._prompt_fault,
             on_reject=self.ledger.reject,
             on_committed=on_committed,
             on_repeat=self.ledger.repeated,

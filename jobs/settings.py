@@ -5,6 +5,14 @@ from dataclasses import dataclass
 from jobs.ingest import Target
 from objdrive.training.recipe import Recipe
 
+PREVIEW_PROMPTS = (
+    "a photo of {} on grass",
+    "a photo of {} in the snow",
+    "a photo of {} on a wooden table",
+    "a photo of {} under water",
+)
+"""Of an object, as previews show it."""
+
 
 @dataclass(frozen=True)
 class FineTuneSettings:

@@ -3,10 +3,13 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from objdrive.errors import InvalidPrompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import CLIPTokenizer
 
 TOKEN_MARK = "\0"
 """Stands in a prompt where a learned token goes; no prompt of a user's can hold it."""
@@ -16,8 +19,28 @@ TOKEN_MARK = "\0"
 class TokenizedPrompt:
     """A tokenized prompt: `ids` (length,) and the `places` of learned tokens in it, in their order."""
 
-    ids: Tensor
+    ids: "Tensor"
     places: tuple[int, ...]
+
+
+def token_ids(tokenizer: "CLIPTokenizer", text: str) -> tuple[list[int], list[int]]:
+    """The ids of a text with its start and its end, and the places of learned tokens, for which `TOKEN_MARK` stands.
+
+    Raises:
+        InvalidPrompt: the text is longer than the text encoder reads.
+    """
+    ids, places = [tokenizer.bos_token_id], []
+    for index, piece in enumerate(text.split(TOKEN_MARK)):
+        if index:
+            places.append(len(ids))
+            ids.append(0)
+        ids += tokenizer(piece, add_special_tokens=False).input_ids
+    ids.append(tokenizer.eos_token_id)
+    length = tokenizer.model_max_length
+    if len(ids) > length:
+        shown = text.replace(TOKEN_MARK, "{}")
+        raise InvalidPrompt(f"the prompt {shown!r} takes {len(ids)} tokens, the base reads {length}: shorten it")
+    return ids, places
 
 
 def class_prompt(class_name: str) -> str:

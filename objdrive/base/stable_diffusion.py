@@ -17,8 +17,7 @@ from objdrive.base.conditioning import Conditioning
 from objdrive.base.family import STABLE_DIFFUSION, Family
 from objdrive.base.files import BaseFiles, find_base
 from objdrive.base.noise import NoiseProcess
-from objdrive.base.prompts import TOKEN_MARK, TokenizedPrompt
-from objdrive.errors import InvalidPrompt
+from objdrive.base.prompts import TokenizedPrompt, token_ids
 
 
 @dataclass
@@ -110,19 +109,8 @@ class Base:
         Raises:
             InvalidPrompt: the text is longer than the text encoder reads.
         """
-        tokenizer = self.tokenizer
-        ids, places = [tokenizer.bos_token_id], []
-        for index, piece in enumerate(text.split(TOKEN_MARK)):
-            if index:
-                places.append(len(ids))
-                ids.append(0)
-            ids += tokenizer(piece, add_special_tokens=False).input_ids
-        ids.append(tokenizer.eos_token_id)
-        length = tokenizer.model_max_length
-        if len(ids) > length:
-            shown = text.replace(TOKEN_MARK, "{}")
-            raise InvalidPrompt(f"the prompt {shown!r} takes {len(ids)} tokens, the base reads {length}: shorten it")
-        ids += [tokenizer.pad_token_id] * (length - len(ids))
+        ids, places = token_ids(self.tokenizer, text)
+        ids += [self.tokenizer.pad_token_id] * (self.tokenizer.model_max_length - len(ids))
         return TokenizedPrompt(torch.tensor(ids), tuple(places))
 
     def knows(self, class_name: str) -> bool:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from objdrive.base.conditioning import Conditioning
-from objdrive.base.prompts import class_prompt, fill_prompt, join_objects, marked_phrase
+from objdrive.base.prompts import class_prompt, marked_phrase
 from objdrive.base.stable_diffusion import Base
 from objdrive.seeds import seed_of
 from objdrive.training.class_pictures import ClassPictures
+from objdrive.training.prompts import learned_prompt, worded_prompt
 from objdrive.training.recipe import Recipe
 from objdrive.training.views import Scene, View, make_views
 
@@ -69,7 +70,7 @@ class SceneMaterial:
         generator = torch.Generator().manual_seed(seed_of(f"{recipe.seed}:{scene.key}"))
         names = [o.class_name for o in scene.objects]
         views = make_views(base, scene, recipe)
-        words = [class_prompt(join_objects([names[i] for i in view.shown])) for view in views]
+        words = [worded_prompt([names[i] for i in view.shown]) for view in views]
         with torch.no_grad():
             class_prompts = base.encode_text([base.tokenize(class_prompt(name)) for name in names])
             worded = base.encode_text([base.tokenize(text) for text in words])
@@ -124,4 +125,4 @@ class SceneMaterial:
         return float(torch.rand((), generator=self.generator))
 
     def _text(self, template: str, view: View) -> str:
-        return fill_prompt(template, [join_objects([self.phrases[i] for i in view.shown])])
+        return learned_prompt(template, [self.phrases[i] for i in view.shown])

@@ -15,11 +15,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image, ImageFilter
 
 from jobs import finetune
-from jobs.finetune import PREVIEW_PROMPTS, FineTune
+from jobs.finetune import FineTune
 from jobs.ingest import Checked, Target, check_row, digest_inputs, read_photo
 from jobs.leases import LeaseLostError
 from jobs.plan import Unit
-from jobs.settings import FineTuneSettings
+from jobs.settings import PREVIEW_PROMPTS, FineTuneSettings
 from objdrive.adapters.adapter import parse_adapter
 from objdrive.adapters.artifact import adapter_digest
 from objdrive.adapters.store import ArtifactStore

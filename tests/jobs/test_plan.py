@@ -26,12 +26,13 @@ def committed(object_id, **fields):
 class Planned:
     """What became of records."""
 
-    def __init__(self, records, previews=0):
+    def __init__(self, records, previews=0, prompt_fault=lambda names: ""):
         self.rejects, self.committed, self.repeats = [], [], []
         self.tasks = list(
             plan(
                 records,
                 previews=previews,
+                prompt_fault=prompt_fault,
                 on_reject=self.rejects.append,
                 on_committed=self.committed.append,
                 on_repeat=self.repeats.append,
@@ -76,7 +77,7 @@ def test_rows_are_planned_before_the_manifest_is_read_to_its_end():
         raise AssertionError("read on")
 
     nothing = {name: None for name in ("on_reject", "on_committed", "on_repeat")}
-    assert next(plan(records(), previews=0, **nothing)).key == "a"
+    assert next(plan(records(), previews=0, prompt_fault=lambda names: "", **nothing)).key == "a"
 
 
 # Duplicates
@@ -233,6 +234,7 @@ def test_memory_does_not_grow_with_the_manifest(scene_of, trained):
     tasks = plan(
         weighed(records),
         previews=0,
+        prompt_fault=lambda names: "",
         on_reject=lambda reject: rejected.update([reject.code]),
         on_committed=pytest.fail,
         on_repeat=pytest.fail,
@@ -241,3 +243,21 @@ def test_memory_does_not_grow_with_the_manifest(scene_of, trained):
     assert rejected.total() == ROWS - trained
     assert process.memory_info().rss - seen[0] < 10 * 2**20
     assert max(seen) - seen[0] < 10 * 2**20
+
+
+def test_class_words_that_the_base_can_not_read_are_rejected_a_scene_as_a_whole():
+    asked = []
+
+    def prompt_fault(names):
+        asked.append(names)
+        return "81 tokens" if "long" in names or len(names) > 2 else ""
+
+    records = [checked("a", class_name="long"), checked("b")]
+    records += [checked(name, scene="s", class_name="mug") for name in ("c", "d", "e")]
+    planned = Planned(records, prompt_fault=prompt_fault)
+    assert planned.units == [["b"]]
+    assert [(reject.object_id, reject.code) for reject in planned.rejects] == [
+        (name, "class_too_long") for name in ("a", "c", "d", "e")
+    ]
+    assert all("81 tokens" in reject.message and reject.where in reject.message for reject in planned.rejects)
+    assert ["mug"] * 3 in asked

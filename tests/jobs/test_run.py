@@ -52,7 +52,9 @@ def rows(monkeypatch):
 
 def batch_run(store, ledger):
     target = Target(store.url, "r" * 32, AnyBase.fingerprint)
-    return BatchRun([], target, None, Workers(1, 1), ledger, limit=None, previews=0, stall_seconds=60)
+    return BatchRun(
+        [], target, None, Workers(1, 1), ledger, prompt_fault=lambda names: "", limit=None, previews=0, stall_seconds=60
+    )
 
 
 def test_a_committed_artifact_that_is_not_current_becomes_so_by_a_run_and_not_by_a_dry_one(store, rows):
