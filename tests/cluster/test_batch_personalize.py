@@ -59,6 +59,7 @@ def bad_manifest(tmp_path: Path) -> tuple[Path, list[tuple[str, str]]]:
     rows = [
         ("good", "drum.jpg", "drum.png", "drum", ""),
         ("unknown-class", "drum.jpg", "drum.png", "zither", ""),
+        ("long-class", "drum.jpg", "drum.png", "washing machine " * 4, "class_too_long"),
         ("no-file", "nowhere.jpg", "drum.png", "drum", "image_missing"),
         ("no-mask-file", "drum.jpg", "nowhere.png", "drum", "mask_missing"),
         ("no-image", "text.jpg", "drum.png", "drum", "image_invalid"),
