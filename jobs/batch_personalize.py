@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     manifest_pieces = pieces(absolute(arguments.manifest))
+    for note in (note for piece in manifest_pieces for note in piece.notes):
+        print(f"note        {note}")
     base = find_base(arguments.base, clip=arguments.clip)
     recipe = make_recipe(arguments.recipe, tuning=base.tuning, overrides=arguments.set)
     store = ArtifactStore(_shared(absolute(arguments.store)))

@@ -177,17 +177,21 @@ def unpack(text: str) -> Any:
     """The record that `pack` packed."""
     kind, fields = json.loads(text)
     unpack: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "Row": lambda f: Row(**f),
+        "Row": _unpack_row,
         "Reject": lambda f: Reject(**f),
         "Checked": _unpack_checked,
     }
     return unpack[kind](fields)
 
 
+def _unpack_row(fields: dict[str, Any]) -> Row:
+    return Row(**fields | {"warnings": tuple(fields["warnings"])})
+
+
 def _unpack_checked(fields: dict[str, Any]) -> Checked:
     mask = fields["mask"]
     return Checked(
-        row=Row(**fields["row"]),
+        row=_unpack_row(fields["row"]),
         image=SourceMark(**fields["image"]),
         mask=SourceMark(**mask) if mask else None,
         digest=fields["digest"],

@@ -2,9 +2,9 @@
 
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
@@ -13,8 +13,18 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 from fsspec.core import url_to_fs  # type: ignore[import-untyped, unused-ignore]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped, unused-ignore]
 
-from objdrive.catalog.records import BUFFER_BYTES, CsvRecords, csv_header, json_object, opened, read_csv, read_line
-from objdrive.catalog.rows import REQUIRED_COLUMNS, Reject, Row, row_or_reject, shown
+from objdrive.catalog.addresses import file_name
+from objdrive.catalog.records import (
+    BUFFER_BYTES,
+    CsvRecords,
+    csv_header,
+    json_object,
+    opened,
+    opened_text,
+    read_csv,
+    read_line,
+)
+from objdrive.catalog.rows import REQUIRED_COLUMNS, Reject, Row, known_columns, row_or_reject, shown
 from objdrive.errors import ObjdriveError, RowError
 
 PIECE_ROWS = 50_000
@@ -34,12 +44,16 @@ _BATCH_ROWS = 1024
 
 @dataclass(frozen=True)
 class Piece:
-    """What one reading task reads: a file, or a Parquet file's `row_groups`, which start at `first_row`."""
+    """What one reading task reads: a file, or a Parquet file's `row_groups`, which start at `first_row`.
+
+    `notes` say what was assumed to read the file, for people; they are with a file's first piece.
+    """
 
     address: str
     format: Format
     row_groups: tuple[int, ...] = ()
     first_row: int = 1
+    notes: tuple[str, ...] = ()
 
 
 def pieces(manifest: str) -> list[Piece]:
@@ -58,9 +72,8 @@ def pieces(manifest: str) -> list[Piece]:
         if file_format == "parquet":
             found += _parquet_pieces(address)
         else:
-            if file_format == "csv":
-                _check_csv_header(address)
-            found.append(Piece(address, file_format))
+            notes = _check_csv_header(address) if file_format == "csv" else ()
+            found.append(Piece(address, file_format, notes=notes))
     return found
 
 
@@ -128,7 +141,7 @@ def _format_of(address: str) -> Format:
 
 
 def _suffix(address: str) -> str:
-    return posixpath.splitext(address)[1].lower()
+    return posixpath.splitext(file_name(address))[1].lower()
 
 
 @contextmanager
@@ -175,7 +188,7 @@ def _read_parquet(piece: Piece) -> Iterator[Row | Reject]:
         number = piece.first_row
         for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=list(piece.row_groups)):
             for fields in _batch_rows(batch):
-                where = f"{posixpath.basename(piece.address)}:{number}"
+                where = f"{file_name(piece.address)}:{number}"
                 if isinstance(fields, dict):
                     yield row_or_reject(fields, where, piece.address)
                 else:
@@ -204,22 +217,36 @@ def _times_as_text(batch: Any) -> Any:
     return batch
 
 
-def _check_csv_header(address: str) -> None:
-    with _explained(address, Exception), opened(address) as file:
-        _require_columns(address, csv_header(address, CsvRecords(file)))
+def _check_csv_header(address: str) -> tuple[str, ...]:
+    with _explained(address, Exception), opened_text(address) as file:
+        header = csv_header(address, CsvRecords(file))
+        _require_columns(address, header.columns)
+    return _notes(address, header.notes)
+
+
+def _notes(address: str, notes: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{file_name(address)}: {note}" for note in notes)
 
 
 def _read_jsonl(address: str) -> Iterator[Row | Reject]:
-    with opened(address) as file:
+    with opened_text(address) as file:
         number = 0
-        while line := read_line(file, first=number == 0):
+        while line := read_line(file):
             number += 1
             if not line.strip():
                 continue
-            where = f"{posixpath.basename(address)}:{number}"
+            where = f"{file_name(address)}:{number}"
             try:
                 fields = json_object(line)
             except RowError as error:
                 yield Reject("", where, error.code, f"{where}: {error}")
             else:
-                yield row_or_reject({"mask": "", **fields}, where, address)
+                yield _jsonl_row(fields, where, address)
+
+
+def _jsonl_row(fields: dict[str, Any], where: str, address: str) -> Row | Reject:
+    names, notes = known_columns(list(fields))
+    if len(set(names)) < len(names):
+        names, notes = list(fields), ()
+    row = row_or_reject({"mask": "", **dict(zip(names, fields.values(), strict=True))}, where, address)
+    return replace(row, warnings=(*notes, *row.warnings)) if isinstance(row, Row) else row
