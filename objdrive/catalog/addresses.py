@@ -11,7 +11,7 @@ _WEB = re.compile(r"https?://", re.IGNORECASE)
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>\\]+")
 _CREDENTIALS = re.compile(r"(?<=://)([^/?#@:]*):[^/?#@]*@")
 _SIGNING = re.compile(
-    r"(x-amz|x-goog|x-oss|q)-.*|signature|sig|((access|auth)_?)?token|__token__|auth|authorization|hmac|jwt|api_?key|"
+    r"x-(amz|goog)-.*|x-oss-(?!process).*|q-(sign|ak|key|header|url).*|signature|sig|((access|auth)_?)?token|__token__|auth|authorization|hmac|jwt|api_?key|"
     r"hdnts|hdnea|awsaccesskeyid|googleaccessid|ossaccesskeyid|key-pair-id|policy|expires"
 )
 _AZURE = re.compile("s[vsprtei]|srt|spr|sip|sdd|ses|scid|sk(oid|tid|t|e|s|v)|s[au]oid")
