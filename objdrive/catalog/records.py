@@ -102,9 +102,9 @@ def csv_header(address: str, records: "CsvRecords") -> CsvHeader:
         records.delimiter = _likely_delimiter(first.decode("utf-8", "surrogateescape"))
     _, header = next(records, (1, []))
     if isinstance(header, csv.Error):
-        raise ObjdriveError(f"the header of {address!r} isn't valid CSV: {header}")
+        raise ObjdriveError(f"the header of {shown(address)} isn't valid CSV: {header}")
     if not is_utf8(header):
-        raise ObjdriveError(f"the header of {address!r} isn't UTF-8{reads_as(header)}: save the manifest as UTF-8")
+        raise ObjdriveError(f"the header of {shown(address)} isn't UTF-8{reads_as(header)}: save the manifest as UTF-8")
     records.padded = any(name != name.strip() for name in header)
     stripped = [name.strip().strip('"') if records.padded else name for name in header]
     columns, notes = known_columns(stripped)

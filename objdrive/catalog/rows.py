@@ -7,7 +7,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
-from objdrive.catalog.addresses import is_cell, redacted, resolve
+from objdrive.catalog.addresses import Cell, is_cell, redacted, resolve
 from objdrive.errors import RowError
 
 REQUIRED_COLUMNS = ("object_id", "image", "mask", "class_name")
@@ -50,17 +50,22 @@ class Reject:
 
 
 def row_or_reject(fields: dict[str, Any], where: str, address: str) -> Row | Reject:
-    """The row that a record's `fields` (column to value) make in the manifest at `address`, or why they make none."""
+    """The row that a record's `fields` (column to value) make in the manifest at `address`, or why they make none.
+
+    A reader of tables gives a `Cell` for an image or mask that the table itself holds.
+    """
+    cells = {name: value.address for name, value in fields.items() if isinstance(value, Cell)}
     try:
-        return _make_row({name: _plain(value) for name, value in fields.items()}, where, address)
+        plain = {name: _plain(value) for name, value in fields.items() if name not in cells}
+        return _make_row(plain, cells, where, address)
     except RowError as error:
         return Reject(_printable(fields.get("object_id")), where, error.code, f"{where}: {error}")
     except RecursionError:
         return Reject("", where, "json_invalid", f"{where}: the row's values are nested too deeply")
 
 
-def _make_row(fields: dict[str, Any], where: str, address: str) -> Row:
-    missing = [name for name in REQUIRED_COLUMNS if name not in fields]
+def _make_row(fields: dict[str, Any], cells: dict[str, str], where: str, address: str) -> Row:
+    missing = [name for name in REQUIRED_COLUMNS if name not in {**fields, **cells}]
     if missing:
         raise RowError("columns_missing", f"the row lacks {', '.join(missing)}; it has {shown(list(fields))}")
     if not is_utf8(fields):
@@ -69,8 +74,8 @@ def _make_row(fields: dict[str, Any], where: str, address: str) -> Row:
     object_id, scene = fields.pop("object_id"), fields.pop("scene", None)
     return Row(
         object_id=_identifier(object_id, "object_id", "id_invalid"),
-        image=_image_address(fields.pop("image"), address),
-        mask=_resolve(_text(fields.pop("mask"), "mask", "address_invalid"), "mask", address),
+        image=cells.get("image") or _image_address(fields.pop("image"), address),
+        mask=cells.get("mask") or _resolve(_text(fields.pop("mask"), "mask", "address_invalid"), "mask", address),
         class_name=_class_name(fields.pop("class_name")),
         scene="" if scene is None or scene == "" else _identifier(scene, "scene", "scene_invalid"),
         metadata=redacted(fields),
