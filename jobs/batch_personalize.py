@@ -23,6 +23,7 @@ from jobs.settings import FineTuneSettings
 from jobs.worker import make_fine_tune
 from objdrive.adapters.store import RESULTS_FILE, ArtifactStore
 from objdrive.base.files import find_base
+from objdrive.catalog.addresses import unsigned
 from objdrive.catalog.manifest import pieces
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.report import CaptionedPicture, Failure, Report, ReportedObject, render
@@ -76,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
         "--stall-seconds", type=partial(number, least=2.0), default=_DEFAULT_STALL_SECONDS, metavar="S",
         help="replace a worker that shows no progress for so long (%(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow-hosts", type=_hosts, default=(), metavar="HOST,...",
+        help="the only hosts that pictures are fetched from by HTTP, such as *.shop.example "
+        "(default: all but link-local and metadata addresses)",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check every row, train and write nothing")
     parser.add_argument(
         "--allow-rejects", action="store_true", help="exit with 0 although rows were rejected or failed"
@@ -83,12 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _hosts(text: str) -> tuple[str, ...]:
+    return tuple(host.strip() for host in text.split(",") if host.strip())
+
+
 def _run(arguments: argparse.Namespace) -> int:
     manifest_pieces = pieces(absolute(arguments.manifest))
+    for note in (note for piece in manifest_pieces for note in piece.notes):
+        print(f"note        {note}")
     base = find_base(arguments.base, clip=arguments.clip)
     recipe = make_recipe(arguments.recipe, tuning=base.tuning, overrides=arguments.set)
     store = ArtifactStore(_shared(absolute(arguments.store)))
-    target = Target(store.url, recipe.digest, base.fingerprint())
+    target = Target(store.url, recipe.digest, base.fingerprint(), arguments.allow_hosts)
     connect()
     workers = choose_workers(arguments.workers, arguments.gpus_per_worker)
     started = time.monotonic()
@@ -119,7 +131,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 # However a run ends, what became of its rows until then is told.
                 seconds = time.monotonic() - started
                 ledger.write(store, run.id)
-                facts = [("manifest", arguments.manifest), ("base", base.name), ("recipe", _describe(recipe))]
+                facts = [("manifest", unsigned(arguments.manifest)), ("base", base.name), ("recipe", _describe(recipe))]
                 store.write_run_file(run.id, REPORT_FILE, _report(run, store, facts, seconds).encode())
                 _print_summary(run, store, seconds, dry=False)
         lost = ledger.counts["rejected"] + ledger.counts["failed"]

@@ -143,7 +143,9 @@ class FineTune:
 
     def _load(self, unit: Unit) -> _Loaded | list[RowOutcome]:
         try:
-            photos, members = zip(*(read_photo(r.row, r.image, r.mask) for r in unit.rows), strict=True)
+            photos, members = zip(
+                *(read_photo(r.row, r.image, r.mask, self._target.hosts) for r in unit.rows), strict=True
+            )
             digest = adapter_digest(members, **digest_inputs(self._target))
             if all(self._store.has(r.row.object_id, digest) for r in unit.rows):
                 for record in unit.rows:

@@ -15,6 +15,7 @@ from ray.data import TaskPoolStrategy
 from jobs.spool import spooled
 from objdrive.adapters.artifact import ArtifactMetadata, Member, SourceRecord, adapter_digest
 from objdrive.adapters.store import ArtifactStore
+from objdrive.catalog.addresses import unsigned
 from objdrive.catalog.manifest import Piece, read_piece
 from objdrive.catalog.photos import decode_photo
 from objdrive.catalog.rows import Reject, Row
@@ -30,11 +31,15 @@ _CPUS_PER_TASK = 0.1
 
 @dataclass(frozen=True)
 class Target:
-    """What a run turns rows into: artifacts of one recipe on one base, in one store."""
+    """What a run turns rows into: artifacts of one recipe on one base, in one store.
+
+    `hosts` are the only ones that pictures are fetched from by HTTP; empty: see `objdrive.catalog.web.web_options`.
+    """
 
     store_url: str
     recipe_digest: str
     base_fingerprint: str
+    hosts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,12 +117,12 @@ def check_row(row: Row, store: ArtifactStore, target: Target) -> Checked | Rejec
     A committed row whose sources still have the size and mark noted in its artifact is not read again.
     """
     try:
-        image = stat_source(row.image, role="image")
-        mask = stat_source(row.mask, role="mask") if row.mask else None
+        image = stat_source(row.image, role="image", hosts=target.hosts)
+        mask = stat_source(row.mask, role="mask", hosts=target.hosts) if row.mask else None
         current = store.current(row.object_id)
         if current and _made_from(current, row, image, mask, target):
             return Checked(row, image, mask, current.digest, tuple(m.object_id for m in current.members))
-        member = read_photo(row, image, mask)[1]
+        member = read_photo(row, image, mask, target.hosts)[1]
         digest = adapter_digest([member], **digest_inputs(target))
         if not row.scene and store.has(row.object_id, digest):
             outdated = current is None or current.digest != digest
@@ -129,10 +134,10 @@ def check_row(row: Row, store: ArtifactStore, target: Target) -> Checked | Rejec
         return Reject(row.object_id, row.where, "store_failed", f"{row.where}: {error}")
 
 
-def read_photo(row: Row, image: SourceMark, mask: SourceMark | None) -> tuple[Any, Member]:
+def read_photo(row: Row, image: SourceMark, mask: SourceMark | None, hosts: tuple[str, ...] = ()) -> tuple[Any, Member]:
     """Read and decode a row's picture and mask: the `Photo`, and its part of the artifact's digest."""
-    image_bytes = read_source(image, role="image")
-    mask_bytes = read_source(mask, role="mask") if mask else None
+    image_bytes = read_source(image, role="image", hosts=hosts)
+    mask_bytes = read_source(mask, role="mask", hosts=hosts) if mask else None
     photo = decode_photo(image_bytes, mask_bytes, name=row.object_id)
     mask_sha256 = hashlib.sha256(mask_bytes).hexdigest() if mask_bytes is not None else ""
     return photo, Member(hashlib.sha256(image_bytes).hexdigest(), mask_sha256, row.class_name)
@@ -164,8 +169,8 @@ def _made_from(
 
 
 def source_record(mark: SourceMark) -> SourceRecord:
-    """A source's mark as artifacts note it."""
-    return SourceRecord(**asdict(mark))
+    """A source's mark as artifacts note it, without signatures."""
+    return SourceRecord(uri=unsigned(mark.uri), size=mark.size, mark=mark.mark)
 
 
 def pack(record: Row | Checked | Reject) -> str:
@@ -177,17 +182,21 @@ def unpack(text: str) -> Any:
     """The record that `pack` packed."""
     kind, fields = json.loads(text)
     unpack: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "Row": lambda f: Row(**f),
+        "Row": _unpack_row,
         "Reject": lambda f: Reject(**f),
         "Checked": _unpack_checked,
     }
     return unpack[kind](fields)
 
 
+def _unpack_row(fields: dict[str, Any]) -> Row:
+    return Row(**fields | {"warnings": tuple(fields["warnings"])})
+
+
 def _unpack_checked(fields: dict[str, Any]) -> Checked:
     mask = fields["mask"]
     return Checked(
-        row=Row(**fields["row"]),
+        row=_unpack_row(fields["row"]),
         image=SourceMark(**fields["image"]),
         mask=SourceMark(**mask) if mask else None,
         digest=fields["digest"],

@@ -91,6 +91,7 @@ class Ledger:
 
     def _result(self, record: Checked, status: str, outcome: RowOutcome) -> None:
         row = record.row
+        warning = "; ".join(filter(None, (*row.warnings, outcome.warning)))
         fields = {
             "object_id": row.object_id,
             "status": status,
@@ -98,7 +99,7 @@ class Ledger:
             "class_name": row.class_name,
             "scene": row.scene,
             "where": row.where,
-            "warning": outcome.warning,
+            "warning": warning,
             **{name: outcome.metrics.get(name) for name in _METRICS},
         }
         # A free column may bear the name of one of ours.
@@ -106,7 +107,7 @@ class Ledger:
         with self._lock:
             for name, value in metadata.items():
                 self._metadata_kinds.setdefault(name, set()).update(() if value is None else (_kind(value),))
-            self.warned += bool(outcome.warning)
+            self.warned += bool(warning)
         self._line(RESULTS_FILE, status, fields | metadata)
 
     def _line(self, name: str, status: str, fields: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from jobs.ingest import Checked, pack, unpack
 from jobs.leases import Task
+from objdrive.catalog.addresses import unsigned
 from objdrive.catalog.rows import Reject
+from objdrive.catalog.sources import SourceMark
 
 MAX_SCENE = 6
 """Most objects that one adapter is taught at once."""
@@ -107,7 +109,10 @@ def _settle_duplicate(
 
 def _scene_fault(size: int, images: tuple[str, str]) -> tuple[str, str] | None:
     if images[0] != images[1]:
-        return "scene_image_differs", f"its objects name different images ({images[0]!r}, {images[1]!r})"
+        return (
+            "scene_image_differs",
+            f"its objects name different images ({unsigned(images[0])!r}, {unsigned(images[1])!r})",
+        )
     if size > MAX_SCENE:
         return "scene_too_large", f"it has {size} objects, one adapter takes {MAX_SCENE} at most"
     return None
@@ -121,6 +126,11 @@ def _scene_reject(record: Checked, code: str, fault: str) -> Reject:
 def _scene_committed(scene: list[Checked]) -> bool:
     ids = tuple(record.row.object_id for record in scene)
     return bool(scene[0].digest) and all(r.digest == scene[0].digest and r.members == ids for r in scene)
+
+
+def _same(mark: SourceMark) -> str:
+    """What two addresses of one source have in common; they differ in their signatures, if in anything."""
+    return unsigned(mark.uri) if mark.mark else mark.uri
 
 
 class _Index:
@@ -139,7 +149,7 @@ class _Index:
     def add(self, record: Checked) -> tuple[str, bool] | None:
         """Note a row's id; if it was there, return where, and whether that row had the same content."""
         row = record.row
-        content = json.dumps([row.image, row.mask, row.class_name, row.scene])
+        content = json.dumps([_same(record.image), record.mask and _same(record.mask), row.class_name, row.scene])
         inserted = self._db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?, ?)", (row.object_id, content, row.where))
         if inserted.rowcount:
             return None
@@ -148,7 +158,7 @@ class _Index:
 
     def add_to_scene(self, record: Checked) -> None:
         """Keep a row until its scene's turn."""
-        values = (record.row.scene, record.row.object_id, record.row.image, pack(record))
+        values = (record.row.scene, record.row.object_id, _same(record.image), pack(record))
         self._db.execute("INSERT INTO members VALUES (?, ?, ?, ?)", values)
 
     def scenes(self) -> Iterator[tuple[int, tuple[str, str], Iterator[Checked]]]:

@@ -94,10 +94,13 @@ class BaseRef(_Record):
 
 
 class SourceRecord(_Record):
-    """Where a picture was read from: its size in bytes and its mark (ETag, modification time or the like)."""
+    """Where a picture was read from: its size in bytes and its mark (ETag, modification time or the like).
+
+    `uri` lacks the signatures that it was read with; `size` is None where storage does not tell it.
+    """
 
     uri: str
-    size: int
+    size: int | None
     mark: str
 
 

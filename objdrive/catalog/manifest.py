@@ -2,19 +2,28 @@
 
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
-import pyarrow.compute as pc  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 from fsspec.core import url_to_fs  # type: ignore[import-untyped, unused-ignore]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped, unused-ignore]
 
-from objdrive.catalog.records import BUFFER_BYTES, CsvRecords, csv_header, json_object, opened, read_csv, read_line
-from objdrive.catalog.rows import REQUIRED_COLUMNS, Reject, Row, row_or_reject, shown
+from objdrive.catalog.addresses import file_name, redacted
+from objdrive.catalog.parquet import parquet_columns, read_parquet
+from objdrive.catalog.records import (
+    CsvRecords,
+    csv_header,
+    json_object,
+    opened,
+    opened_text,
+    read_csv,
+    read_line,
+)
+from objdrive.catalog.rows import REQUIRED_COLUMNS, Reject, Row, known_columns, row_or_reject, shown
 from objdrive.errors import ObjdriveError, RowError
 
 PIECE_ROWS = 50_000
@@ -29,17 +38,20 @@ _FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
 }
-_BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one reading task reads: a file, or a Parquet file's `row_groups`, which start at `first_row`."""
+    """What one reading task reads: a file, or a Parquet file's `row_groups`, which start at `first_row`.
+
+    `notes` say what was assumed to read the file, for people; they are with a file's first piece.
+    """
 
     address: str
     format: Format
     row_groups: tuple[int, ...] = ()
     first_row: int = 1
+    notes: tuple[str, ...] = ()
 
 
 def pieces(manifest: str) -> list[Piece]:
@@ -58,9 +70,8 @@ def pieces(manifest: str) -> list[Piece]:
         if file_format == "parquet":
             found += _parquet_pieces(address)
         else:
-            if file_format == "csv":
-                _check_csv_header(address)
-            found.append(Piece(address, file_format))
+            notes = _check_csv_header(address) if file_format == "csv" else ()
+            found.append(Piece(address, file_format, notes=notes))
     return found
 
 
@@ -72,7 +83,7 @@ def read_piece(piece: Piece) -> Iterator[Row | Reject]:
     """
     with _explained(piece.address, OSError, pa.ArrowException):
         if piece.format == "parquet":
-            yield from _read_parquet(piece)
+            yield from read_parquet(piece.address, piece.row_groups, piece.first_row)
         elif piece.format == "csv":
             yield from read_csv(piece.address)
         else:
@@ -87,7 +98,9 @@ def read_manifest(manifest: str) -> Iterator[Row | Reject]:
 
 def _find_files(manifest: str) -> list[str]:
     if "::" in manifest:
-        raise ObjdriveError(f"the manifest {manifest!r} is a chained address: unpack it and name the files themselves")
+        raise ObjdriveError(
+            f"the manifest {shown(manifest)} is a chained address: unpack it and name the files themselves"
+        )
     # Storage back ends raise errors of their own (credentials, connections) that have no base in common.
     with _explained(manifest, Exception):
         fs, path = url_to_fs(manifest, use_listings_cache=False)
@@ -97,7 +110,7 @@ def _find_files(manifest: str) -> list[str]:
             entries = fs.glob(path, detail=True).values() if re.search(r"[*?\[]", path) else []
             found = [entry["name"] for entry in entries if entry["type"] == "file"]
             if not found:
-                raise ObjdriveError(f"there is no manifest at {manifest!r}: check the address") from None
+                raise ObjdriveError(f"there is no manifest at {shown(manifest)}: check the address") from None
         else:
             found = [path] if info["type"] == "file" else _list_folder(fs, path, info["type"], manifest)
     if isinstance(fs, LocalFileSystem):
@@ -110,25 +123,25 @@ def _find_files(manifest: str) -> list[str]:
 
 def _list_folder(fs: Any, path: str, kind: str, manifest: str) -> list[str]:
     if kind != "directory":
-        raise ObjdriveError(f"the manifest {manifest!r} is neither a regular file nor a folder")
+        raise ObjdriveError(f"the manifest {shown(manifest)} is neither a regular file nor a folder")
     names = [entry["name"] for entry in fs.ls(path, detail=True) if entry["type"] == "file"]
     found = [
         name for name in names if _suffix(name) in _FORMATS and not posixpath.basename(name).startswith((".", "_"))
     ]
     if not found:
-        raise ObjdriveError(f"the folder {manifest!r} holds no manifest file ({', '.join(_FORMATS)})")
+        raise ObjdriveError(f"the folder {shown(manifest)} holds no manifest file ({', '.join(_FORMATS)})")
     return found
 
 
 def _format_of(address: str) -> Format:
     suffix = _suffix(address)
     if suffix not in _FORMATS:
-        raise ObjdriveError(f"{address!r} has no known manifest format: use one of {', '.join(_FORMATS)}")
+        raise ObjdriveError(f"{shown(address)} has no known manifest format: use one of {', '.join(_FORMATS)}")
     return _FORMATS[suffix]
 
 
 def _suffix(address: str) -> str:
-    return posixpath.splitext(address)[1].lower()
+    return posixpath.splitext(file_name(address))[1].lower()
 
 
 @contextmanager
@@ -138,88 +151,69 @@ def _explained(address: str, *errors: type[Exception]) -> Iterator[None]:
     except ObjdriveError:
         raise
     except errors as error:
-        raise ObjdriveError(f"the manifest {address!r} can't be read: {type(error).__name__}: {error}") from error
+        raise ObjdriveError(
+            f"the manifest {shown(address)} can't be read: {type(error).__name__}: {redacted(str(error))}"
+        ) from error
 
 
 def _require_columns(address: str, columns: list[str]) -> None:
     missing = [name for name in REQUIRED_COLUMNS if name not in columns]
     if missing:
         raise ObjdriveError(
-            f"the manifest {address!r} lacks the column(s) {', '.join(missing)}; it has {shown(columns)}"
+            f"the manifest {shown(address)} lacks the column(s) {', '.join(missing)}; it has {shown(columns)}"
         )
     repeated = sorted({name for name in columns if columns.count(name) > 1})
     if repeated:
-        raise ObjdriveError(f"the manifest {address!r} has more than one column {repeated[0]!r}: rename or drop one")
+        raise ObjdriveError(
+            f"the manifest {shown(address)} has more than one column {repeated[0]!r}: rename or drop one"
+        )
 
 
 def _parquet_pieces(address: str) -> list[Piece]:
     with _explained(address, Exception), opened(address) as file, pq.ParquetFile(file) as parquet:
-        _require_columns(address, parquet.schema_arrow.names)
+        columns, notes = parquet_columns(parquet)
+        _require_columns(address, columns)
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
     found, run, run_start, next_row = [], [], 1, 1
     for group, size in enumerate(sizes):
         run.append(group)
         next_row += size
         if next_row - run_start >= PIECE_ROWS or group == len(sizes) - 1:
-            found.append(Piece(address, "parquet", tuple(run), run_start))
+            found.append(Piece(address, "parquet", tuple(run), run_start, () if found else _notes(address, notes)))
             run, run_start = [], next_row
     return found
 
 
-def _read_parquet(piece: Piece) -> Iterator[Row | Reject]:
-    # By default whole column chunks are read at once, and a row group may hold a million rows.
-    with (
-        opened(piece.address) as file,
-        pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False) as parquet,
-    ):
-        number = piece.first_row
-        for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=list(piece.row_groups)):
-            for fields in _batch_rows(batch):
-                where = f"{posixpath.basename(piece.address)}:{number}"
-                if isinstance(fields, dict):
-                    yield row_or_reject(fields, where, piece.address)
-                else:
-                    yield Reject("", where, "encoding", f"{where}: a value can't be decoded: {fields}")
-                number += 1
+def _check_csv_header(address: str) -> tuple[str, ...]:
+    with _explained(address, Exception), opened_text(address) as file:
+        header = csv_header(address, CsvRecords(file))
+        _require_columns(address, header.columns)
+    return _notes(address, header.notes)
 
 
-def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | ValueError]:
-    batch = _times_as_text(batch)
-    try:
-        yield from batch.to_pylist()
-    except ValueError:
-        # Text in Parquet is bytes that nobody has checked: find the rows that are to blame.
-        for index in range(len(batch)):
-            try:
-                yield from batch.slice(index, 1).to_pylist()
-            except ValueError as error:
-                yield error
-
-
-def _times_as_text(batch: Any) -> Any:
-    # Python's dates can't hold all that Arrow's can (nanoseconds, year 10,000).
-    for index, field in enumerate(batch.schema):
-        if any(is_a(field.type) for is_a in (pa.types.is_date, pa.types.is_time, pa.types.is_timestamp)):
-            batch = batch.set_column(index, field.name, pc.cast(batch.column(index), pa.string()))
-    return batch
-
-
-def _check_csv_header(address: str) -> None:
-    with _explained(address, Exception), opened(address) as file:
-        _require_columns(address, csv_header(address, CsvRecords(file)))
+def _notes(address: str, notes: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{file_name(address)}: {note}" for note in notes)
 
 
 def _read_jsonl(address: str) -> Iterator[Row | Reject]:
-    with opened(address) as file:
+    with opened_text(address) as file:
         number = 0
-        while line := read_line(file, first=number == 0):
+        while line := read_line(file):
             number += 1
             if not line.strip():
                 continue
-            where = f"{posixpath.basename(address)}:{number}"
+            where = f"{file_name(address)}:{number}"
             try:
                 fields = json_object(line)
             except RowError as error:
                 yield Reject("", where, error.code, f"{where}: {error}")
             else:
-                yield row_or_reject({"mask": "", **fields}, where, address)
+                yield _jsonl_row(fields, where, address)
+
+
+def _jsonl_row(fields: dict[str, Any], where: str, address: str) -> Row | Reject:
+    names, notes = known_columns(list(fields))
+    if len(set(names)) < len(names):
+        names, notes = list(fields), ()
+    row = row_or_reject({"mask": "", **dict(zip(names, fields.values(), strict=True))}, where, address)
+    return replace(row, warnings=(*notes, *row.warnings)) if isinstance(row, Row) else row

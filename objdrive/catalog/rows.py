@@ -2,18 +2,18 @@
 
 import json
 import math
-import posixpath
 import re
 import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
+from objdrive.catalog.addresses import Cell, is_cell, redacted, resolve
 from objdrive.errors import RowError
 
 REQUIRED_COLUMNS = ("object_id", "image", "mask", "class_name")
 MAX_CLASS_LENGTH = 64
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_EXACT_FLOATS = 2**53
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class Row:
     """One object; its row keeps the manifest's rules, and none of its files has been opened yet.
 
     `mask` ``""`` stands for the image's own alpha channel, `scene` ``""`` for no scene. `metadata` holds the
-    free columns as JSON values (dates and such as text, NaN as None). `where` is the manifest file and the
-    line (CSV, JSON Lines) or row (Parquet) in it, counted from 1, as in ``"catalog.csv:17"``.
+    free columns as JSON values (dates and such as text, NaN as None; addresses without their signatures).
+    `where` is the manifest file and the line (CSV, JSON Lines) or row (Parquet) in it, counted from 1, as in
+    ``"catalog.csv:17"``. `warnings` say what was assumed to read the row.
     """
 
     object_id: str
@@ -32,6 +33,7 @@ class Row:
     scene: str
     metadata: dict[str, Any]
     where: str
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,33 +50,73 @@ class Reject:
 
 
 def row_or_reject(fields: dict[str, Any], where: str, address: str) -> Row | Reject:
-    """The row that a record's `fields` (column to value) make in the manifest at `address`, or why they make none."""
+    """The row that a record's `fields` (column to value) make in the manifest at `address`, or why they make none.
+
+    A reader of tables gives a `Cell` for an image or mask that the table itself holds.
+    """
+    cells = {name: value.address for name, value in fields.items() if isinstance(value, Cell)}
     try:
-        return _make_row({name: _plain(value) for name, value in fields.items()}, where, address)
+        plain = {name: _plain(value) for name, value in fields.items() if name not in cells}
+        return _make_row(plain, cells, where, address)
     except RowError as error:
         return Reject(_printable(fields.get("object_id")), where, error.code, f"{where}: {error}")
     except RecursionError:
         return Reject("", where, "json_invalid", f"{where}: the row's values are nested too deeply")
 
 
-def _make_row(fields: dict[str, Any], where: str, address: str) -> Row:
-    missing = [name for name in REQUIRED_COLUMNS if name not in fields]
+def _make_row(fields: dict[str, Any], cells: dict[str, str], where: str, address: str) -> Row:
+    missing = [name for name in REQUIRED_COLUMNS if name not in {**fields, **cells}]
     if missing:
         raise RowError("columns_missing", f"the row lacks {', '.join(missing)}; it has {shown(list(fields))}")
     if not is_utf8(fields):
-        raise RowError("encoding", f"the row holds text that isn't UTF-8: {shown(fields)}")
+        hint = reads_as([value for value in fields.values() if isinstance(value, str)])
+        raise RowError("encoding", f"the row holds text that isn't UTF-8{hint}: {shown(fields)}; save it as UTF-8")
+    object_id, scene = fields.pop("object_id"), fields.pop("scene", None)
     return Row(
-        object_id=_identifier(fields.pop("object_id"), "object_id", "id_invalid"),
-        image=_image_address(fields.pop("image"), address),
-        mask=_resolve(_text(fields.pop("mask"), "mask", "address_invalid"), "mask", address),
+        object_id=_identifier(object_id, "object_id", "id_invalid"),
+        image=cells.get("image") or _image_address(fields.pop("image"), address),
+        mask=cells.get("mask") or _resolve(_text(fields.pop("mask"), "mask", "address_invalid"), "mask", address),
         class_name=_class_name(fields.pop("class_name")),
-        scene=_scene(fields.pop("scene", None)),
-        metadata=fields,
+        scene="" if scene is None or scene == "" else _identifier(scene, "scene", "scene_invalid"),
+        metadata=redacted(fields),
         where=where,
+        warnings=tuple(
+            f"the {column} {value!r} was taken for {int(value)}"
+            for column, value in (("object_id", object_id), ("scene", scene))
+            if isinstance(value, float)
+        ),
     )
 
 
+def known_columns(names: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Columns by the names that manifests use, whatever their case, spaces and dashes, and notes on those renamed."""
+    known = [*REQUIRED_COLUMNS, "scene"]
+    renamed = [re.sub(r"[\s_-]+", "_", name.strip()).lower() for name in names]
+    found = [new if new in known and new not in names else name for name, new in zip(names, renamed, strict=True)]
+    notes = (f"the column {name!r} was taken for {new}" for name, new in zip(names, found, strict=True) if name != new)
+    return found, tuple(notes)
+
+
+def reads_as(texts: list[str]) -> str:
+    """For a message: how text that isn't UTF-8 (undecodable bytes as lone surrogates) reads as cp1252, if it does."""
+    for text in texts:
+        if not is_utf8(text):
+            try:
+                return f", but reads as cp1252: {shown(text.encode('utf-8', 'surrogateescape').decode('cp1252'))}"
+            except UnicodeError:
+                break
+    return ""
+
+
 def _identifier(value: Any, column: str, code: str) -> str:
+    if isinstance(value, float):
+        if not value.is_integer() or abs(value) >= _EXACT_FLOATS:
+            raise RowError(
+                code,
+                f"{column} {shown(value)} is a float, which may not be the number that it once was: "
+                "export the column as text (pandas: read it with dtype=str)",
+            )
+        value = int(value)
     text = _text(value, column, code)
     if not _ID.fullmatch(text):
         raise RowError(
@@ -83,10 +125,6 @@ def _identifier(value: Any, column: str, code: str) -> str:
             "and start with a letter or a digit",
         )
     return text
-
-
-def _scene(value: Any) -> str:
-    return "" if value is None or value == "" else _identifier(value, "scene", "scene_invalid")
 
 
 def _class_name(value: Any) -> str:
@@ -111,15 +149,9 @@ def _image_address(value: Any, manifest: str) -> str:
 
 
 def _resolve(value: str, column: str, manifest: str) -> str:
-    """Resolve a relative address against the manifest file's folder; absolute paths, URLs and "" stay."""
-    if "::" in value or "\0" in value:
+    if "::" in value or "\0" in value or is_cell(value):
         raise RowError("address_invalid", f"{column} {shown(value)} must be a path or URL without '::' or NUL")
-    if not value.strip():
-        return ""
-    if value.startswith("/") or _URL.match(value):
-        return value
-    scheme, separator, path = manifest.rpartition("://")
-    return scheme + separator + posixpath.normpath(posixpath.join(posixpath.dirname(path), value))
+    return resolve(value, manifest) if value.strip() else ""
 
 
 def _text(value: Any, column: str, code: str) -> str:
@@ -153,11 +185,11 @@ def is_utf8(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut to 200 characters."""
-    text = repr(value)
+    """A value in a message, without signatures, cut to 200 characters."""
+    text = redacted(repr(value))
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def _printable(value: Any) -> str:
     # repr() escapes whatever can't be printed, lone surrogates included.
-    return "" if value is None else repr(str(value))[1:-1][:128]
+    return "" if value is None else redacted(repr(str(value)))[1:-1][:128]

@@ -171,6 +171,104 @@ def test_quoted_line_breaks_count_as_lines(tmp_path: Path) -> None:
     assert second.where == "catalog.csv:4"
 
 
+# Tables as other tools write them
+
+
+PLAIN = ("mug-1", "{folder}/a,b.png", "", "coffee mug", {"price": "3,50"})
+SEPARATED = "fields are separated by "
+
+
+@pytest.mark.parametrize(
+    ("content", "notes"),
+    [
+        ('object_id,image,mask,class_name,price\nmug-1,"a,b.png",,coffee mug,"3,50"\n', []),
+        ("object_id;image;mask;class_name;price\nmug-1;a,b.png;;coffee mug;3,50\n", [SEPARATED + "';'"]),
+        ("sep=;\r\nobject_id;image;mask;class_name;price\r\nmug-1;a,b.png;;coffee mug;3,50\r\n", [SEPARATED + "';'"]),
+        ("object_id\timage\tmask\tclass_name\tprice\nmug-1\ta,b.png\t\tcoffee mug\t3,50\n", [SEPARATED + r"'\t'"]),
+        (
+            'Object ID,IMAGE,Mask,class-name,price\nmug-1,"a,b.png",,coffee mug,"3,50"\n',
+            [f"the column {given!r} was taken for {known}" for given, known in
+             (("Object ID", "object_id"), ("IMAGE", "image"), ("Mask", "mask"), ("class-name", "class_name"))],
+        ),
+        (
+            'object_id, image, mask, "class_name", price \nmug-1, "a,b.png", , coffee mug , "3,50"\n',
+            ["spaces around fields do not count"],
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_csv_of_other_tools(tmp_path: Path, content: str, notes: list[str], encoding: str) -> None:
+    manifest = write_csv(tmp_path, content.encode(encoding))
+    (piece,) = pieces(manifest)
+    assert list(piece.notes) == [f"catalog.csv: {note}" for note in notes]
+    (row,) = rows_of(manifest)
+    image = PLAIN[1].format(folder=tmp_path)
+    assert (row.object_id, row.image, row.mask, row.class_name, row.metadata) == (PLAIN[0], image, *PLAIN[2:])
+    assert row.where == f"catalog.csv:{3 if content.startswith('sep=') else 2}"
+
+
+def test_utf16_is_read_in_bounded_memory_and_its_broken_characters_cost_one_row(tmp_path: Path) -> None:
+    lines = [f"чашка-{i}".replace("чашка", "mug") + ",a.png,,чашка 😀\n" for i in range(20_000)]
+    data = (HEADER + "".join(lines[:10_000])).encode("utf-16")
+    data += "bad,a.png,,".encode("utf-16-le") + b"\x00\xd8" + "\n".encode("utf-16-le")
+    data += "".join(lines[10_000:]).encode("utf-16-le")
+    reject = the_reject(write_csv(tmp_path, data))
+    assert (reject.object_id, reject.code, reject.where) == ("bad", "encoding", "catalog.csv:10002")
+    rows = [row for row in read_manifest(str(tmp_path / "catalog.csv")) if isinstance(row, Row)]
+    assert [row.object_id for row in rows] == [f"mug-{i}" for i in range(20_000)]
+    assert {row.class_name for row in rows} == {"чашка 😀"}
+
+
+def test_utf16_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.jsonl"
+    path.write_bytes((json.dumps(GOOD | {"class_name": "größe"}, ensure_ascii=False) + "\n").encode("utf-16"))
+    assert rows_of(str(path))[0].class_name == "größe"
+
+
+def test_names_in_another_case_in_json_lines_are_a_warning_of_the_row(tmp_path: Path) -> None:
+    (row,) = rows_of(write_jsonl(tmp_path, {"ID": 5, "Object-Id": "a", "image": "a.png", "class_name": "mug"}))
+    assert (row.object_id, row.metadata) == ("a", {"ID": 5})
+    assert row.warnings == ("the column 'Object-Id' was taken for object_id",)
+
+
+@pytest.mark.parametrize("file_format", ["csv", "jsonl"])
+def test_text_of_another_encoding_is_named(tmp_path: Path, file_format: str) -> None:
+    if file_format == "csv":
+        manifest = write_csv(tmp_path, (HEADER + "a,a.png,,Gießkanne\n").encode("cp1252"))
+    else:
+        line = '{"object_id": "a", "image": "a.png", "class_name": "Gießkanne"}'.encode("cp1252")
+        manifest = write_jsonl(tmp_path, line)
+    reject = the_reject(manifest)
+    assert reject.code == "encoding"
+    assert "reads as cp1252: " in reject.message
+    assert "Gießkanne" in reject.message
+
+
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+def test_whole_floats_are_ids_with_a_warning(tmp_path: Path, file_format: str) -> None:
+    rows = [GOOD | {"object_id": number, "scene": 7.0} for number in (1001.0, float(2**53 - 1))]
+    if file_format == "jsonl":
+        manifest = write_jsonl(tmp_path, *rows)
+    else:
+        manifest = write_parquet(tmp_path, {name: [row[name] for row in rows] for name in rows[0]})
+    first, last = rows_of(manifest)
+    assert (first.object_id, first.scene, last.object_id) == ("1001", "7", "9007199254740991")
+    assert first.warnings == ("the object_id 1001.0 was taken for 1001", "the scene 7.0 was taken for 7")
+
+
+def test_text_ids_stay_as_they_are(tmp_path: Path) -> None:
+    rows = rows_of(write_csv(tmp_path, HEADER + "1001.0,a.png,,mug\n1e3,a.png,,mug\n007,a.png,,mug\n"))
+    assert [(row.object_id, row.warnings) for row in rows] == [("1001.0", ()), ("1e3", ()), ("007", ())]
+
+
+@pytest.mark.parametrize("number", [1001.5, float(2**53)])
+def test_other_floats_are_rejects_that_say_what_to_do(tmp_path: Path, number: float) -> None:
+    reject = the_reject(write_jsonl(tmp_path, GOOD | {"object_id": number}))
+    assert (reject.code, reject.object_id) == ("id_invalid", str(number))
+    assert f"object_id {number} is a float" in reject.message
+    assert "dtype=str" in reject.message
+
+
 # Addresses
 
 
@@ -297,11 +395,11 @@ def truncated_parquet(folder: Path) -> str:
             lambda d: write_csv(d, "object_id,image,class_name\n"),
             ["catalog.csv", "lacks", "mask", "'class_name'"],
         ),
-        (lambda d: write_csv(d, "object_id;image;mask;class_name\n"), ["'object_id;image;mask;class_name'"]),
+        (lambda d: write_csv(d, "object_id;image;class_name\n"), ["lacks", "mask", "'class_name'"]),
+        (lambda d: write_csv(d, "Image,image,IMAGE,object_id,MASK,Mask,class_name\n"), ["more than one", "'mask'"]),
         (lambda d: write_csv(d, ""), ["object_id, image, mask, class_name", "[]"]),
         (lambda d: write_csv(d, "object_id,image,mask,class_name,image\n"), ["more than one", "'image'"]),
-        (lambda d: write_csv(d, "object_id,image,mask,class_name,größe\n".encode("latin-1")), ["UTF-8"]),
-        (lambda d: write_csv(d, HEADER.encode("utf-16")), ["UTF-8"]),
+        (lambda d: write_csv(d, "object_id,image,mask,class_name,größe\n".encode("cp1252")), ["cp1252: 'größe'"]),
         (lambda d: write_csv(d, '"object_id,image\n'), ["header", "CSV"]),
         (
             lambda d: write_parquet(d, {"object_id": ["a"], "image": ["a.png"]}),

@@ -3,6 +3,7 @@
 import sys
 import threading
 import tracemalloc
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,6 +75,14 @@ def test_results_and_rejects_are_all_rows(ledger, store):
     assert ledger.counts == {"committed": 1, "already": 2, "repeated": 1, "rejected": 1, "failed": 1}
     assert ledger.reasons == {"mask_empty": 1, "diverged": 1}
     assert ledger.warned == 1
+
+
+def test_what_was_assumed_to_read_a_row_is_told_with_what_a_worker_warns_of(ledger, store):
+    for outcome in (RowOutcome("committed", DIGEST, warning="unknown"), RowOutcome("already", DIGEST)):
+        record = checked()
+        ledger.outcome(replace(record, row=replace(record.row, warnings=("a float",))), outcome)
+    assert tables(ledger, store)[0]["warning"].to_pylist() == ["a float; unknown", "a float"]
+    assert ledger.warned == 2
 
 
 def test_a_run_without_rows_has_tables_too(ledger, store):
