@@ -12,7 +12,7 @@ from PIL import Image
 from jobs.ingest import Checked, Target, check_row, digest_inputs, pack, read_photo, source_record, unpack
 from objdrive.adapters.artifact import EMBEDDING_FILE, ArtifactMetadata, BaseRef, SceneMember, Sources, adapter_digest
 from objdrive.adapters.store import ArtifactStore
-from objdrive.catalog.photos import MAX_PIXELS
+from objdrive.catalog.decoding import MAX_PIXELS
 from objdrive.catalog.rows import Reject, Row
 from objdrive.catalog.sources import MAX_BYTES, SourceMark
 from objdrive.training.recipe import METHOD_VERSION
