@@ -52,10 +52,8 @@ def to_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     """Whether it leaves all colours of a lattice as they are; writers of sRGB profiles differ in their last digits."""
     levels = np.linspace(0, 255, _LATTICE).astype(np.uint8)
-    if mode == "L":
-        lattice = levels[None]
-    else:
-        lattice = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    of_colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    lattice = levels[None] if mode == "L" else of_colours
     before = Image.fromarray(lattice)
     after = ImageCms.applyTransform(before, transform)
     difference = np.asarray(before.convert("RGB")).astype(int) - np.asarray(after)
