@@ -205,6 +205,7 @@ class FineTune:
                 outcomes.append(fail_row(record, "store_failed", str(error)))
                 continue
             warnings = [] if self._base.knows(record.row.class_name) else [_unknown_class(record, self._base)]
+            warnings += photo.warnings
             if mended:
                 warnings.append(_mended(photo.mask, learned_by))
             status: Literal["committed", "already"] = "committed" if committed else "already"

@@ -15,8 +15,6 @@ from objdrive.errors import RowError
 
 MIN_OBJECT_PIXELS = 64
 OVERLAP_LIMIT = 0.95
-AUTO_MASK: Literal["auto"] = "auto"
-"""Stands for a mask that is taken from the picture, even if the picture has transparency."""
 
 
 @dataclass(frozen=True)

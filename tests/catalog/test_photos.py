@@ -2,58 +2,24 @@
 
 import io
 import struct
+import sys
 import threading
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
 from numpy.typing import NDArray
+from picture_files import ORIENTATION, UPRIGHT, box_mask, code_of, colours, encode, png_chunk
 from PIL import Image
 
 from objdrive.catalog.photos import decode_photo, masks_overlap
 from objdrive.errors import RowError
 
-ORIENTATION = 0x0112
-# What a viewer does to the stored pixels, from the EXIF standard's table of orientations.
-UPRIGHT: dict[int, Callable[[Any], Any]] = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: a.swapaxes(0, 1)[:, ::-1],
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: a.swapaxes(0, 1)[::-1],
-}
-
-
-def encode(picture: Image.Image | NDArray[Any], file_format: str = "PNG", **options: Any) -> bytes:
-    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    buffer = io.BytesIO()
-    picture.save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-def colours(height: int = 32, width: int = 48) -> NDArray[np.uint8]:
-    y, x = np.mgrid[:height, :width]
-    return np.stack([x * 5, y * 7, (x + y) * 3], axis=-1).astype(np.uint8)
-
-
-def box_mask(height: int = 32, width: int = 48, box: tuple[int, int, int, int] = (10, 8, 30, 24)) -> NDArray[np.uint8]:
-    mask = np.zeros((height, width), np.uint8)
-    left, top, right, bottom = box
-    mask[top:bottom, left:right] = 255
-    return mask
-
 
 def soft_box(height: int, width: int, box: tuple[int, int, int, int]) -> NDArray[np.float32]:
     return (box_mask(height, width, box) / 255).astype(np.float32)
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -67,29 +33,75 @@ def webp_header(width: int, height: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+def bmp_header(width: int, height: int) -> bytes:
+    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, *[0] * 6)
+
+
+def gif_header(width: int, height: int) -> bytes:
+    return (
+        b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0) + b"," + struct.pack("<HHHHB", 0, 0, 9, 9, 0) + b"\2"
+    )
+
+
+def tiff_header(width: int, height: int) -> bytes:
+    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: width * height}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+
+
+def jpeg_2000_header(width: int, height: int) -> bytes:
+    size = struct.pack(">HHIIIIIIIIH", 47, 0, width, height, 0, 0, width, height, 0, 0, 3) + b"\7\1\1" * 3
+    return b"\xff\x4f\xff\x51" + size
+
+
 IMAGE = encode(colours())
 MASK = encode(box_mask())
-
-
-def code_of(call: Callable[[], object]) -> tuple[str, str]:
-    with pytest.raises(RowError) as caught:
-        call()
-    return caught.value.code, str(caught.value)
 
 
 # Decoding
 
 
-@pytest.mark.parametrize(
-    ("file_format", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 95})]
-)
-def test_formats(file_format: str, options: dict[str, Any]) -> None:
-    photo = decode_photo(encode(colours(), file_format, **options), MASK, name="mug")
+LOSSY = ("JPEG", "AVIF", "HEIC")
+
+
+def heic(picture: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(Image.fromarray(picture)).save(buffer, quality=95)
+    return buffer.getvalue()
+
+
+def as_file(picture: NDArray[Any], file_format: str) -> bytes:
+    options = {
+        "WEBP": {"lossless": True},
+        "JPEG": {"quality": 95},
+        "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+        "TIFF": {"compression": "tiff_lzw"},
+    }
+    return heic(picture) if file_format == "HEIC" else encode(picture, file_format, **options.get(file_format, {}))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF", "BMP", "JPEG2000", *LOSSY])
+def test_formats(file_format: str) -> None:
+    photo = decode_photo(as_file(colours(), file_format), MASK, name="mug")
     assert photo.image.dtype == np.uint8
     assert photo.mask.dtype == np.float32
-    # JPEG loses some colour; its chroma has half the resolution.
-    assert np.abs(photo.image.astype(int) - colours()).mean() < (6 if file_format == "JPEG" else 1e-9)
+    assert photo.warnings == ()
+    # Some lose colour; their chroma has half the resolution.
+    assert np.abs(photo.image.astype(int) - colours()).mean() < (6 if file_format in LOSSY else 1e-9)
     np.testing.assert_array_equal(photo.mask, box_mask() / 255)
+
+
+@pytest.mark.parametrize("file_format", ["TIFF", "BMP", "GIF", "JPEG2000"])
+def test_formats_of_masks(file_format: str) -> None:
+    photo = decode_photo(IMAGE, as_file(box_mask(), file_format), name="mug")
+    np.testing.assert_array_equal(photo.mask, box_mask() / 255)
+
+
+def test_a_heic_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    code, message = code_of(lambda: decode_photo(heic(colours()), MASK, name="mug"))
+    assert code == "image_invalid"
+    assert "objdrive[heif]" in message
 
 
 def grey_ramp() -> NDArray[np.uint8]:
@@ -141,12 +153,13 @@ def test_every_mode_becomes_rgb(data: bytes, expected: NDArray[Any] | None) -> N
 
 def test_sixteen_bit_colour_png_is_scaled() -> None:
     # Pillow can't write these. A row is one filter byte, then two bytes a channel.
-    row = b"\0" + struct.pack(">HHH", 65535, 32768, 0) * 20
+    # 0x80FF / 257 is 128.5 of 255, and 0x00FF nearly 1: their upper bytes alone would be 128 and 0.
+    row = b"\0" + struct.pack(">HHH", 0x80F0, 0x00FF, 0) * 20
     header = struct.pack(">IIBBBBB", 20, 20, 16, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
     data += png_chunk(b"IDAT", zlib.compress(row * 20)) + png_chunk(b"IEND", b"")
     photo = decode_photo(data, encode(box_mask(20, 20, (2, 2, 12, 12))), name="mug")
-    np.testing.assert_array_equal(photo.image, np.broadcast_to([255, 128, 0], (20, 20, 3)))
+    np.testing.assert_array_equal(photo.image, np.broadcast_to([128, 1, 0], (20, 20, 3)))
 
 
 def test_half_transparent_colour_is_composed_onto_white() -> None:
@@ -158,11 +171,11 @@ def test_half_transparent_colour_is_composed_onto_white() -> None:
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_orientation_turns_image_and_mask(orientation: int, file_format: str) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}, "PNG": {}}[file_format]
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(file_format, {})
     upright = UPRIGHT[orientation](colours())
     upright_mask = UPRIGHT[orientation](box_mask())
 
@@ -177,9 +190,15 @@ def test_orientation_turns_image_and_mask(orientation: int, file_format: str) ->
 
 def test_first_frame_of_an_animation() -> None:
     first, second = Image.fromarray(colours()), Image.fromarray(255 - colours())
-    for options in ({"file_format": "WEBP", "lossless": True}, {"file_format": "PNG"}):
+    for options in ({"file_format": "WEBP", "lossless": True}, {"file_format": "PNG"}, {"file_format": "TIFF"}):
         data = encode(first, save_all=True, append_images=[second], **options)
         np.testing.assert_array_equal(decode_photo(data, MASK, name="mug").image, colours())
+
+
+def test_first_frame_of_a_gif() -> None:
+    first, second = Image.fromarray(grey_ramp()), Image.fromarray(255 - grey_ramp())
+    data = encode(first, "GIF", save_all=True, append_images=[second])
+    np.testing.assert_array_equal(decode_photo(data, MASK, name="mug").image, grey(grey_ramp()))
 
 
 def varying(values: NDArray[Any], alpha: NDArray[Any]) -> bytes:
@@ -230,6 +249,12 @@ def noise(height: int = 64, width: int = 64) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def wide(data: bytes) -> bytes:
+    """An AVIF's or HEIC's bytes that say that its picture has 30,000 x 30,000 pixels."""
+    at = data.index(b"ispe") + 8
+    return data[:at] + struct.pack(">II", 30_000, 30_000) + data[at + 8 :]
+
+
 BROKEN = [
     (b"", "{role}_invalid", "JPEG 2000"),
     (b"no picture", "{role}_invalid", "JPEG 2000"),
@@ -245,6 +270,19 @@ BROKEN = [
     (png_header(8_001, 8_000), "{role}_too_many_pixels", "8001 x 8000"),
     (png_header(10_000, 10_000), "{role}_too_many_pixels", "10000 x 10000"),
     (webp_header(16_384, 16_384), "{role}_too_many_pixels", "64000000"),
+    (bmp_header(30_000, 30_000), "{role}_too_many_pixels", "30000 x 30000"),
+    (gif_header(30_000, 30_000), "{role}_too_many_pixels", "30000 x 30000"),
+    (tiff_header(30_000, 30_000), "{role}_too_many_pixels", "30000 x 30000"),
+    (jpeg_2000_header(30_000, 30_000), "{role}_too_many_pixels", "30000 x 30000"),
+    (wide(heic(noise())), "{role}_too_many_pixels", "30000 x 30000"),
+    (wide(encode(colours(), "AVIF")), "{role}_invalid", "can't be decoded"),
+    (encode(np.zeros((32, 48), np.float32), "TIFF"), "{role}_invalid", "32 bits"),
+    (without_end(encode(noise(), "TIFF")), "{role}_truncated", "too early"),
+    (without_end(encode(noise(), "BMP")), "{role}_truncated", "truncated"),
+    (without_end(encode(noise(), "GIF")), "{role}_truncated", "truncated"),
+    (without_end(encode(noise(), "JPEG2000")), "{role}_invalid", "can't be decoded"),
+    (without_end(encode(noise(), "AVIF")), "{role}_invalid", "can't be decoded"),
+    (without_end(heic(noise())), "{role}_invalid", "can't be decoded"),
 ]
 
 
