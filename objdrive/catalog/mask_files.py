@@ -94,7 +94,8 @@ def _labels(pixels: NDArray[np.uint8]) -> list[NDArray[np.int_]]:
 
 
 def _colours(numbers: NDArray[np.int_]) -> NDArray[np.int_]:
-    return np.stack([numbers % 256, numbers // 256 % 256, numbers // 256**2], axis=-1)
+    colours: NDArray[np.int_] = np.stack([numbers % 256, numbers // 256 % 256, numbers // 256**2], axis=-1)
+    return colours
 
 
 def _apart(colours: NDArray[np.int_]) -> NDArray[np.int_]:
@@ -103,7 +104,8 @@ def _apart(colours: NDArray[np.int_]) -> NDArray[np.int_]:
     near = (distances < distances.max() / _APART).astype(int)
     while not np.array_equal(linked := np.minimum(near @ near, 1), near):
         near = linked
-    return colours[np.unique(near.argmax(axis=1))]
+    first: NDArray[np.int_] = colours[np.unique(near.argmax(axis=1))]
+    return first
 
 
 def _luminance(colour: NDArray[np.int_]) -> float:
@@ -185,7 +187,8 @@ def _better_followed(
 
 
 def _change_along(picture: Image.Image, mask: Image.Image) -> float:
-    return change_along(colour_change(_small(picture.convert("RGB"))), _small(mask) / np.float32(255))
+    share = _small(mask).astype(np.float32) / np.float32(255)
+    return change_along(colour_change(_small(picture.convert("RGB"))), share)
 
 
 def _small(picture: Image.Image) -> NDArray[np.uint8]:

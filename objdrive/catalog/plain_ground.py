@@ -71,7 +71,8 @@ def _from_ground(picture: NDArray[np.uint8]) -> NDArray[np.float32] | None:
 def _joined_to_border(alike: NDArray[np.bool_]) -> NDArray[np.bool_]:
     framed = np.pad(alike, 1, constant_values=True).astype(np.uint8)
     _, parts = cv2.connectedComponents(framed, connectivity=4)
-    return (parts == parts[0, 0])[1:-1, 1:-1]
+    joined: NDArray[np.bool_] = parts == parts[0, 0]
+    return joined[1:-1, 1:-1]
 
 
 def _sharpened(picture: NDArray[np.uint8], found: NDArray[np.bool_]) -> NDArray[np.bool_]:
