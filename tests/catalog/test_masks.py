@@ -183,7 +183,7 @@ def photographed(exact):
     return picture.clip(0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("pixels", [-3, 0, 3, 5])
+@pytest.mark.parametrize("pixels", [0, 4])
 def test_a_loose_mask_of_what_has_its_grounds_colours_loses_no_part(pixels):
     exact = ellipse((120, 120), (70, 45))
     mask = exact.astype(np.float32) if pixels == 0 else grown(exact, pixels)
