@@ -276,6 +276,7 @@ class FineTune:
         ]
         committed = self._store.commit(files, self._metadata(loaded, record, result, notes), alive=alive)
         warnings = [] if self._base.knows(record.row.class_name) else [_unknown_class(record, self._base)]
+        warnings += photo.warnings
         if mended:
             warnings.append(_mended(photo.mask, learned_by))
         status: Literal["committed", "already"] = "committed" if committed else "already"

@@ -18,7 +18,7 @@ from objdrive.adapters.store import ArtifactStore
 from objdrive.catalog.addresses import unsigned
 from objdrive.catalog.manifest import Piece, read_piece
 from objdrive.catalog.photos import decode_photo
-from objdrive.catalog.rows import Reject, Row
+from objdrive.catalog.rows import AUTO_MASK, Reject, Row
 from objdrive.catalog.sources import SourceMark, read_source, stat_source
 from objdrive.errors import RowError, StoreError
 from objdrive.training.recipe import METHOD_VERSION
@@ -27,6 +27,8 @@ _ROWS_PER_BATCH = 64
 _BLOCK_BYTES = 32 * 2**10
 _THREADS = 4
 _CPUS_PER_TASK = 0.1
+# As a source, a mask that is taken from the picture never changes.
+_AUTO = SourceMark(AUTO_MASK, 0, AUTO_MASK)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def check_row(row: Row, store: ArtifactStore, target: Target) -> Checked | Rejec
     """
     try:
         image = stat_source(row.image, role="image", hosts=target.hosts)
-        mask = stat_source(row.mask, role="mask", hosts=target.hosts) if row.mask else None
+        mask = _stat_mask(row.mask, target.hosts)
         current = store.current(row.object_id)
         if current and _made_from(current, row, image, mask, target):
             return Checked(row, image, mask, current.digest, tuple(m.object_id for m in current.members))
@@ -134,9 +136,18 @@ def check_row(row: Row, store: ArtifactStore, target: Target) -> Checked | Rejec
         return Reject(row.object_id, row.where, "store_failed", f"{row.where}: {error}")
 
 
+def _stat_mask(mask: str, hosts: tuple[str, ...]) -> SourceMark | None:
+    if mask == AUTO_MASK:
+        return _AUTO
+    return stat_source(mask, role="mask", hosts=hosts) if mask else None
+
+
 def read_photo(row: Row, image: SourceMark, mask: SourceMark | None, hosts: tuple[str, ...] = ()) -> tuple[Any, Member]:
     """Read and decode a row's picture and mask: the `Photo`, and its part of the artifact's digest."""
     image_bytes = read_source(image, role="image", hosts=hosts)
+    if mask == _AUTO:
+        photo = decode_photo(image_bytes, AUTO_MASK, name=row.object_id)
+        return photo, Member(hashlib.sha256(image_bytes).hexdigest(), AUTO_MASK, row.class_name)
     mask_bytes = read_source(mask, role="mask", hosts=hosts) if mask else None
     photo = decode_photo(image_bytes, mask_bytes, name=row.object_id)
     mask_sha256 = hashlib.sha256(mask_bytes).hexdigest() if mask_bytes is not None else ""

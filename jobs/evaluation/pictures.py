@@ -24,6 +24,7 @@ from objdrive.adapters.bank import AdapterBank
 from objdrive.adapters.store import ArtifactStore
 from objdrive.base.prompts import marked_phrase
 from objdrive.catalog.photos import decode_photo
+from objdrive.catalog.rows import AUTO_MASK
 from objdrive.catalog.sources import SourceMark, read_source
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.prompts import EvaluationPrompt
@@ -136,11 +137,12 @@ def read_reference(artifact: ArtifactMetadata, size: int) -> Reference:
         RowError: the photo or its mask is gone or broken.
     """
     image, mask = artifact.sources.image, artifact.sources.mask
-    photo = decode_photo(
-        read_source(SourceMark(**image.model_dump()), role="image"),
-        read_source(SourceMark(**mask.model_dump()), role="mask") if mask else None,
-        name=artifact.object_id,
-    )
+    pixels = read_source(SourceMark(**image.model_dump()), role="image")
+    if mask and mask.uri == AUTO_MASK:
+        photo = decode_photo(pixels, AUTO_MASK, name=artifact.object_id)
+    else:
+        mask_bytes = read_source(SourceMark(**mask.model_dump()), role="mask") if mask else None
+        photo = decode_photo(pixels, mask_bytes, name=artifact.object_id)
     return Reference.of(artifact.object_id, artifact.class_name, photo, size)
 
 

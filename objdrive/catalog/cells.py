@@ -21,7 +21,7 @@ _OPEN_COLUMNS = 4
 def batch_rows(parquet: Any, group: int, columns: list[str]) -> int:
     """How many rows of a row group to read at once, so that these columns (paths of leaves) take little memory."""
     chunks = parquet.metadata.row_group(group)
-    size = sum(
+    size: int = sum(
         chunks.column(index).total_uncompressed_size
         for index in range(chunks.num_columns)
         if chunks.column(index).path_in_schema in columns

@@ -114,7 +114,7 @@ def _addresses(batch: Any, field: Any, nulls: bool | None, table: str, first: in
         parts = {kinds.field(index).name: part for index, part in enumerate(values.flatten())}
         paths = parts["path"].to_pylist() if "path" in parts else paths
         values = parts.get("bytes")
-    if nulls is None:
+    if nulls is None and values is not None:
         missing = values.is_null().to_pylist()
     return [
         path if gone else Cell(table, first + index, field.name)

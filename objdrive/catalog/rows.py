@@ -5,12 +5,14 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from objdrive.catalog.addresses import Cell, is_cell, redacted, resolve
 from objdrive.errors import RowError
 
 REQUIRED_COLUMNS = ("object_id", "image", "mask", "class_name")
+AUTO_MASK: Literal["auto"] = "auto"
+"""In place of a mask's address: the mask is taken from the picture."""
 MAX_CLASS_LENGTH = 64
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _EXACT_FLOATS = 2**53
@@ -20,10 +22,11 @@ _EXACT_FLOATS = 2**53
 class Row:
     """One object; its row keeps the manifest's rules, and none of its files has been opened yet.
 
-    `mask` ``""`` stands for the image's own alpha channel, `scene` ``""`` for no scene. `metadata` holds the
-    free columns as JSON values (dates and such as text, NaN as None; addresses without their signatures).
-    `where` is the manifest file and the line (CSV, JSON Lines) or row (Parquet) in it, counted from 1, as in
-    ``"catalog.csv:17"``. `warnings` say what was assumed to read the row.
+    `mask` ``""`` stands for the image's own alpha channel or, without one, for what stands before a plain ground, and
+    `AUTO_MASK` for the latter in any case; `scene` ``""`` for no scene. `metadata` holds the free columns as JSON
+    values (dates and such as text, NaN as None; addresses without their signatures). `where` is the manifest file and
+    the line (CSV, JSON Lines) or row (Parquet) in it, counted from 1, as in ``"catalog.csv:17"``. `warnings` say what
+    was assumed to read the row.
     """
 
     object_id: str
@@ -75,7 +78,7 @@ def _make_row(fields: dict[str, Any], cells: dict[str, str], where: str, address
     return Row(
         object_id=_identifier(object_id, "object_id", "id_invalid"),
         image=cells.get("image") or _image_address(fields.pop("image"), address),
-        mask=cells.get("mask") or _resolve(_text(fields.pop("mask"), "mask", "address_invalid"), "mask", address),
+        mask=cells.get("mask") or _mask_address(fields.pop("mask"), address),
         class_name=_class_name(fields.pop("class_name")),
         scene="" if scene is None or scene == "" else _identifier(scene, "scene", "scene_invalid"),
         metadata=redacted(fields),
@@ -146,6 +149,11 @@ def _image_address(value: Any, manifest: str) -> str:
     if not image.strip():
         raise RowError("image_missing_value", f"image is {shown(value)}: give the address of the object's photo")
     return _resolve(image, "image", manifest)
+
+
+def _mask_address(value: Any, manifest: str) -> str:
+    mask = _text(value, "mask", "address_invalid")
+    return AUTO_MASK if mask.strip() == AUTO_MASK else _resolve(mask, "mask", manifest)
 
 
 def _resolve(value: str, column: str, manifest: str) -> str:

@@ -288,6 +288,11 @@ def test_local_addresses(tmp_path: Path, image: str, resolved: str) -> None:
     assert row.image == row.mask == resolved.format(folder=tmp_path, parent=tmp_path.parent)
 
 
+def test_a_mask_can_be_asked_from_the_picture(tmp_path: Path) -> None:
+    auto, file = rows_of(write_csv(tmp_path, f"{HEADER}a,a.png,auto,mug\nb,b.png,./auto,mug\n"))
+    assert (auto.mask, file.mask) == ("auto", f"{tmp_path}/auto")
+
+
 def test_file_urls_and_relative_manifests_are_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_csv(tmp_path, HEADER + "a,a.png,,mug\n")
     monkeypatch.chdir(tmp_path)

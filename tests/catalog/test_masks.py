@@ -1,5 +1,7 @@
 """Which masks are mended, and how well."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
@@ -160,3 +162,58 @@ def test_agreement_against_counting_by_hand():
     one, other = np.array([True, True, False, False]), np.array([False, True, True, False])
     assert intersection_over_union(one, other) == pytest.approx(1 / 3)
     assert intersection_over_union(one & False, other & False) == 0
+
+
+def textured(seed, colours, edge=EDGE):
+    """(edge, edge, 3): blotches between two colours, as wood, stone or leaves have them."""
+    random = np.random.default_rng(seed)
+    blotches = Image.fromarray(random.integers(0, 256, (edge // 6, edge // 6), np.uint8))
+    share = np.asarray(blotches.resize((edge, edge), Image.Resampling.BICUBIC))[..., None] / 255
+    return share * colours[0] + (1 - share) * colours[1] + random.normal(0, 6, (edge, edge, 3))
+
+
+def photographed(exact):
+    """A shell on a table: both are of brown blotches, and a dark ridge parts the shell in two."""
+    table = textured(1, np.array([(120, 80, 50), (90, 55, 30)]))
+    shell = textured(2, np.array([(165, 120, 80), (110, 70, 40)]))
+    picture = np.where(exact[..., None], shell, table)
+    y, x = np.mgrid[:EDGE, :EDGE]
+    ridge = exact & (abs(x - y / 2 - 60) < 3)
+    picture[ridge] = (50, 30, 15)
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("pixels", [0, 4])
+def test_a_loose_mask_of_what_has_its_grounds_colours_loses_no_part(pixels):
+    exact = ellipse((120, 120), (70, 45))
+    mask = exact.astype(np.float32) if pixels == 0 else grown(exact, pixels)
+    mended = mend_mask(photographed(exact), mask)
+    assert agreement(mask >= 0.5, mended) >= 0.9
+    assert agreement(exact, mended) >= agreement(exact, mask) - 0.01
+
+
+def test_an_edge_is_refined_where_colours_do_not_tell_all():
+    """Half of the shirt has the ground's colour, and the rest of its edge is plain to see."""
+    exact = ellipse((120, 120), (70, 60))
+    picture = np.where(exact[..., None], textured(3, np.array([(200, 60, 60), (60, 60, 90)])), (128, 132, 120))
+    picture[exact & (np.mgrid[:EDGE, :EDGE][1] > 120)] = (60, 60, 90)
+    picture[:, :40] = (200, 60, 60)
+    mask = grown(exact, 2)
+    mended = mend_mask(picture.clip(0, 255).astype(np.uint8), mask)
+    assert agreement(mask >= 0.5, mended) >= 0.9
+    assert agreement(exact, mended) > agreement(exact, mask)
+
+
+def test_a_large_photo_takes_no_more_than_a_small_one():
+    exact = ellipse((120, 120), (70, 50))
+    small = photo([exact], [(200, 60, 50)])
+    factor = 20
+    large = np.asarray(Image.fromarray(small).resize((EDGE * factor, EDGE * factor), Image.Resampling.BICUBIC))
+    mask = np.kron(grown(exact, 8), np.ones((factor, factor), np.float32))
+    tracemalloc.start()
+    mended = mend_mask(large, mask)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert agreement(np.kron(exact, np.ones((factor, factor), bool)), mended) > 0.95
+    # The mask itself is a fifth of it.
+    assert peak < 5 * mask.nbytes

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ class Shop(BaseHTTPRequestHandler):
     """Answers by path: /told, /chunked, /endless (chunks for ever), /to?<address> (a redirect), else 404."""
 
     protocol_version = "HTTP/1.1"
-    asked: Counter[str] = Counter()
+    asked: ClassVar[Counter[str]] = Counter()
     sent = 0
 
     def do_HEAD(self) -> None:

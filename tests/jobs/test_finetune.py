@@ -152,6 +152,16 @@ def test_an_unknown_class_word_is_a_warning(workshop):
     assert_committed(workshop, workshop.alone[4], unknown[0])
 
 
+def test_what_was_assumed_of_a_mask_is_a_warning(workshop, tmp_path):
+    object_id = workshop.alone[12]
+    with Image.open(workshop.rows[object_id].mask) as mask:
+        labels = mask.convert("L").point(lambda value: int(value > 127))
+    labels.save(tmp_path / "labels.png")
+    ((outcome,),), _ = workshop.work(workshop.unit(object_id, mask=str(tmp_path / "labels.png")))
+    assert outcome.status == "committed"
+    assert "0 and 1" in outcome.warning
+
+
 def test_previews_are_part_of_the_artifact(workshop):
     wanted, other = workshop.alone[5:7]
     outcomes, _ = workshop.work(workshop.unit(wanted, previews=True), workshop.unit(other))

@@ -12,7 +12,7 @@ from PIL import Image
 from jobs.ingest import Checked, Target, check_row, digest_inputs, pack, read_photo, source_record, unpack
 from objdrive.adapters.artifact import EMBEDDING_FILE, ArtifactMetadata, BaseRef, SceneMember, Sources, adapter_digest
 from objdrive.adapters.store import ArtifactStore
-from objdrive.catalog.photos import MAX_PIXELS
+from objdrive.catalog.decoding import MAX_PIXELS
 from objdrive.catalog.rows import Reject, Row
 from objdrive.catalog.sources import MAX_BYTES, SourceMark
 from objdrive.training.recipe import METHOD_VERSION
@@ -127,6 +127,29 @@ def test_a_row_without_a_mask_takes_the_image_s_own_alpha(shop):
     checked = shop.check(shop.row(image=shop.write("cut.png", cut_out), mask=""))
     assert isinstance(checked, Checked)
     assert checked.mask is None
+
+
+def before_white(side=SIDE):
+    picture = Image.new("RGB", (side, side), "white")
+    picture.paste((200, 40, 40), (12, 10, 36, 40))
+    return picture
+
+
+@pytest.mark.parametrize("mask", ["", "auto"])
+def test_a_mask_is_taken_from_a_plain_ground(shop, mask):
+    row = shop.row(image=shop.write("white.png", before_white()), mask=mask)
+    digest = shop.commit(row)
+    assert shop.check(row).digest == digest
+    busy = shop.check(shop.row(image=shop.write("busy.png", photo()), mask=mask))
+    assert busy.code == "mask_absent"
+
+
+def test_a_mask_from_the_picture_is_another_source_than_its_transparency(shop):
+    cut_out = before_white()
+    cut_out.putalpha(disc())
+    image = shop.write("cut.png", cut_out)
+    shop.commit(shop.row(image=image, mask=""))
+    assert shop.check(shop.row(image=image, mask="auto")).digest == ""
 
 
 # Committed rows
