@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fsspec import filesystem  # type: ignore[import-untyped, unused-ignore]
 from fsspec.asyn import AsyncFileSystem  # type: ignore[import-untyped, unused-ignore]
 from fsspec.core import url_to_fs  # type: ignore[import-untyped, unused-ignore]
 
@@ -83,8 +84,10 @@ def read_source(mark: SourceMark, *, role: Role = "image", hosts: tuple[str, ...
 
 
 def _storage(uri: str, hosts: tuple[str, ...]) -> tuple[Any, str]:
-    options = web_options(hosts) if is_web(uri) else {}
-    found: tuple[Any, str] = url_to_fs(uri, use_listings_cache=False, **options)
+    if is_web(uri):
+        # Not by url_to_fs(), to which "::", as in an IPv6 address, chains file systems.
+        return filesystem("http", use_listings_cache=False, **web_options(hosts)), uri
+    found: tuple[Any, str] = url_to_fs(uri, use_listings_cache=False)
     return found
 
 

@@ -52,7 +52,7 @@ def bad_manifest(tmp_path: Path) -> tuple[Path, list[tuple[str, str]]]:
     (tmp_path / "text.jpg").write_text("this is not an image")
     (tmp_path / "cut.jpg").write_bytes(image.read_bytes()[:3000])
     (tmp_path / "bomb.png").write_bytes(bomb())
-    write_mask(tmp_path / "small.png", (width // 2, height // 2), (10, 10, 50, 50))
+    write_mask(tmp_path / "small.png", (width // 2, height // 3), (10, 10, 50, 50))
     write_mask(tmp_path / "empty.png", (width, height), (0, 0, 0, 0))
     write_mask(tmp_path / "full.png", (width, height), (0, 0, width, height))
     write_mask(tmp_path / "six.png", (width, height), (40, 40, 43, 42))
