@@ -90,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _hosts(text: str) -> tuple[str, ...]:
-    return tuple(host.strip() for host in text.split(",") if host.strip())
+    hosts = tuple(host.strip() for host in text.split(","))
+    if not all(hosts) or any(set("/@?# ") & set(host) for host in hosts):
+        raise argparse.ArgumentTypeError(f"must be hosts, with commas between, without http:// or paths, got {text!r}")
+    return hosts
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -56,9 +56,9 @@ def unsigned(address: str) -> str:
 
     Two signed addresses of one object are equal without their signatures.
     """
-    cell = cell_of(address)
-    if cell:
-        return Cell(unsigned(cell.table), cell.row, cell.column).address
+    if is_cell(address):
+        table, *place = address[len(_CELL) :].rsplit("#", 1)
+        return "#".join([_CELL + unsigned(table), *place])
     address = _CREDENTIALS.sub(r"\1@", address)
     if not is_web(address) or "?" not in address:
         return address

@@ -15,7 +15,7 @@ from objdrive.catalog.records import BUFFER_BYTES, opened
 
 _MAX_BATCH_ROWS = 1024
 _BATCH_BYTES = 8 * 2**20
-_OPEN_COLUMNS = 4
+_OPEN_COLUMNS = 2
 
 
 def batch_rows(parquet: Any, group: int, columns: list[str]) -> int:
@@ -49,7 +49,8 @@ def read_cell(cell: Cell, mark: str) -> bytes:
     """The bytes of a cell.
 
     Parquet can't be entered in the middle of a row group. So a process keeps the columns that it reads open where it
-    is, and reads on from there as rows are asked for in order.
+    is, and reads on from there as rows are asked for in order. Memory is bounded by a few rows and by what the file's
+    writer made one page: by default pyarrow puts 1,024 rows into one, whatever their size.
 
     Args:
         cell: which.

@@ -37,7 +37,7 @@ def _slow_groups(parquet: Any, names: list[str]) -> tuple[str, ...]:
         return ()
     return (
         f"it has row groups with {largest >> 20} MiB of pictures, which are read through for every few rows: "
-        "write it with fewer rows in a group (pyarrow: row_group_size=100)",
+        "it takes less time and memory if it is written with fewer rows in a group (pyarrow: row_group_size=100)",
     )
 
 

@@ -9,20 +9,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from objdrive.catalog import sources
+from objdrive.catalog import parquet, sources
 from objdrive.catalog.addresses import Cell, cell_of, redacted, unsigned
 from objdrive.catalog.manifest import pieces, read_manifest
 from objdrive.catalog.rows import Reject, Row
 from objdrive.catalog.sources import SourceMark, read_source, stat_source
-from objdrive.errors import RowError
+from objdrive.errors import ObjdriveError, RowError
 
 CONTENT = bytes(range(256)) * 64
+MANIFEST = b"object_id,image,mask,class_name\na,a.png,,mug\n"
 
 
 class Shop(BaseHTTPRequestHandler):
@@ -48,24 +50,28 @@ class Shop(BaseHTTPRequestHandler):
         Shop.asked[f"{self.command} {path}"] += 1
         if path == "/to":
             self.send_response(302)
-            self.send_header("Location", query)
+            self.send_header("Location", unquote(query))
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        found = path in ("/told", "/chunked", "/endless", "/small-lie")
+        found = path in ("/told", "/chunked", "/endless", "/dated", "/in/c.csv")
+        content = MANIFEST if path == "/in/c.csv" else CONTENT
         self.send_response(200 if found else 404)
-        self.send_header("ETag", '"abc"')
+        if path == "/dated":
+            self.send_header("Last-Modified", "yesterday")
+        else:
+            self.send_header("ETag", '"abc"')
         if path in ("/chunked", "/endless"):
             self.send_header("Transfer-Encoding", "chunked")
         else:
-            self.send_header("Content-Length", str(len(CONTENT) if found else 0))
+            self.send_header("Content-Length", str(len(content) if found else 0))
         self.end_headers()
         if body and found:
-            self.send_body(path)
+            self.send_body(path, content)
 
-    def send_body(self, path: str) -> None:
-        if path == "/told":
-            self.wfile.write(CONTENT)
+    def send_body(self, path: str, content: bytes) -> None:
+        if path not in ("/chunked", "/endless"):
+            self.wfile.write(content)
             return
         try:
             while True:
@@ -147,10 +153,10 @@ def test_a_signed_address_of_get_alone_is_read(shop: str) -> None:
     "address",
     [
         "http://169.254.169.254/latest/meta-data",
-        "http://[fd00:ec2::254]/latest/meta-data",
-        "http://[fe80::1]/a.png",
-        "http://[::ffff:169.254.169.254]/a.png",
-        "http://[64:ff9b::a9fe:a9fe]/a.png",
+        "http://[fd00:ec2:0:0:0:0:0:254]/latest/meta-data",
+        "http://[fe80:0:0:0:0:0:0:1]/a.png",
+        "http://[0:0:0:0:0:ffff:169.254.169.254]/a.png",
+        "http://[64:ff9b:0:0:0:0:a9fe:a9fe]/a.png",
         "http://0xA9FEA9FE/a.png",
     ],
 )
@@ -230,8 +236,31 @@ def test_messages_of_the_network_lack_signatures(shop: str) -> None:
     assert "404" in str(error)
 
 
-def test_only_an_etag_marks_what_a_signed_address_leads_to(shop: str, tmp_path: Path) -> None:
+def test_only_an_etag_marks_what_a_signed_address_leads_to(shop: str) -> None:
     assert stat_source(f"{shop}/told?token=1").mark == '"abc"'
+    assert stat_source(f"{shop}/dated").mark == "yesterday"
+    assert stat_source(f"{shop}/dated?token=1").mark == ""
+
+
+def test_a_signed_manifest_is_read_and_its_signature_stays_out(shop: str) -> None:
+    assert [row.image for row in rows_of(f"{shop}/in/c.csv?token=SECRET")] == [f"{shop}/in/a.png"]
+    assert [row.where for row in rows_of(f"{shop}/in/c.csv?token=SECRET")] == ["c.csv:2"]
+    with pytest.raises(ObjdriveError) as caught:
+        pieces(f"{shop}/in/none.csv?token=SECRET")
+    assert "none.csv" in str(caught.value)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_signatures_in_free_columns_and_rejects_stay_out(tmp_path: Path) -> None:
+    manifest = tmp_path / "c.csv"
+    url = "https://b.s3.example/a.png?X-Amz-Signature=SECRET"
+    manifest.write_text(f"object_id,image,mask,class_name,big\na,{url},,mug,{url}\nb,{url}::{url},,mug,{url}\n")
+    row, reject = read_manifest(str(manifest))
+    assert isinstance(row, Row)
+    assert row.image == url
+    assert row.metadata == {"big": "https://b.s3.example/a.png"}
+    assert isinstance(reject, Reject)
+    assert "SECRET" not in reject.message
 
 
 # Pictures in tables
@@ -309,7 +338,7 @@ def test_pictures_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     fields = [("object_id", pa.string()), ("image", pa.binary()), ("mask", pa.binary()), ("class_name", pa.string())]
     schema = pa.schema(fields)
     path = tmp_path / "large.parquet"
-    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+    with pq.ParquetWriter(path, schema, use_dictionary=False, write_batch_size=8) as writer:
         # One row group, pages of a few pictures.
         columns = [[f"o{row}" for row in range(count)], list(images), [None] * count, ["mug"] * count]
         whole = pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
@@ -325,6 +354,15 @@ def test_pictures_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert peak < 60 * size
     assert python_peak < 20 * size
+
+
+def test_slow_row_groups_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = table(tmp_path, pa.array([picture(row, 2**16) for row in range(40)]), use_dictionary=False)
+    assert pieces(manifest)[0].notes == ()
+    monkeypatch.setattr(parquet, "_LARGE_GROUP_BYTES", 2**20)
+    (note,) = pieces(manifest)[0].notes
+    assert "2 MiB of pictures" in note
+    assert "row_group_size" in note
 
 
 def test_other_columns_of_bytes_are_left_out_and_unmarked_text_is_text(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 import pytest
 import ray
 
+from jobs import batch_personalize
 from jobs.batch_personalize import main
+from jobs.fanout import Workers
+from objdrive.errors import ObjdriveError
 
 
 @pytest.fixture
@@ -45,6 +48,8 @@ def refused(capsys, tmp_path, monkeypatch):
         ("--stall-seconds", "nan", "must be a number of at least 2, got 'nan'"),
         ("--gpus-per-worker", "-1", "must be a number of at least 0, got '-1'"),
         ("--gpus-per-worker", "half", "must be a number of at least 0, got 'half'"),
+        ("--allow-hosts", "", "must be hosts"),
+        ("--allow-hosts", "https://shop.example", "without http://"),
         ("--colour", "red", "unrecognized arguments: --colour=red"),
     ],
 )
@@ -52,6 +57,27 @@ def test_bad_values(refused, manifest, option, value, message):
     error = refused(manifest, f"{option}={value}")
     assert option in error
     assert message in error
+
+
+def test_what_was_assumed_to_read_the_manifest_is_told_once(manifest, capsys):
+    manifest.write_text("object_id;image;mask;class_name\n")
+    assert main([str(manifest), "--recipe", "nosuch"]) == 2
+    assert capsys.readouterr().out == "note        manifest.csv: fields are separated by ';'\n"
+
+
+def test_allowed_hosts_reach_those_who_read(manifest, monkeypatch):
+    targets = []
+
+    def stop(pieces, target, *_, **options):
+        targets.append(target)
+        raise ObjdriveError("far enough")
+
+    monkeypatch.setattr(batch_personalize, "connect", lambda: None)
+    monkeypatch.setattr(batch_personalize, "choose_workers", lambda *_: Workers(1, 1, 0))
+    monkeypatch.setattr(batch_personalize, "BatchRun", stop)
+    assert main([str(manifest), "--allow-hosts", "cdn.example, *.shop.example"]) == 2
+    assert main([str(manifest)]) == 2
+    assert [target.hosts for target in targets] == [("cdn.example", "*.shop.example"), ()]
 
 
 def test_no_manifest_given(refused):

@@ -1,18 +1,25 @@
 """Checking rows against real files and a real store; records as text."""
 
 import os
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from jobs.evaluation.pictures import read_reference
 from jobs.ingest import Checked, Target, check_row, digest_inputs, pack, read_photo, source_record, unpack
 from objdrive.adapters.artifact import EMBEDDING_FILE, ArtifactMetadata, BaseRef, SceneMember, Sources, adapter_digest
 from objdrive.adapters.store import ArtifactStore
 from objdrive.catalog.decoding import MAX_PIXELS
+from objdrive.catalog.manifest import read_manifest
 from objdrive.catalog.rows import Reject, Row
 from objdrive.catalog.sources import MAX_BYTES, SourceMark
 from objdrive.training.recipe import METHOD_VERSION
@@ -235,6 +242,89 @@ def test_sources_of_which_storage_tells_the_size_alone_are_read_again(shop):
             server.shutdown()
 
 
+@contextmanager
+def signing_storage(folder):
+    """Files of a folder by HTTP with ETags, only for those whose address has a signature; yields address and counts."""
+    asked = Counter()
+
+    class Storage(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.answer()
+
+        def do_GET(self):
+            self.wfile.write(self.answer())
+
+        def answer(self):
+            path, _, query = self.path.partition("?")
+            content = (folder / path.strip("/")).read_bytes() if "X-Amz-Signature=" in query else b""
+            asked[self.command, path] += 1
+            self.send_response(200 if content else 403)
+            self.send_header("ETag", f'"{hash(content)}"')
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            return content
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Storage) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+
+
+def signed(address, signature):
+    return f"{address}?versionId=3&X-Amz-Date={signature}&X-Amz-Signature=SECRET{signature}"
+
+
+def test_a_fresh_signature_is_the_same_source_and_none_is_kept(shop):
+    shop.write("mug.png", photo())
+    shop.write("mask.png", disc())
+    with signing_storage(shop.folder) as (at, asked):
+
+        def row(signature):
+            return shop.row(image=signed(f"{at}/mug.png", signature), mask=signed(f"{at}/mask.png", signature))
+
+        digest = shop.commit(row(1))
+        asked.clear()
+        checked = shop.check(row(2))
+        assert checked.digest == digest
+        assert set(asked) == {("HEAD", "/mug.png"), ("HEAD", "/mask.png")}
+        assert shop.store.current("mug").sources.image.uri == f"{at}/mug.png?versionId=3"
+        shop.write("mug.png", photo(seed=1))
+        assert shop.check(row(2)).digest == ""
+        unsigned = shop.check(shop.row(image=f"{at}/mug.png?token=SECRET"))
+        assert unsigned.code == "image_missing"
+        assert "403" in unsigned.message
+        kept = [p for p in (shop.folder / "store").rglob("*") if p.is_file() and b"SECRET" in p.read_bytes()]
+        assert kept == []
+        assert "SECRET" not in unsigned.message
+
+
+def test_pictures_inside_of_a_table(shop):
+    table = shop.folder / "shop.parquet"
+    data = [path.read_bytes() for path in (shop.write("a.png", photo()), shop.write("m.png", disc()))]
+    columns = {"object_id": ["mug"], "image": [data[0]], "mask": [{"bytes": data[1], "path": None}]}
+    pq.write_table(pa.table(columns | {"class_name": ["mug"]}), table)
+    (row,) = read_manifest(str(table))
+    assert len(pack(row)) < 500
+    digest = shop.commit(row)
+    of_files = shop.row(image=shop.folder / "a.png", mask=shop.folder / "m.png")
+    assert shop.check(of_files).digest == digest
+    assert shop.check(row).digest == digest
+    reference = read_reference(shop.store.current("mug"), 32)
+    assert reference.object_id == "mug"
+
+
+def test_a_host_that_is_not_allowed_is_a_fault_of_the_row(shop):
+    with signing_storage(shop.folder) as (at, asked):
+        target = replace(shop.target, hosts=("cdn.example",))
+        reject = shop.check(shop.row(image=signed(f"{at}/mug.png", 1)), target)
+        assert (reject.code, sum(asked.values())) == ("source_forbidden", 0)
+
+
 def test_a_committed_row_of_a_scene_names_the_scene_s_members(shop):
     row = shop.row(scene="table")
     digest = shop.commit(row, members=("cup", "mug"))
@@ -353,9 +443,7 @@ def test_a_store_that_fails_is_a_fault_of_the_row_it_fails_for(shop):
 
 # Records as text
 
-ROW = Row(
-    "mug", "s3://in/mug.png", "", "чашка 杯子", "table", {"price": 9.5, "tags": ["a", None], "ok": True}, "c.csv:1"
-)
+ROW = Row("mug", "s3://in/mug.png", "", "чашка 杯子", "table", {"price": 9.5, "tags": ["a", None]}, "c.csv:1", ("id",))
 IMAGE, MASK = SourceMark("s3://in/mug.png", 100, '"etag"'), SourceMark("s3://in/mask.png", 10, "")
 
 

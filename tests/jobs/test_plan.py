@@ -1,6 +1,7 @@
 """Rows become tasks: what is repeated, refused, committed already, put together, and how much memory that takes."""
 
 from collections import Counter
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -69,6 +70,26 @@ def test_rows_that_were_rejected_before_are_passed_on():
     planned = Planned([reject, checked("a")])
     assert planned.rejects == [reject]
     assert planned.units == [["a"]]
+
+
+def test_another_signature_is_no_other_source():
+    first, second, other = (
+        f"https://b.example/{name}?X-Amz-Signature=SECRET{number}" for name, number in (("a", 1), ("a", 2), ("b", 3))
+    )
+    planned = Planned([checked("a", image=first), checked("a", image=second), checked("a", image=other)])
+    assert ids(planned.repeats) == ["a"]
+    assert planned.codes == {"a": "duplicate_id"}
+    rows = [checked("a", image=first, scene="s"), checked("b", image=second, scene="s")]
+    assert Planned(rows).units == [["a", "b"]]
+    rejects = Planned([*rows, checked("c", image=other, scene="s")]).rejects
+    assert {reject.code for reject in rejects} == {"scene_image_differs"}
+    assert not [reject for reject in rejects if "SECRET" in reject.message]
+
+
+def test_without_a_mark_of_the_content_another_signature_may_be_another_source():
+    records = [checked("a", image=f"https://b.example/get?token={n}") for n in (1, 2)]
+    records = [replace(record, image=replace(record.image, mark="")) for record in records]
+    assert Planned(records).codes == {"a": "duplicate_id"}
 
 
 def test_rows_are_planned_before_the_manifest_is_read_to_its_end():
