@@ -97,7 +97,9 @@ def _mended(image: NDArray[np.uint8], mask: NDArray[np.float32], barred: NDArray
     given = along(mask)
     if along(best) > _STRONGLY * given:
         _, seen, inside = cut(image, best, window, _EDGE)
-        if _told_apart(picture, seen >= 0.5, inside >= 0.5) >= _TOLD_APART:
+        # What belongs to other objects says nothing of the ground's colours.
+        looked_at = (inside >= 0.5) & (cut(image, barred, window, _EDGE)[1] < 0.5)
+        if _told_apart(picture, seen >= 0.5, looked_at) >= _TOLD_APART:
             return best
     refined = _refined(mask, best)
     return refined if refined is not None and along(refined) > _CLEARLY * given else mask
@@ -191,7 +193,7 @@ def _settle(
         if intersection_over_union(before, after) > _SETTLED:
             break
         # No more than its edge will be looked at.
-        if number == _TRIES and _told_apart(picture, after, inside >= 0.5) < _HOPELESS:
+        if number == _TRIES and _told_apart(picture, after, (inside >= 0.5) & ~closed) < _HOPELESS:
             break
     return found
 
