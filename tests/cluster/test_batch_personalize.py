@@ -20,6 +20,7 @@ from objdrive.adapters.store import ArtifactStore
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
 StartJob = Callable[..., Job]
+GOOD = ["good", "half-the-size", "last", "ones-and-zeros", "tiff", "unknown-class"]
 
 
 def bomb() -> bytes:
@@ -44,7 +45,7 @@ def write_mask(path: Path, size: tuple[int, int], box: tuple[int, int, int, int]
 
 @pytest.fixture
 def bad_manifest(tmp_path: Path) -> tuple[Path, list[tuple[str, str]]]:
-    """A manifest with three good rows among bad ones of every kind; object ids and reason codes."""
+    """A manifest with good rows among bad ones of every kind; object ids and reason codes."""
     image, good_mask = tmp_path / "drum.jpg", tmp_path / "drum.png"
     shutil.copy(CATALOG / "images" / "drum-01.jpg", image)
     shutil.copy(CATALOG / "masks" / "drum-01.png", good_mask)
@@ -55,10 +56,23 @@ def bad_manifest(tmp_path: Path) -> tuple[Path, list[tuple[str, str]]]:
     write_mask(tmp_path / "small.png", (width // 2, height // 3), (10, 10, 50, 50))
     write_mask(tmp_path / "empty.png", (width, height), (0, 0, 0, 0))
     write_mask(tmp_path / "full.png", (width, height), (0, 0, width, height))
+    labels = np.zeros((height, width), np.uint8)
+    labels[50:150, 50:150], labels[200:300, 200:300] = 80, 160
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    binary = np.asarray(Image.open(good_mask).convert("L")) >= 128
+    Image.fromarray(binary.astype(np.uint8)).save(tmp_path / "ones.png")
+    Image.open(good_mask).convert("L").resize((width // 2, height // 2)).save(tmp_path / "half.png")
+    Image.open(image).save(tmp_path / "drum.tiff")
     write_mask(tmp_path / "six.png", (width, height), (40, 40, 43, 42))
     rows = [
         ("good", "drum.jpg", "drum.png", "drum", ""),
         ("unknown-class", "drum.jpg", "drum.png", "zither", ""),
+        ("ones-and-zeros", "drum.jpg", "ones.png", "drum", ""),
+        ("half-the-size", "drum.jpg", "half.png", "drum", ""),
+        ("tiff", "drum.tiff", "drum.png", "drum", ""),
+        ("labels", "drum.jpg", "labels.png", "drum", "mask_labels"),
+        ("windows", "photos\\drum.jpg", "drum.png", "drum", "image_missing"),
+        ("metadata", "http://169.254.169.254/latest/drum.jpg", "drum.png", "drum", "source_forbidden"),
         ("long-class", "drum.jpg", "drum.png", "washing machine " * 4, "class_too_long"),
         ("no-file", "nowhere.jpg", "drum.png", "drum", "image_missing"),
         ("no-mask-file", "drum.jpg", "nowhere.png", "drum", "mask_missing"),
@@ -94,17 +108,20 @@ def test_every_bad_row_is_rejected_with_its_reason_and_the_good_ones_are_committ
     job = start_job(manifest, "--workers", "2")
     done = job.finish()
     assert done.status == 3, done.output
-    assert_whole(job.store, ["good", "last", "unknown-class"])
+    assert_whole(job.store, GOOD)
+    assert "worker_lost" not in {line["code"] for line in done.rejects}
     expected = [*reasons, ("good", "duplicate_id"), ("twin-a", "scene_overlap"), ("twin-b", "scene_overlap")]
     assert sorted((line["object_id"], line["code"]) for line in done.rejects) == sorted(expected)
     assert all(line["where"].startswith("manifest.csv:") and line["where"] in line["message"] for line in done.rejects)
     statuses = {(line["object_id"], line["status"]) for line in done.results}
-    assert statuses == {(o, "committed") for o in ("good", "last", "unknown-class")} | {("good", "repeated")}
+    assert statuses == {(o, "committed") for o in GOOD} | {("good", "repeated")}
     by_id = {line["object_id"]: line for line in done.results}
     assert "zither" in by_id["unknown-class"]["warning"]
+    assert "the lighter is taken" in by_id["ones-and-zeros"]["warning"]
+    assert "resampled" in by_id["half-the-size"]["warning"]
     assert by_id["last"]["price"] == "7"
     assert "mask_size_mismatch" in done.report
-    assert done.report.count("data:image/webp;base64") == 3 * 7
+    assert done.report.count("data:image/webp;base64") == len(GOOD) * 7
 
 
 def test_a_rerun_over_a_committed_manifest_reads_no_image_and_trains_nothing(
