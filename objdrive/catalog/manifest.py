@@ -174,7 +174,9 @@ def _parquet_pieces(address: str) -> list[Piece]:
         columns, notes = parquet_columns(parquet)
         _require_columns(address, columns)
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
-    found, run, run_start, next_row = [], [], 1, 1
+    found: list[Piece] = []
+    run: list[int] = []
+    run_start = next_row = 1
     for group, size in enumerate(sizes):
         run.append(group)
         next_row += size

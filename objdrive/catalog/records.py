@@ -52,7 +52,8 @@ def opened_text(address: str) -> Iterator[io.BufferedReader]:
     with opened(address) as file:
         start = file.peek(3)
         if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            with io.BufferedReader(_FromUtf16(file), BUFFER_BYTES) as text:
+            recoded: Any = _FromUtf16(file)
+            with io.BufferedReader(recoded, BUFFER_BYTES) as text:
                 yield text
         else:
             file.read(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
