@@ -26,7 +26,8 @@ def batch_rows(parquet: Any, group: int, columns: list[str]) -> int:
         for index in range(chunks.num_columns)
         if chunks.column(index).path_in_schema in columns
     )
-    return max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES * int(chunks.num_rows) // max(size, 1)))
+    rows: int = _BATCH_BYTES * chunks.num_rows // max(size, 1)
+    return max(1, min(_MAX_BATCH_ROWS, rows))
 
 
 def picture_leaf(field: Any) -> str:

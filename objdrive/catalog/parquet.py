@@ -105,7 +105,7 @@ def _nulls(group: Any, leaf: str) -> bool | None:
 
 def _addresses(batch: Any, field: Any, nulls: bool | None, table: str, first: int) -> list[Cell | str | None]:
     """Where a column's pictures are: their cells, else the path beside the missing bytes, else nowhere."""
-    values = batch.column(field.name) if field.name in batch.schema.names else None
+    values: Any = batch.column(field.name) if field.name in batch.schema.names else None
     paths: list[Any] = [None] * len(batch)
     missing = [bool(nulls)] * len(batch)
     if values is not None and pa.types.is_struct(values.type):
