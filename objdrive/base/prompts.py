@@ -34,7 +34,7 @@ def token_ids(tokenizer: "CLIPTokenizer", text: str) -> tuple[list[int], list[in
         if index:
             places.append(len(ids))
             ids.append(0)
-        ids += tokenizer(piece, add_special_tokens=False).input_ids
+        ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
     ids.append(tokenizer.eos_token_id)
     length = tokenizer.model_max_length
     if len(ids) > length:

@@ -1,11 +1,13 @@
 """Class words that a base can't read, told by its tokenizer before anything is trained."""
 
+import logging
+
 import pytest
 
 from jobs.prompt_lengths import PromptLengths
 from jobs.settings import PREVIEW_PROMPTS
 from objdrive.base.files import find_base
-from objdrive.base.prompts import fill_prompt, marked_phrase
+from objdrive.base.prompts import fill_prompt, marked_phrase, token_ids
 from objdrive.errors import InvalidPrompt
 from objdrive.training.material import SceneMaterial
 from objdrive.training.recipe import make_recipe
@@ -23,6 +25,16 @@ def test_a_class_word_of_too_many_tokens_is_told_with_count_limit_and_advice(len
     assert "tokens, the base reads 32" in fault
     assert f"give a shorter class_name than {WASHING_MACHINE!r}" in fault
     assert "fewer objects" not in fault
+
+
+def test_the_tokenizer_itself_says_nothing_of_lengths(caplog):
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        assert PromptLengths(find_base("tiny64"), make_recipe("objdrive")).fault([WASHING_MACHINE])
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
 
 
 def test_the_prompts_of_a_scene_are_counted_as_a_whole(lengths):
@@ -56,10 +68,10 @@ def test_every_prompt_of_a_scenes_material_is_no_longer_than_those_counted(tiny6
     monkeypatch.setattr("jobs.prompt_lengths.token_ids", lambda tokenizer, text: counted.append(text))
     scene = catalog_scene("jeans-01", "high-heel-01")
     PromptLengths(find_base("tiny64"), recipe).fault([one.class_name for one in scene.objects])
-    longest = max(len(tiny64.tokenize(text).ids.nonzero()) for text in counted)
+    longest = max(len(token_ids(tiny64.tokenizer, text)[0]) for text in counted)
     encoded = []
     real = type(tiny64).tokenize
     monkeypatch.setattr(type(tiny64), "tokenize", lambda base, text: encoded.append(text) or real(base, text))
     material = SceneMaterial.prepare(tiny64, scene, recipe, None)
     encoded += [text for _ in range(50) for text in material.next_samples(recipe).texts]
-    assert max(len(real(tiny64, text).ids.nonzero()) for text in encoded) <= longest
+    assert max(len(token_ids(tiny64.tokenizer, text)[0]) for text in encoded) <= longest

@@ -75,10 +75,9 @@ def run_job(tmp_path, store, rows, monkeypatch):
     manifest = tmp_path / "manifest.csv"
     manifest.write_text("object_id,image,mask,class_name\n")
 
-    def run_job():
-        status = job.main([str(manifest), "--store", store.url])
-        (folder,) = (tmp_path / "store" / "runs").iterdir()
-        return status, folder
+    def run_job(*options):
+        status = job.main([str(manifest), "--store", store.url, *options])
+        return status, next((tmp_path / "store").glob("runs/*"), None)
 
     return run_job
 
@@ -104,3 +103,21 @@ def test_a_damaged_preview_is_noted_in_the_report(tmp_path, store, rows, run_job
     status, folder = run_job()
     assert status == 0
     assert "its previews can't be shown" in html.unescape((folder / "report.html").read_text())
+
+
+@pytest.mark.parametrize(
+    ("class_name", "scene", "objects"),
+    [("стиральная машина с вертикальной загрузкой", "", 1), ("alarm clock", "five", 5)],  # noqa: RUF001
+)
+def test_a_dry_run_rejects_class_words_that_the_base_cannot_read(rows, run_job, capsys, class_name, scene, objects):
+    source = SourceMark("a.png", 9, "mark")
+    for number in range(objects):
+        where = f"catalog.csv:{number + 2}"
+        rows.append(Checked(Row(f"object-{number}", "a.png", "", class_name, scene, {}, where), source, None))
+    status, folder = run_job("--dry-run")
+    told = capsys.readouterr().out
+    assert (status, folder) == (3, None)
+    assert f"{objects} rows in" in told
+    assert f"{objects} rejected" in told
+    assert f"{objects} x class_too_long" in told
+    assert "the base reads 32" in told
