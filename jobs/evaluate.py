@@ -154,8 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--encoder", action="append", type=_encoder, metavar="NAME",
                         help="clip, clip:ID, dino:ID or imagenet; again for each (imagenet and clip)")  # fmt: skip
     parser.add_argument("--seeds", type=positive, default=2, help="pictures of each object and prompt (2)")
-    parser.add_argument("--steps", type=positive, help="of DDIM (what suits the base)")
-    parser.add_argument("--guidance-scale", type=partial(number, least=1.0), help="(what suits the base)")
+    parser.add_argument("--steps", type=positive, help="DDIM steps per picture (default: the base's)")
+    parser.add_argument(
+        "--guidance-scale", type=partial(number, least=1.0), help="of classifier-free guidance (default: the base's)"
+    )
     parser.add_argument("--grids", type=positive, default=12, help="objects whose pictures the page shows (12)")
     parser.add_argument("--workers", type=positive, help="processes that draw and score (one per GPU, or per core)")
     parser.add_argument("--gpus-per-worker", type=number, metavar="G", help="(default: 1 if the cluster has any)")

@@ -14,7 +14,7 @@ from jobs.pretrain.augment import coarse
 from jobs.pretrain.folders import Folders
 from jobs.pretrain.judge import (
     BaseJudge,
-    Effort,
+    SampleSizes,
     SceneSet,
     diversity,
     draw,
@@ -40,10 +40,10 @@ def _judge(options: argparse.Namespace) -> None:
     disable_progress_bar()
     sprites = have_sprites(Folders(Path(options.data)))
     bases = [Base.load(name, device="cpu") for name in options.bases]
-    print(table(judge(bases, sprites, Effort(drawn=options.drawn), Path(options.out))))
+    print(table(judge(bases, sprites, SampleSizes(drawn=options.drawn), Path(options.out))))
 
 
-def judge(bases: list[Base], sprites: Sprites, effort: Effort, out: Path) -> dict[str, dict[str, float]]:
+def judge(bases: list[Base], sprites: Sprites, sizes: SampleSizes, out: Path) -> dict[str, dict[str, float]]:
     """Figures by base, and of real scenes; a grid of each base's pictures goes to `out`.
 
     Raises:
@@ -56,18 +56,18 @@ def judge(bases: list[Base], sprites: Sprites, effort: Effort, out: Path) -> dic
         )
     out.mkdir(parents=True, exist_ok=True)
     resolution = resolutions.pop()
-    held = SceneSet.compose(sprites, "held", resolution, effort.judged)
-    seen = SceneSet.compose(sprites, "train", resolution, effort.judged)
-    judged = BaseJudge(sprites, resolution, effort)
+    held = SceneSet.compose(sprites, "held", resolution, sizes.judged)
+    seen = SceneSet.compose(sprites, "train", resolution, sizes.judged)
+    judged = BaseJudge(sprites, resolution, sizes)
     figures = {
         "scenes": _of_scenes(judged, seen),
         "scenes of held-out drawings": _of_scenes(judged, held),
         "these at 36 of 64 pixels": _of_scenes(judged, replace(held, pixels=coarse(held.pixels))),
     }
     for number, base in enumerate(bases):
-        drawn = draw(base, sprites.classes, effort)
+        drawn = draw(base, sprites.classes, sizes)
         right, placed = judged.accuracy(judged.features(drawn.pictures), drawn.labels, drawn.contexts)
-        alike = draw_alike(base, sprites.classes, effort)
+        alike = draw_alike(base, sprites.classes, sizes)
         features = judged.features(alike.flatten(0, 1))[:, : ImageNetEncoder.width].view(*alike.shape[:2], -1)
         figures[base.name] = {
             "psnr": reconstruction(base, held.pixels),
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("bases", nargs="+", help="embedded bases, folders or hub ids, of one resolution")
     parser.add_argument("--data", required=True, help="folder with the icons; they are fetched if it has none")
     parser.add_argument("--out", default="judged", help="folder for figures.json and the grids (judged)")
-    parser.add_argument("--drawn", type=int, default=Effort.drawn, help="pictures of each class (12)")
+    parser.add_argument("--drawn", type=int, default=SampleSizes.drawn, help="pictures of each class (12)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
     return parser
 

@@ -50,12 +50,12 @@ def read_halves(path: Path = HALVES) -> dict[str, tuple[str, ...]]:
     """Class words by half.
 
     Raises:
-        ObjdriveError: a class stands in both halves.
+        ObjdriveError: a class is in both halves.
     """
     halves = {name: tuple(words) for name, words in yaml.safe_load(path.read_text()).items()}
     words = [word for half in halves.values() for word in half]
     if repeated := sorted({word for word in words if words.count(word) > 1}):
-        raise ObjdriveError(f"{path}: {', '.join(repeated)} must stand in one half only")
+        raise ObjdriveError(f"{path}: {', '.join(repeated)} may be in one half only")
     return halves
 
 

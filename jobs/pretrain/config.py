@@ -96,4 +96,4 @@ def read_config(name: str) -> Config:
     try:
         return Config.model_validate(yaml.safe_load(path.read_text()))
     except (ValidationError, yaml.YAMLError) as error:
-        raise ObjdriveError(f"the configuration {path} is not one: {error}") from error
+        raise ObjdriveError(f"the configuration {path} is not valid: {error}") from error

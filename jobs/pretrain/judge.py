@@ -31,7 +31,7 @@ _ALIKE = 6
 
 
 @dataclass(frozen=True)
-class Effort:
+class SampleSizes:
     """How much is composed and drawn.
 
     Attributes:
@@ -59,12 +59,12 @@ class BaseJudge:
     sharp as what a composer pastes nor of one drawing's proportions. No base has a part in it.
     """
 
-    def __init__(self, sprites: Sprites, resolution: int, effort: Effort, *, seed: int = 0) -> None:
+    def __init__(self, sprites: Sprites, resolution: int, sizes: SampleSizes, *, seed: int = 0) -> None:
         """Compose the scenes and learn from them."""
         self._encoder = ImageNetEncoder()
         rng = np.random.default_rng((seed, 0))
         composer = Composer(sprites.only("train"), resolution, _TAUGHT)
-        scenes = _balanced(composer, rng, range(len(sprites.classes)), effort.taught)
+        scenes = _balanced(composer, rng, range(len(sprites.classes)), sizes.taught)
         features = self.features(as_pixels(np.stack([varied(scene.pixels, rng) for scene in scenes])))
         self._mean, self._deviation = features.mean(dim=0), features.std(dim=0) + 1e-3
         known = self._scaled(features)
@@ -118,7 +118,7 @@ def diversity(features: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class LabelledPictures:
     """Pictures of every class in some contexts, by prompts or as composed scenes."""
 
     pictures: Tensor
@@ -126,27 +126,27 @@ class Drawn:
     contexts: list[int]
 
 
-def draw(base: Base, classes: Sequence[str], effort: Effort) -> Drawn:
+def draw(base: Base, classes: Sequence[str], sizes: SampleSizes) -> LabelledPictures:
     """Pictures that a base draws: each class in some contexts, by turns."""
     names = list(CONTEXTS)
     # Steps of a few contexts, so that the contexts come up equally often over all classes.
     wanted = [
-        (label, (5 * label + 7 * turn) % len(names)) for turn in range(effort.drawn) for label in range(len(classes))
+        (label, (5 * label + 7 * turn) % len(names)) for turn in range(sizes.drawn) for label in range(len(classes))
     ]
     requests = [
-        SampleSpec(f"a photo of {with_article(classes[label])} {names[context]}", seed, **effort.drawing)
+        SampleSpec(f"a photo of {with_article(classes[label])} {names[context]}", seed, **sizes.drawing)
         for seed, (label, context) in enumerate(wanted)
     ]
     labels, contexts = zip(*wanted, strict=True)
-    return Drawn(_draw(base, requests), list(labels), list(contexts))
+    return LabelledPictures(_draw(base, requests), list(labels), list(contexts))
 
 
-def draw_alike(base: Base, classes: Sequence[str], effort: Effort) -> Tensor:
+def draw_alike(base: Base, classes: Sequence[str], sizes: SampleSizes) -> Tensor:
     """(G, K, 3, n, n): several pictures of each of a dozen prompts, which differ in their noise alone."""
     words = classes[:: max(1, len(classes) // 12)][:12]
     names = list(CONTEXTS)
     requests = [
-        SampleSpec(f"a photo of {with_article(word)} {names[(3 * turn) % len(names)]}", 1000 + seed, **effort.drawing)
+        SampleSpec(f"a photo of {with_article(word)} {names[(3 * turn) % len(names)]}", 1000 + seed, **sizes.drawing)
         for turn, word in enumerate(words)
         for seed in range(_ALIKE)
     ]
@@ -196,7 +196,7 @@ def matched(base: Base, held: SceneSet) -> float:
     return retrieval(*unit, _RETRIEVED_AMONG)
 
 
-def sheet(drawn: Drawn, zoom: int = 2) -> Image.Image:
+def sheet(drawn: LabelledPictures, zoom: int = 2) -> Image.Image:
     """The first 200 pictures, 10 rows of 20."""
     columns, rows = _GRID
     return grid(drawn.pictures[: columns * rows], columns, zoom=zoom)

@@ -26,7 +26,7 @@ from jobs.pretrain.contexts import COLOURS, CONTEXTS
 from jobs.pretrain.data import Compose, as_array
 from jobs.pretrain.export import begin_snapshot
 from jobs.pretrain.folders import Folders
-from jobs.pretrain.judge import BaseJudge, Effort, diversity
+from jobs.pretrain.judge import BaseJudge, SampleSizes, diversity
 from jobs.pretrain.loop import average_decay, computes_bfloat16, learning_rate, load_matching
 from jobs.pretrain.packs import EDGE, Icons, Pack
 from jobs.pretrain.scenes import Composer, Mix
@@ -401,7 +401,7 @@ def test_binary_columns_are_read_across_chunks_and_slices():
 
 @pytest.mark.cluster
 def test_a_judge_recognises_what_it_learned(sprites):
-    judge = BaseJudge(sprites, 32, Effort(taught=31))
+    judge = BaseJudge(sprites, 32, SampleSizes(taught=31))
     composer = Composer(sprites.only("train"), 32, Mix(pair=0, style=0, tint=0, small=0))
     scenes = [composer.compose(np.random.default_rng(seed)) for seed in range(24)]
     pixels = torch.stack([torch.from_numpy(np.array(Image.fromarray(s.pixels))).permute(2, 0, 1) for s in scenes]) / 255
@@ -427,7 +427,7 @@ def test_checkpoints_are_not_written_over(tmp_path, capsys):
 
 @pytest.mark.cluster
 def test_bases_are_judged_on_the_same_scenes(sprites, tiny64, tmp_path):
-    effort = Effort(taught=8, judged=16, drawn=1, steps=2)
+    effort = SampleSizes(taught=8, judged=16, drawn=1, steps=2)
     figures = judge([tiny64], sprites, effort, tmp_path)
     assert set(figures) == {"scenes", "scenes of held-out drawings", "these at 36 of 64 pixels", "tiny64"}
     assert 20 < figures["tiny64"]["psnr"] < 40
