@@ -26,6 +26,7 @@ from objdrive.errors import ObjdriveError
 
 _POLL_SECONDS = 0.2
 _BEAT_SECONDS = 1.0
+_FEEDER_SECONDS = 1.0
 _PAUSES_SECONDS = (1.0, 4.0)
 """Between tries of making a worker's work: storage may be away for a moment."""
 
@@ -207,11 +208,12 @@ class _Pump:
             thread.start()
 
     def stop(self) -> None:
-        """Collect what is there and end."""
+        """Collect what is there and end; a source of tasks that hangs is left to itself."""
         self._stopping.set()
         self._room.release()
-        for thread in self._threads:
-            thread.join()
+        feeder, collector = self._threads
+        feeder.join(_FEEDER_SECONDS)
+        collector.join()
 
     def _feed(self) -> None:
         try:

@@ -173,11 +173,14 @@ class FineTune:
             raise
         except Exception as error:
             if len(scenes) == 1:
-                return [error]
-            failure = error
+                _logger.exception("a fine-tune failed")
+                # Its frames hold all that the scene took of the device.
+                return [error.with_traceback(None)]
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        # Not in the handler, for the same reason.
         # The group is only an optimisation, so halves give the same adapters; and in the end the culprit is alone.
         half = len(scenes) // 2
-        if isinstance(failure, torch.OutOfMemoryError):
+        if out_of_memory:
             self.group_size = half
             torch.cuda.empty_cache()
         return [*self._personalize(scenes[:half], alive), *self._personalize(scenes[half:], alive)]

@@ -126,7 +126,7 @@ class Progress:
         text = describe(standing, seconds, self._pace.seconds_to_go(standing, seconds))
         if self._bar is not None:
             self._bar.total = max(1, standing.known)
-            self._bar.n = standing.done + standing.failed
+            self._bar.n = standing.done + standing.failed + standing.partly
             self._bar.set_description_str(f"objdrive: {text} ")
         elif text != self._last:
             print(f"objdrive: {text}", file=self._stream, flush=True)

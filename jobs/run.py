@@ -63,6 +63,7 @@ class BatchRun:
         self._stall_seconds = stall_seconds
         self._known = 0
         self._read = False
+        self._ended = False
         self._in_work: list[tuple[int, int, int]] = []
 
     def plan_only(self) -> None:
@@ -78,7 +79,10 @@ class BatchRun:
             # Starting workers takes a while: not for a manifest that is committed already.
             first = next(tasks, None)
             if first is not None:
-                self._fan_out(chain([first], tasks))
+                try:
+                    self._fan_out(chain([first], tasks))
+                finally:
+                    self._ended = True
 
     def _tasks(self, on_committed: Callable[[Checked], None]) -> Iterator[Task]:
         return plan(
@@ -103,6 +107,9 @@ class BatchRun:
 
     def _records(self) -> Iterator[Checked | Reject]:
         for record in islice(ingest(self._pieces, self._target), self._limit):
+            # A reader that outlives its run must not write into a ledger that is being read.
+            if self._ended:
+                return
             self._known += 1
             yield record
         self._read = True

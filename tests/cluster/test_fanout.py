@@ -208,27 +208,23 @@ def test_workers_whose_work_can_not_be_made_for_a_while_are_tried_again(cluster:
     assert len(run.pids()) == 2
 
 
-def test_training_that_fails_while_tasks_are_still_read_is_an_error(
+def test_training_that_fails_while_tasks_are_still_read_is_an_error_at_once(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopping = threading.Event()
-    real_stop = fanout._Pump.stop
+    over = threading.Event()
 
     class Fails(fanout._FanoutTrainer):
         def fit(self) -> None:
             raise RuntimeError("the controller died")
 
-    def stop(pump: fanout._Pump) -> None:
-        pump._stopping.set()
-        stopping.set()
-        real_stop(pump)
-
     class Reading(Run):
         def tasks(self) -> Iterator[Task]:
-            stopping.wait()
+            over.wait()
             yield Task("late", "late")
 
     monkeypatch.setattr(fanout, "_FanoutTrainer", Fails)
-    monkeypatch.setattr(fanout._Pump, "stop", stop)
-    with pytest.raises(ObjdriveError, match="had not been read yet: the controller died"):
-        Reading(tmp_path, []).work_off()
+    try:
+        with pytest.raises(ObjdriveError, match="had not been read yet: the controller died"):
+            Reading(tmp_path, []).work_off()
+    finally:
+        over.set()

@@ -3,6 +3,7 @@
 import io
 import pickle
 import shutil
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -399,3 +400,28 @@ def test_progress_goes_from_the_first_step_to_the_last(workshop):
     steps = [done for done, _ in told]
     assert steps == sorted(steps)
     assert {of for _, of in told} == {told[-1][0]}
+
+
+def test_a_group_that_does_not_fit_is_let_go_before_its_halves_are_tried(workshop, monkeypatch):
+    class Held:
+        """What a failed group took."""
+
+    alive, sizes, real = weakref.WeakSet(), [], finetune.personalize
+
+    def personalize(base, scenes, recipe, **options):
+        held = Held()
+        alive.add(held)
+        sizes.append(len(scenes))
+        assert len(alive) == 1
+        if len(scenes) > 1:
+            raise torch.OutOfMemoryError("no memory left")
+        return real(base, scenes, recipe, **options)
+
+    ids = [f"large-{number}" for number in range(4)]
+    for new_id, object_id in zip(ids, workshop.alone, strict=False):
+        workshop.copy_row(object_id, new_id)
+    monkeypatch.setattr(finetune, "personalize", personalize)
+    outcomes, _ = workshop.work(*(workshop.unit(object_id) for object_id in ids))
+    assert [outcome.status for (outcome,) in outcomes] == ["committed"] * 4
+    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+    assert workshop.fine_tune.group_size == 1
