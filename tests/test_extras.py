@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.cluster
+
 EXTRAS = ("ray", "fastapi", "starlette", "uvicorn", "prometheus_client", "itsdangerous", "scipy", "matplotlib")
 """Packages that only extras install."""
 
