@@ -54,12 +54,14 @@ class Pace:
     """How fast a run gets on, and from that the time to go.
 
     The time to go falls as time passes. It rises only for a cause: if the rows that are left take over a fifth longer
-    than it says.
+    than it says. Phases of a group differ in pace, so an earlier end is believed by and by, over as long a time as the
+    run has been watched.
     """
 
     def __init__(self) -> None:
         self._first: tuple[float, float] | None = None
         self._ends: float | None = None
+        self._seen = 0.0
 
     def seconds_to_go(self, standing: Standing, now: float) -> float | None:
         """The time to go at the time `now` (seconds); None as long as nothing can be said."""
@@ -72,8 +74,11 @@ class Pace:
         if now - since < _EVIDENCE_SECONDS or trained <= before:
             return None if self._ends is None else max(0.0, self._ends - now)
         estimate = (standing.left - standing.partly) * (now - since) / (trained - before)
-        if self._ends is None or now + estimate < self._ends or estimate > _TOO_LATE * (self._ends - now):
+        if self._ends is None or estimate > _TOO_LATE * (self._ends - now):
             self._ends = now + estimate
+        elif now + estimate < self._ends:
+            self._ends += (now + estimate - self._ends) * min(1.0, (now - self._seen) / (now - since))
+        self._seen = now
         return max(0.0, self._ends - now)
 
 

@@ -75,6 +75,28 @@ def test_small_changes_of_pace_do_not_raise_the_time_to_go_and_large_ones_do():
     assert pace.seconds_to_go(replace(row, trained=22, done=22), 420.0) == pytest.approx(78 * 420 / 21)
 
 
+@pytest.mark.parametrize(("workers", "rows", "group"), [(1, 24, 12), (2, 13, 4), (2, 100, 8), (8, 1000, 16)])
+def test_phases_of_different_pace_do_not_raise_it(workers, rows, group):
+    """Workers take groups at once; a group's steps are slow at first (masks), quick, and slow again (previews)."""
+    pace, shown, seconds = Pace(), [], 0
+    phases = ((10.0, 30), (20.0, 200), (8.0, 40))  # seconds, steps
+    steps, lasts = sum(count for _, count in phases), sum(span for span, _ in phases)
+    rounds = -(-rows // (workers * group))
+    while seconds < rounds * lasts:
+        done = min(rows, int(seconds // lasts) * workers * group)
+        within, made = seconds % lasts, 0.0
+        for span, count in phases:
+            made += count * min(1.0, max(0.0, within / span))
+            within -= span
+        working = min(workers * group, rows - done)
+        row = standing(done=done, known=rows, total=rows, trained=done, working=working, step=made, steps=steps)
+        shown.append(pace.seconds_to_go(row, float(seconds)))
+        seconds += 1
+    said = [value for value in shown if value is not None]
+    assert len(said) > len(shown) / 2
+    assert all(later <= before + 1 for before, later in pairwise(said))
+
+
 def test_nothing_is_said_of_the_time_while_the_manifest_is_read_or_nothing_is_left():
     pace = Pace()
     for at in (0.0, 100.0):
