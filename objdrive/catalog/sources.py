@@ -96,7 +96,7 @@ def _read_file(mark: SourceMark, hosts: tuple[str, ...]) -> bytes:
     if not is_web(mark.uri):
         # S3 refuses to give a range of an empty object.
         empty = mark.size == 0 and isinstance(fs, AsyncFileSystem)
-        return b"" if empty else bytes(fs.cat_file(path, 0, MAX_BYTES + 1))
+        return b"" if empty else bytes(fs.cat_file(path, start=0, end=MAX_BYTES + 1))
     data = bytearray()
     # A block size of 0 streams; a size, which is not used then, saves asking for it once more.
     with fs.open(path, "rb", block_size=0, size=1) as file:
