@@ -96,7 +96,7 @@ class Job:
     process: subprocess.Popen
     store: Path
 
-    def finish(self, timeout: float = 240) -> Finished:
+    def finish(self, timeout: float = 480) -> Finished:
         output, _ = self.process.communicate(timeout=timeout)
         run = next((line.split()[1] for line in output.splitlines() if line.startswith("report ")), None)
         folder = self.store / "runs" / Path(run).parent.name if run else None

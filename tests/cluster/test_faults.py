@@ -19,7 +19,7 @@ IDS = [f"object-{number:02}" for number in range(10)]
 SLOW = (*FAST[1:], "steps=12")
 
 
-def wait_for_commits(job: Job, count: int, timeout: float = 180) -> None:
+def wait_for_commits(job: Job, count: int, timeout: float = 360) -> None:
     """Wait until the run has committed some objects."""
     deadline = time.monotonic() + timeout
     while len(commits(job.store)) < count:
