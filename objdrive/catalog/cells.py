@@ -21,13 +21,14 @@ _OPEN_COLUMNS = 2
 def batch_rows(parquet: Any, group: int, columns: list[str]) -> int:
     """How many rows of a row group to read at once, so that these columns (paths of leaves) take little memory."""
     chunks = parquet.metadata.row_group(group)
-    size: int = sum(
-        chunks.column(index).total_uncompressed_size
-        for index in range(chunks.num_columns)
-        if chunks.column(index).path_in_schema in columns
-    )
-    rows: int = _BATCH_BYTES * chunks.num_rows // max(size, 1)
+    rows: int = _BATCH_BYTES * chunks.num_rows // max(column_bytes(chunks, columns), 1)
     return max(1, min(_MAX_BATCH_ROWS, rows))
+
+
+def column_bytes(group: Any, columns: list[str]) -> int:
+    """How many bytes these columns (paths of leaves) of a row group take, uncompressed."""
+    chunks = (group.column(index) for index in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
 
 
 def picture_leaf(field: Any) -> str:

@@ -8,7 +8,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet as pq  # type: ignore[import-untyped, unused-ignore]
 
 from objdrive.catalog.addresses import Cell, file_name
-from objdrive.catalog.cells import batch_rows, holds_bytes, picture_leaf
+from objdrive.catalog.cells import batch_rows, column_bytes, holds_bytes, picture_leaf
 from objdrive.catalog.records import BUFFER_BYTES, opened
 from objdrive.catalog.rows import REQUIRED_COLUMNS, Reject, Row, known_columns, row_or_reject
 
@@ -32,18 +32,13 @@ def _slow_groups(parquet: Any, names: list[str]) -> tuple[str, ...]:
     fields = [f for f, name in zip(parquet.schema_arrow, names, strict=True) if name in _PICTURE_COLUMNS]
     leaves = [leaf for leaf in map(picture_leaf, fields) if leaf]
     groups = (parquet.metadata.row_group(index) for index in range(parquet.metadata.num_row_groups))
-    largest = max((_column_bytes(group, leaves) for group in groups), default=0)
+    largest = max((column_bytes(group, leaves) for group in groups), default=0)
     if largest <= _LARGE_GROUP_BYTES:
         return ()
     return (
         f"it has row groups with {largest >> 20} MiB of pictures, which are read through for every few rows: "
         "it takes less time and memory if it is written with fewer rows in a group (pyarrow: row_group_size=100)",
     )
-
-
-def _column_bytes(group: Any, leaves: list[str]) -> int:
-    columns = (group.column(index) for index in range(group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema in leaves)
 
 
 def read_parquet(address: str, row_groups: Sequence[int], first_row: int) -> Iterator[Row | Reject]:

@@ -77,14 +77,9 @@ class _FromUtf16(io.RawIOBase):
 
 @dataclass(frozen=True)
 class CsvHeader:
-    """How a CSV file's records are to be read: the columns' names, what is between fields, and what was assumed.
-
-    `padded`: spaces around fields do not count. `notes`: for people, empty for plain CSV.
-    """
+    """The names of a CSV file's columns, and notes for people on what was assumed; none for plain CSV."""
 
     columns: list[str]
-    delimiter: str
-    padded: bool
     notes: tuple[str, ...]
 
 
@@ -113,7 +108,7 @@ def csv_header(address: str, records: "CsvRecords") -> CsvHeader:
         notes = ("spaces around fields do not count", *notes)
     if records.delimiter != ",":
         notes = (f"fields are separated by {records.delimiter!r}", *notes)
-    return CsvHeader(columns, records.delimiter, records.padded, notes)
+    return CsvHeader(columns, notes)
 
 
 def _likely_delimiter(header: str) -> str:
@@ -147,7 +142,8 @@ class CsvRecords:
 
     After a broken record reading goes on at the line that follows its first one, so that a quote that was
     never closed costs one row and not all the rows up to the next quote. Bytes that aren't UTF-8 come as lone
-    surrogates. `delimiter` and `padded` may be set between records, see `CsvHeader`.
+    surrogates. `delimiter` and `padded` (spaces around fields do not count) may be set
+    between records.
     """
 
     def __init__(self, file: io.BufferedReader) -> None:
