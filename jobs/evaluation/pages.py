@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -15,7 +16,7 @@ from objdrive.evaluation.plots import plot_sheet, plot_trade
 from objdrive.evaluation.prompts import EvaluationPrompt
 from objdrive.evaluation.ruler import METRICS
 from objdrive.evaluation.scores import scalarise
-from objdrive.evaluation.summary import Figure, Trade, figure, per_object
+from objdrive.evaluation.summary import Figure, Trade, figure, per_object, spread_per_object, variety
 from objdrive.pictures import encode_picture
 
 PICTURES_FILE = "pictures.parquet"
@@ -97,7 +98,29 @@ def summarise(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for trade in trades:
             figures = trade_figures(own, trade) or {}
             rows += [_row(method, "", f"{trade.name}, {name}", "all", found) for name, found in figures.items()]
+        rows += [_row(method, "", name, "all", found) for name, found in freedom_figures(own, scores, trades).items()]
     return rows
+
+
+def freedom_figures(
+    rows: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], trades: Sequence[Trade]
+) -> dict[str, Figure]:
+    """One method's variety, and the harmonic mean of identity, prompts and variety: no memorised picture has all three.
+
+    Args:
+        rows: the method's scores.
+        scores: those of all methods. Without the base alone among them, variety can't be told.
+        trades: that the scores allow; identity and prompts are those of ``recognition``.
+    """
+    base = [row for row in scores if row["method"] == BASE_METHOD]
+    varieties = variety(spread_per_object(rows), spread_per_object(base))
+    found = {"variety": figure({one: np.array([value]) for one, value in varieties.items()})}
+    for trade in trades:
+        if trade.name == "recognition":
+            means = per_object(rows, (trade.fidelity, trade.generalization))
+            both = {one: np.array([*means[one], varieties[one]]) for one in means.keys() & varieties.keys()}
+            found["identity, prompts and variety"] = figure(dict(sorted(both.items())), scalarise)
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def _row(method: str, encoder: str, metric: str, kind: str, found: Figure) -> dict[str, Any]:

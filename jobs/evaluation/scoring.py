@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import ray
 from jobs.evaluation.pictures import Pool, as_dataset, as_tables, decode_pictures
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.encoders import identify, load_encoder
+from objdrive.evaluation.layout import around, find_things
 from objdrive.evaluation.prompts import EvaluationPrompt
 from objdrive.evaluation.reference import Design, Gallery, Reference, check_shown
 from objdrive.evaluation.ruler import METRICS, Asked, Ruler, embed
@@ -26,8 +27,9 @@ _KEPT = ("method", "object_id", "class_name", "prompt_id", "kind", "number")
 SCHEMA = pa.schema(
     [(name, pa.int64() if name == "number" else pa.string()) for name in (*_KEPT, "encoder")]
     + [(name, pa.float64()) for name in METRICS]
+    + [("box", pa.list_(pa.float64())), ("things", pa.int64())]
 )
-"""A row for each picture and encoder."""
+"""A row for each picture and encoder; `box` and `things` are the same for all encoders: see `_layout`."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,19 @@ class Measure:
         """Scores of the rows."""
         rows = batch.select(_KEPT).to_pylist()
         asked = [Asked(row["object_id"], row["prompt_id"]) for row in rows]
-        scores = self._ruler.measure(self._encoder, as_pixels(decode_pictures(batch["picture"])), asked)
-        table = [row | {"encoder": self._name} | asdict(score) for row, score in zip(rows, scores, strict=True)]
+        pictures = decode_pictures(batch["picture"])
+        scores = self._ruler.measure(self._encoder, as_pixels(pictures), asked)
+        table = [
+            row | {"encoder": self._name} | asdict(score) | _layout(picture)
+            for row, picture, score in zip(rows, pictures, scores, strict=True)
+        ]
         return pa.Table.from_pylist(table, SCHEMA)
+
+
+def _layout(picture: np.ndarray) -> dict[str, Any]:
+    """Where what a picture shows is, all things in one box, and how many there are."""
+    things = find_things(picture)
+    return {"box": list(astuple(around(things))) if things else None, "things": len(things)}
 
 
 @ray.remote(num_cpus=0.9)

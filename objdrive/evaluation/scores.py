@@ -83,10 +83,10 @@ def bootstrap_interval(
 
 
 def scalarise(points: Array) -> Array:
-    """(...,): harmonic mean of fidelity and generalization (..., 2) in [0, 1], which is high only if both are."""
-    fidelity, generalization = np.moveaxis(points, -1, 0)
-    total = fidelity + generalization
-    means: Array = np.divide(2 * fidelity * generalization, total, out=np.zeros(np.shape(total)), where=total > 0)
+    """(...,): harmonic mean of figures (..., K) in [0, 1], which is high only if all are."""
+    found = (points > 0).all(axis=-1)
+    inverse = (1 / np.where(points > 0, points, 1)).mean(axis=-1)
+    means: Array = np.where(found, 1 / inverse, 0.0)
     return means
 
 

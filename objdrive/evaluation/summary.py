@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from objdrive.evaluation.layout import Box, spread
 from objdrive.evaluation.scores import Array, Statistic, bootstrap_interval
 
 
@@ -51,6 +52,32 @@ def per_object(
                 if row["encoder"] == encoder and row[metric] is not None:
                     values.append(row[metric])
     return {one: np.array([np.mean(v) for v in lists]) for one, lists in sorted(sums.items()) if all(lists)}
+
+
+def spread_per_object(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Object id -> how differently its pictures of one prompt are laid out, the mean over prompts (`layout.spread`).
+
+    Args:
+        rows: scores of one method, with the columns object_id, prompt_id, number, and box: its four values in order, or
+            None where nothing was seen. Prompts with fewer than two pictures that show something are left out.
+    """
+    boxes: dict[tuple[str, str], dict[int, Box]] = {}
+    for row in rows:
+        if row["box"]:
+            boxes.setdefault((row["object_id"], row["prompt_id"]), {})[row["number"]] = Box(*row["box"])
+    spreads: dict[str, list[float]] = {}
+    for (object_id, _), found in boxes.items():
+        if len(found) > 1:
+            spreads.setdefault(object_id, []).append(spread(list(found.values())))
+    return {one: float(np.mean(values)) for one, values in sorted(spreads.items())}
+
+
+def variety(ours: Mapping[str, float], bases: Mapping[str, float]) -> dict[str, float]:
+    """Object id -> spread of its layouts against the base's own for the class word, at most 1.
+
+    More than the base's own is no merit, and one picture for all seeds has none.
+    """
+    return {one: min(1.0, value / bases[one]) for one, value in ours.items() if bases.get(one)}
 
 
 def figure(means: Mapping[str, Array], statistic: Statistic | None = None) -> Figure | None:

@@ -98,6 +98,7 @@ def test_an_interval_of_nothing_is_refused():
 def test_scalarised_is_the_harmonic_mean():
     points = np.array([[0.5, 0.5], [0.9, 0.1], [1.0, 0.0], [0.0, 0.0]])
     assert np.allclose(scalarise(points), [0.5, 0.18, 0, 0])
+    assert np.allclose(scalarise(np.array([[0.5, 1.0, 0.25], [0.5, 1.0, 0.0]])), [3 / 7, 0])
 
 
 def test_the_front_holds_what_no_point_dominates():

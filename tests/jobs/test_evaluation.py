@@ -229,7 +229,7 @@ def test_pictures_that_are_there_are_not_drawn_again_unless_something_changed(tm
 def _score(method, object_id, encoder, **values):
     row = {"method": method, "object_id": object_id, "class_name": "mug", "prompt_id": "grass", "kind": "context"}
     metrics = {"whole": 0.1, "object": 0.2, "text": None, "identity_class": None, "identity_all": None, "context": None}
-    return row | {"number": 0, "encoder": encoder} | metrics | values
+    return row | {"number": 0, "encoder": encoder, "box": None, "things": 0} | metrics | values
 
 
 SCORED = [
@@ -270,6 +270,31 @@ def test_the_summary_holds_every_figure_once():
     assert ("lora", "imagenet", "text", "all") not in found
     own = by_method(SCORED)["paper"]
     assert trade_figures(own, choose_trades(SCORED)[1])["fidelity"].objects == 2
+
+
+def _laid_out(method, *boxes):
+    """Scores of one object's pictures with things in these boxes, right in identity and prompt."""
+    right = {"identity_class": 1.0, "context": 1.0}
+    return [
+        _score(method, "a", "imagenet", number=number, box=box, things=1, **right) for number, box in enumerate(boxes)
+    ]
+
+
+def test_variety_is_the_spread_of_layouts_against_the_bases_own():
+    left, right, middle = [0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0], [0.25, 0.0, 0.75, 1.0]
+    rows = [
+        *_laid_out(BASE_METHOD, left, middle),
+        *_laid_out("memorised", left, left),
+        *_laid_out("free", middle, right),
+        *_laid_out("freer", left, right),
+        *_laid_out("blank", None, left),
+    ]
+    found = {(row["method"], row["metric"]): row["value"] for row in summarise(rows)}
+    varieties = {method: value for (method, metric), value in found.items() if metric == "variety"}
+    assert varieties == pytest.approx({BASE_METHOD: 1, "memorised": 0, "free": 1, "freer": 1})
+    assert found["memorised", "identity, prompts and variety"] == 0
+    assert found["free", "identity, prompts and variety"] == pytest.approx(1)
+    assert not any("variety" in row["metric"] for row in summarise(rows[2:]))
 
 
 def test_the_page_shows_every_method_and_loads_nothing(tmp_path):
