@@ -23,7 +23,7 @@ from objdrive.adapters.bank import AdapterBank
 from objdrive.base.files import find_base
 from objdrive.base.prompts import marked_phrase
 from objdrive.base.stable_diffusion import Base
-from objdrive.sampling.sampler import SampleSpec, draw_pictures
+from objdrive.sampling.sampler import Layout, SampleSpec, draw_pictures
 from objdrive.training.memory import fitting_group_size
 from objdrive.training.personalize import FineTuned, personalize
 from objdrive.training.recipe import Recipe, make_recipe
@@ -122,8 +122,10 @@ def draw(base: Base, scenes: Sequence[Scene], tuned: Sequence[FineTuned], recipe
             bank.load(slot, result.adapters[0].lora)
             phrase = marked_phrase(recipe.phrase, scene.objects[0].class_name)
             embeddings = result.adapters[0].embeddings
+            layout = Layout.of([recipe.layout_noise], [scene.objects[0].class_name], [{slot: 1.0}])
             requests += [
-                SampleSpec("a photo of {}", seed, (phrase,), (embeddings,), {slot: 1.0}, **how) for seed in (1, 2, 3)
+                SampleSpec("a photo of {}", seed, (phrase,), (embeddings,), {slot: 1.0}, layout=layout, **how)
+                for seed in (1, 2, 3)
             ]
         draw_pictures(base, requests[:1], bank=bank)
         _wait()

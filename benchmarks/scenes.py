@@ -2,10 +2,10 @@
 
 Usage: ``python benchmarks/scenes.py --out FOLDER`` (``--smoke`` tries it out in minutes, on plain shapes).
 
-Objects are photographed together, and fine-tuned together as scenes. Pictures with all of them are looked at through
-windows of several sizes. An object has its *identity* if, of all designs of its class, it is the one that agrees most
-with some window. A picture *shows all* if for each of its objects there is a window to which nothing
-in the gallery, of whatever class, is nearer: features of one object on another, or an object that is left out, fail it.
+Objects are photographed together, and fine-tuned together as scenes, and apart. Pictures with all of them are looked at
+through windows of several sizes. An object has its *identity* if, of all designs of its class, it is the one that
+agrees most with some window. A picture *shows all* if for each of its objects there is a window to which nothing in the
+gallery, of whatever class, is nearer: features of one object on another, or an object that is left out, fail it.
 """
 
 import csv
@@ -47,12 +47,14 @@ from objdrive.evaluation.ruler import cut_windows, embed
 from objdrive.evaluation.scores import Array
 from objdrive.evaluation.summary import figure
 from objdrive.pictures import as_pixels, encode_picture
-from objdrive.sampling.sampler import SampleSpec, draw_pictures
+from objdrive.sampling.sampler import Layout, SampleSpec, draw_pictures
 from objdrive.seeds import seed_of
 from objdrive.training.recipe import make_recipe
 
 RECIPES = ("paper", "objdrive")
 SIZES = (2, 3)
+APART = ", apart"
+"""What tells methods whose objects were fine-tuned one by one, from the same photo."""
 WINDOWS = (
     (0.0, 0.0, 1.0),
     *((left, top, 0.6) for left, top in product((0.0, 0.2, 0.4), (0.1, 0.3))),
@@ -136,10 +138,17 @@ class Studio:
         adapters = [parse_adapter(files, token=artifact.token, family=self._base.family) for artifact, files in read]
         phrases = [marked_phrase(artifact.phrase, artifact.class_name, token=artifact.token) for artifact, _ in read]
         embeddings = [adapter.embeddings for adapter in adapters]
-        # All objects of a scene have the same LoRA.
-        with AdapterBank(self._base.unet, self._base.family.lora_targets, slots=1, rank=adapters[0].rank) as bank:
-            bank.load(0, adapters[0].lora)
-            requests = [self._request(group, prompt, phrases, embeddings, {0: 1.0}) for prompt in self._effort.prompts]
+        rank = max(adapter.rank for adapter in adapters)
+        with AdapterBank(self._base.unet, self._base.family.lora_targets, slots=len(adapters), rank=rank) as bank:
+            for slot, adapter in enumerate(adapters):
+                bank.load(slot, adapter.lora)
+            own = [{slot: 1.0} for slot in range(len(adapters))]
+            layout = Layout.of([a.layout_noise for a, _ in read], [one.class_name for one in group.subjects], own)
+            # All objects of a scene have the same LoRA.
+            slots = own[0] if read[0][0].scene else dict.fromkeys(range(len(adapters)), 1.0)
+            requests = [
+                self._request(group, prompt, phrases, embeddings, slots, layout) for prompt in self._effort.prompts
+            ]
             return draw_pictures(self._base, requests, bank=bank)
 
     def _request(
@@ -149,11 +158,12 @@ class Studio:
         phrases: Sequence[str],
         embeddings: Sequence[Mapping[str, torch.Tensor]] = (),
         slots: Mapping[int, float] | None = None,
+        layout: Layout | None = None,
     ) -> SampleSpec:
         text = prompt.text.replace("{}", " and ".join(["{}"] * len(phrases)))
         seed = seed_of(f"{group.name}:{prompt.id}")
         how = {"steps": self._effort.sample_steps, "guidance_scale": self._recipe.guidance_scale}
-        return SampleSpec(text, seed, phrases, embeddings, slots or {}, **how)
+        return SampleSpec(text, seed, phrases, embeddings, slots or {}, layout=layout, **how)
 
 
 def run(out: Path, sprites: Sprites, class_names: Sequence[str], base: Base, effort: Effort) -> None:
@@ -167,16 +177,21 @@ def run(out: Path, sprites: Sprites, class_names: Sequence[str], base: Base, eff
     studio = Studio(base, sprites, effort)
     for size in SIZES:
         groups = list(group_subjects(subjects, size))[: effort.groups]
-        manifest = photograph(groups, sprites, out / "photos" / f"{size}")
-        contenders = [Contender(f"{recipe} {size}", manifest, recipe, effort.overrides) for recipe in effort.recipes]
+        photos = out / "photos" / f"{size}"
+        manifests = {name: photograph(groups, sprites, photos, together=not name) for name in ("", APART)}
+        contenders = [
+            Contender(f"{recipe} {size}{name}", manifest, recipe, effort.overrides)
+            for recipe in effort.recipes
+            for name, manifest in manifests.items()
+        ]
         stores = [ArtifactStore(fine_tune(out, one, base.name)) for one in contenders]
         drawn = {BASE_METHOD: {group.name: studio.base_alone(group) for group in groups}}
-        for recipe, store in zip(effort.recipes, stores, strict=True):
+        for contender, store in zip(contenders, stores, strict=True):
             there = set(store.object_ids())
             whole = [group for group in groups if all(one.object_id in there for one in group.subjects)]
-            drawn[recipe] = {group.name: studio.personalized(group, store) for group in whole}
+            drawn[contender.name] = {group.name: studio.personalized(group, store) for group in whole}
         drawn[SCENES] = {group.name: studio.composed(group) for group in groups}
-        (out / f"{size}-{SHEET_FILE}").write_bytes(_sheet(groups, drawn, manifest.parent, effort.prompts))
+        (out / f"{size}-{SHEET_FILE}").write_bytes(_sheet(groups, drawn, photos, effort.prompts))
         for method, pictures in drawn.items():
             means = {
                 one.name: judge.measure(pictures[one.name], one, effort.prompts)
@@ -196,8 +211,8 @@ def group_subjects(subjects: Sequence[Subject], size: int) -> Iterator[Group]:
         yield Group("-".join(one.object_id.removesuffix("-held") for one in members), members)
 
 
-def photograph(groups: Sequence[Group], sprites: Sprites, folder: Path) -> Path:
-    """The manifest of photos of groups, a scene each."""
+def photograph(groups: Sequence[Group], sprites: Sprites, folder: Path, *, together: bool) -> Path:
+    """The manifest of photos of groups: each a scene if they are to be fine-tuned together, else each object alone."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [("object_id", "image", "mask", "class_name", "scene")]
     for group in groups:
@@ -205,11 +220,13 @@ def photograph(groups: Sequence[Group], sprites: Sprites, folder: Path) -> Path:
         image, masks = compose_group(drawings, group.name)
         image.save(folder / f"{group.name}.png")
         for one, mask in zip(group.subjects, masks, strict=True):
-            rows.append((one.object_id, f"{group.name}.png", f"{one.object_id}-mask.png", one.class_name, group.name))
+            scene = group.name if together else ""
+            rows.append((one.object_id, f"{group.name}.png", f"{one.object_id}-mask.png", one.class_name, scene))
             mask.save(folder / rows[-1][2])
-    with (folder / MANIFEST_FILE).open("w", newline="", encoding="utf-8") as file:
+    manifest = folder / (MANIFEST_FILE if together else f"apart-{MANIFEST_FILE}")
+    with manifest.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
-    return folder / MANIFEST_FILE
+    return manifest
 
 
 def _judge_by(gallery: Path, base: Base, effort: Effort) -> tuple[Gallery, Encoder]:

@@ -37,7 +37,7 @@ from objdrive.catalog.masks import intersection_over_union
 from objdrive.catalog.photos import Photo, masks_overlap
 from objdrive.errors import RowError, StoreError
 from objdrive.pictures import encode_picture
-from objdrive.sampling.sampler import SampleSpec, draw_pictures, fitting_batch_size
+from objdrive.sampling.sampler import Layout, SampleSpec, draw_pictures, fitting_batch_size
 from objdrive.seeds import seed_of
 from objdrive.training.class_pictures import ClassPictures
 from objdrive.training.memory import fitting_group_size
@@ -232,7 +232,8 @@ class FineTune:
             first = ask(PREVIEW_PROMPTS[0], seeds[0], (phrase,), (prototype,))
             asks.append((slot, object_id, "prototype", f"prototype only: {PREVIEW_PROMPTS[0]}", first))
             for prompt, seed in zip(PREVIEW_PROMPTS, seeds, strict=True):
-                picture = ask(prompt, seed, (phrase,), (adapter.embeddings,), {slot: 1.0})
+                layout = Layout.of([self._recipe.layout_noise], [record.row.class_name], [{slot: 1.0}])
+                picture = ask(prompt, seed, (phrase,), (adapter.embeddings,), {slot: 1.0}, layout=layout)
                 asks.append((slot, object_id, "picture", prompt, picture))
         return asks
 

@@ -12,7 +12,7 @@ from objdrive.adapters.store import ArtifactStore
 from objdrive.base.prompts import marked_phrase
 from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
-from objdrive.sampling.sampler import SampleSpec, draw_pictures
+from objdrive.sampling.sampler import Layout, SampleSpec, draw_pictures
 from objdrive.training.recipe import Recipe
 
 
@@ -63,7 +63,8 @@ def generate(
                 (phrase,),
                 (adapter.embeddings,),
                 {0: 1.0},
-                negative_prompt,
+                negative_prompt=negative_prompt,
+                layout=Layout.of([metadata.layout_noise], [metadata.class_name], [{0: 1.0}]),
                 steps=recipe.sample_steps,
                 guidance_scale=recipe.guidance_scale,
             )

@@ -30,7 +30,7 @@ from objdrive.errors import ObjdriveError
 from objdrive.evaluation.prompts import EvaluationPrompt
 from objdrive.evaluation.reference import Reference
 from objdrive.pictures import encode_picture
-from objdrive.sampling.sampler import SampleSpec, draw_pictures
+from objdrive.sampling.sampler import Layout, SampleSpec, draw_pictures
 from objdrive.seeds import seed_of
 
 BASE_METHOD = "base"
@@ -284,7 +284,8 @@ class DrawRows:
         artifact, adapter = read[key]
         adapted = {slots[key]: 1.0} if key in slots else {}
         phrase = marked_phrase(artifact.phrase, artifact.class_name, token=artifact.token)
-        return specify(row["text"], seed, (phrase,), (adapter.embeddings,), adapted)
+        layout = Layout.of([artifact.layout_noise], [artifact.class_name], [adapted])
+        return specify(row["text"], seed, (phrase,), (adapter.embeddings,), adapted, layout=layout)
 
     def _read(self, store: str, object_id: str, digest: str) -> tuple[ArtifactMetadata, Adapter]:
         artifact, files = ArtifactStore(store).read(object_id, digest)

@@ -173,6 +173,12 @@ class ArtifactMetadata(_Record):
     versions: dict[str, str]
     created: str
 
+    @property
+    def layout_noise(self) -> float | None:
+        """The noise level above which the base alone draws; None: the adapter was made to act at all levels."""
+        noise: float | None = self.recipe.get("layout_noise")
+        return noise
+
 
 def library_versions() -> dict[str, str]:
     """Return the versions of objdrive and of the libraries that a fine-tune's result depends on.

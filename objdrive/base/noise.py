@@ -1,5 +1,6 @@
 """How a base adds noise and what it predicts of it: pure functions of the noise level, and a base's own process."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,9 +29,18 @@ def timestep_odds(alphas: Tensor) -> Tensor:
     Returns:
         (T,), with a sum of 1.
     """
-    level = ((1 - alphas) / alphas.clamp(min=1e-8)).log() / 2
+    level = noise_level(alphas).log()
     density = torch.exp(-(((level - _LEVEL_MEAN) / _LEVEL_DEVIATION) ** 2) / 2) * torch.gradient(level)[0]
     return density / density.sum()
+
+
+def noise_level(alphas: Tensor) -> Tensor:
+    """``sqrt((1 - a_t) / a_t)``: how much noise there is for each part of the picture (sigma of arXiv 2206.00364).
+
+    Args:
+        alphas: (...), the cumulative products of alpha.
+    """
+    return ((1 - alphas) / alphas.clamp(min=1e-8)).sqrt()
 
 
 def velocity_weight(alphas: Tensor, *, velocity: bool) -> Tensor:
@@ -103,10 +113,15 @@ class NoiseProcess:
         """(..., C, H, W): what the network should predict of what `add_noise` makes: the noise or the velocity."""
         return velocity(latents, noise, self.alphas[timesteps]) if self.predicts_velocity else noise
 
-    def timestep_odds(self, choice: TimestepChoice) -> Tensor:
-        """(T,) on the CPU, in parts of any sum: how often each timestep is trained on."""
+    def level(self, timestep: int) -> float:
+        """The noise level of a timestep, see `noise_level`."""
+        return float(noise_level(self.alphas[timestep]))
+
+    def timestep_odds(self, choice: TimestepChoice, *, most_noise: float = math.inf) -> Tensor:
+        """(T,) on the CPU, in parts of any sum: how often each timestep is trained on; never above `most_noise`."""
         alphas = self.alphas.cpu()
-        return timestep_odds(alphas) if choice == "log-normal" else torch.ones_like(alphas)
+        odds = timestep_odds(alphas) if choice == "log-normal" else torch.ones_like(alphas)
+        return odds * (noise_level(alphas) <= most_noise)
 
     def loss_weights(self, timesteps: Tensor, choice: TimestepChoice) -> Tensor:
         """(...): what losses at `timesteps` (...) count for; log-normal ones are the velocity's (`velocity_weight`)."""

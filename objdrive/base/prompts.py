@@ -43,6 +43,25 @@ def token_ids(tokenizer: "CLIPTokenizer", text: str) -> tuple[list[int], list[in
     return ids, places
 
 
+def phrase_places(tokenizer: "CLIPTokenizer", prompt: str, phrases: Sequence[str]) -> list[tuple[int, ...]]:
+    """Where the tokens of each phrase stand when it fills its ``{}`` (see `fill_prompt`), the start being place 0.
+
+    A single phrase that fills several places has the tokens of all of them.
+    """
+    pieces = prompt.split("{}")
+    filling = list(phrases) * (len(pieces) - 1) if len(phrases) == 1 else list(phrases)
+    text, places = "", []
+    for piece, phrase in zip(pieces, filling, strict=False):
+        before = _count_tokens(tokenizer, text + piece)
+        text += piece + phrase
+        places.append(tuple(range(1 + before, 1 + max(_count_tokens(tokenizer, text), before + 1))))
+    return [tuple(place for one in places for place in one)] if len(phrases) == 1 else places
+
+
+def _count_tokens(tokenizer: "CLIPTokenizer", text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
 def class_prompt(class_name: str) -> str:
     """The class prompt c_c; with `TOKEN_MARK` in the class word's place the prompt c_p of a learned token."""
     return f"a photo of {class_name}"

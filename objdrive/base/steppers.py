@@ -60,6 +60,11 @@ class Stepper:
         return self._timesteps[self.taken]
 
     @property
+    def following(self) -> int | None:
+        """The timestep of the step after the next; None if the next one is the last."""
+        return self._timesteps[self.taken + 1] if self.taken + 1 < self.steps else None
+
+    @property
     def predicted(self) -> Tensor:
         """(1, C, h, w): the picture that the last step predicted, x_0."""
         if self._predicted is None:

@@ -72,6 +72,21 @@ def object_window(mask: NDArray[np.float32], fill: float) -> Window:
     return Window((left + right - side) / 2, (top + bottom - side) / 2, side)
 
 
+def placed_window(mask: NDArray[np.float32], fill: float, across: float, down: float) -> Window:
+    """Return a square that holds the object, of which the longer side of the object's box takes the share `fill`.
+
+    Args:
+        mask: (H, W) in [0, 1].
+        fill: in (0, 1].
+        across: where the object is in the square: -1 at its left edge, 0 in the middle, 1 at its right edge.
+        down: likewise, -1 at its top edge, 1 at its bottom edge.
+    """
+    left, top, right, bottom = bounding_box(mask)
+    centred = object_window(mask, fill)
+    free_across, free_down = (centred.side - (right - left)) / 2, (centred.side - (bottom - top)) / 2
+    return Window(centred.left - across * free_across, centred.top - down * free_down, centred.side)
+
+
 def cut(
     image: NDArray[np.uint8], mask: NDArray[np.float32], window: Window, size: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:

@@ -23,7 +23,7 @@ from objdrive.sampling.checks import check_request
 from objdrive.sampling.histogram import Histogram
 from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture, partial_steps
 from objdrive.sampling.residency import Reservation, Residency, Resident
-from objdrive.sampling.sampler import Sample, SampleSpec, begin, denoise, fitting_batch_size
+from objdrive.sampling.sampler import Layout, Sample, SampleSpec, begin, denoise, fitting_batch_size
 from objdrive.sampling.stats import EngineStats
 
 _logger = logging.getLogger(__name__)
@@ -378,12 +378,19 @@ def _sample_spec(request: DrawRequest, prompt: str, shown: Sequence[Resident]) -
     adapted = request.adapter_scale > 0
     # Objects of one scene share their LoRA, which must not be added twice.
     slots = {resident.lora_sha256: resident.slot for resident in shown if resident.lora_sha256}
+    scale = request.adapter_scale
+    layout = Layout.of(
+        [resident.layout_noise for resident in shown],
+        [resident.class_name for resident in shown],
+        [{resident.slot: scale} if resident.lora_sha256 else {} for resident in shown],
+    )
     return SampleSpec(
         prompt=prompt,
         seed=request.seed,
         phrases=[resident.phrase if adapted else resident.class_name for resident in shown],
         embeddings=[resident.embeddings for resident in shown] if adapted else [],
-        slots={slot: request.adapter_scale for slot in slots.values()} if adapted else {},
+        slots={slot: scale for slot in slots.values()} if adapted else {},
+        layout=layout if adapted else None,
         negative_prompt=request.negative_prompt,
         steps=request.steps,
         guidance_scale=request.guidance_scale,

@@ -30,6 +30,7 @@ class Loaded:
         key: which artifact.
         phrase: what ``{}`` in a prompt becomes, `TOKEN_MARK` standing for the learned token.
         class_name: its class word.
+        layout_noise: see `ArtifactMetadata.layout_noise`.
         lora_sha256: of the LoRA's file; empty without LoRA. Objects of one scene share it.
         adapter: the weights.
     """
@@ -37,6 +38,7 @@ class Loaded:
     key: ArtifactKey
     phrase: str
     class_name: str
+    layout_noise: float | None
     lora_sha256: str
     adapter: Adapter
 
@@ -54,6 +56,7 @@ class Resident:
     key: ArtifactKey
     phrase: str
     class_name: str
+    layout_noise: float | None
     lora_sha256: str
     embeddings: Mapping[str, Tensor]
     slot: int
@@ -251,7 +254,9 @@ class Residency:
         self._free.pop()
         self.swap_seconds.observe(time.monotonic() - started)
         embeddings = {encoder: vector.to(self._base.device) for encoder, vector in loaded.adapter.embeddings.items()}
-        resident = Resident(loaded.key, loaded.phrase, loaded.class_name, loaded.lora_sha256, embeddings, slot)
+        resident = Resident(
+            loaded.key, loaded.phrase, loaded.class_name, loaded.layout_noise, loaded.lora_sha256, embeddings, slot
+        )
         self._slots[loaded.key] = _Slot(resident)
         self._hosted.move_to_end(loaded.key)
 
@@ -301,6 +306,7 @@ def load_artifact(base: Base, store: ArtifactStore, bank: AdapterBank, key: Arti
         key=key,
         phrase=marked_phrase(metadata.phrase, metadata.class_name, token=metadata.token),
         class_name=metadata.class_name,
+        layout_noise=metadata.layout_noise,
         lora_sha256=metadata.files[LORA_FILE].sha256 if LORA_FILE in metadata.files else "",
         adapter=adapter,
     )

@@ -1,8 +1,12 @@
-"""Drawing pictures: classifier-free guidance over one batch of many objects, every picture at a step of its own."""
+"""Drawing pictures: classifier-free guidance over one batch of many objects, every picture at a step of its own.
+
+With a `Layout` the base alone draws first, with class words, while noise is so high that only the layout is decided.
+Where it attends to the words tells where each object goes; there, and only there, its adapter draws the rest.
+"""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -11,13 +15,42 @@ from PIL import Image
 from torch import Tensor
 
 from objdrive.adapters.bank import AdapterBank
+from objdrive.base.attention import watch_attention
 from objdrive.base.conditioning import Conditioning
-from objdrive.base.prompts import fill_prompt, refuse_mark
+from objdrive.base.prompts import fill_prompt, phrase_places, refuse_mark
 from objdrive.base.stable_diffusion import Base
 from objdrive.base.steppers import SchedulerName, Stepper
 from objdrive.pictures import to_pictures
+from objdrive.sampling.regions import asks_for_several, find_regions
 
 _PIXELS_PER_BATCH = 4 * 512**2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the base lays a picture out for adapters to draw in.
+
+    Attributes:
+        noise: the level, as `NoiseProcess.level` has it, down to which the base draws alone; it takes the first step
+            in any case.
+        class_names: for each phrase of the prompt what stands in its place meanwhile.
+        slots: for each phrase the bank's slots that draw it afterwards, with their scales.
+    """
+
+    noise: float
+    class_names: Sequence[str]
+    slots: Sequence[Mapping[int, float]]
+
+    @classmethod
+    def of(
+        cls, noises: Iterable[float | None], class_names: Sequence[str], slots: Sequence[Mapping[int, float]]
+    ) -> "Layout | None":
+        """The layout for objects of whose artifacts each tells its ``layout_noise``; None if none of them does.
+
+        The lowest holds for all: above it some adapter was not trained.
+        """
+        told = [noise for noise in noises if noise is not None]
+        return cls(min(told), class_names, slots) if told else None
 
 
 @dataclass(frozen=True)
@@ -29,7 +62,8 @@ class SampleSpec:
         seed: of the starting noise.
         phrases: what each ``{}`` becomes, `TOKEN_MARK` standing for the learned token.
         embeddings: for each phrase its learned token's embeddings, (d,) by text encoder.
-        slots: the bank's slots that adapt the base, with their scales; none draw with the base alone.
+        slots: the bank's slots that adapt the base at every step, with their scales; none draw with the base alone.
+        layout: how the base lays the picture out; none: `slots` adapt it from the first step on.
         negative_prompt: what guidance leads away from.
         steps: of the scheduler.
         guidance_scale: 1 draws without guidance.
@@ -41,10 +75,28 @@ class SampleSpec:
     phrases: Sequence[str] = ()
     embeddings: Sequence[Mapping[str, Tensor]] = ()
     slots: Mapping[int, float] = field(default_factory=dict)
+    layout: Layout | None = field(default=None, kw_only=True)
     negative_prompt: str = ""
     steps: int = field(kw_only=True)
     guidance_scale: float = field(kw_only=True)
     scheduler: SchedulerName = field(default="ddim", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt in the network's batch: `conditioning` without a batch axis, and the slots that adapt the base to it."""
+
+    conditioning: Conditioning
+    slots: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A layout on its way: the base's own row, and where its prompt names each object."""
+
+    noise: float
+    worded: Row
+    places: Sequence[Sequence[int]]
 
 
 @dataclass
@@ -53,17 +105,56 @@ class Sample:
 
     Attributes:
         latents: (1, C, h, h), where it has got to.
-        conditioning: the negative prompt and the prompt; without guidance the prompt alone.
+        negative: the encoded prompt that guidance leads away from, without a batch axis; none without guidance.
+        rows: what is drawn; the rows of several share the picture by `shares`.
+        shares: (len(rows), h, h), how much of each place each row has; None: there is one row.
         guidance_scale: how far beyond the prompt's prediction to go.
-        slots: the bank's slots that adapt the base, with their scales.
         stepper: its way from noise to picture.
+        plan: what its layout is drawn by; None: no layout, or it stands.
     """
 
     latents: Tensor
-    conditioning: Conditioning
+    negative: Conditioning | None
+    rows: Sequence[Row]
     guidance_scale: float
-    slots: Mapping[int, float]
     stepper: Stepper
+    plan: _Plan | None = None
+    shares: Tensor | None = None
+
+    @property
+    def batch(self) -> list[Row]:
+        """The rows of the next step: what guidance leads each away from, if there is guidance, then what is drawn."""
+        rows = [self.plan.worded] if self.plan else list(self.rows)
+        negative = self.negative
+        # By the row's own slots: an adapter's guidance is the difference that the prompt makes to it.
+        away = [] if negative is None else [Row(negative, row.slots) for row in rows]
+        return away + rows
+
+    def lays_out_last(self, base: Base) -> bool:
+        """Whether the layout stands after the next step."""
+        following = self.stepper.following
+        return self.plan is not None and (following is None or base.noise.level(following) <= self.plan.noise)
+
+    def settle(self, maps: Tensor) -> None:
+        """Share the picture out by the attention (L, e, e) to the words of the layout's prompt."""
+        assert self.plan is not None
+        if self.plan.places:
+            words = torch.stack([maps[list(places)].mean(dim=0) for places in self.plan.places])
+            shares = find_regions(words, self.latents.shape[-1]).to(self.latents)
+            rows = [*self.rows, self.plan.worded]
+            taken = [index for index, share in enumerate(shares) if share.any()]
+            self.rows = [rows[index] for index in taken]
+            self.shares = shares[taken] if len(taken) > 1 else None
+        self.plan = None
+
+    def together(self, outputs: Tensor) -> Tensor:
+        """(1, C, h, h): the network's output for the picture, from those for the rows of `batch`."""
+        if self.negative is not None:
+            away, prompted = outputs.chunk(2)
+            outputs = away + self.guidance_scale * (prompted - away)
+        if self.plan is None and self.shares is not None:
+            outputs = (self.shares[:, None] * outputs).sum(dim=0, keepdim=True)
+        return outputs
 
 
 def starting_noise(base: Base, seeds: Sequence[int]) -> Tensor:
@@ -83,33 +174,82 @@ def begin(base: Base, spec: SampleSpec) -> Sample:
     """
     stepper = base.noise.stepper(spec.scheduler, spec.steps)
     refuse_mark(spec.negative_prompt)
-    prompt = base.tokenize(fill_prompt(spec.prompt, spec.phrases))
-    one = len(spec.embeddings) == 1
-    embeddings = list(spec.embeddings) * len(prompt.places) if one else spec.embeddings
+    named = _prompts(spec)
     guided = spec.guidance_scale != 1
-    prompts = [base.tokenize(spec.negative_prompt), prompt] if guided else [prompt]
-    conditioning = base.encode_text(prompts, embeddings)
-    return Sample(starting_noise(base, [spec.seed]), conditioning, spec.guidance_scale, spec.slots, stepper)
+    texts = [spec.negative_prompt] * guided + [one.text for one in named]
+    embeddings = [vectors for one in named for vectors in one.embeddings]
+    encoded = base.encode_text([base.tokenize(text) for text in texts], embeddings)
+    rows = [Row(encoded[guided + place], one.slots) for place, one in enumerate(named)]
+    latents, negative = starting_noise(base, [spec.seed]), encoded[0] if guided else None
+    if spec.layout is None:
+        return Sample(latents, negative, rows, spec.guidance_scale, stepper)
+    # Of one object that is asked for more than once, no place belongs to the base.
+    alone = len(spec.phrases) == 1 and asks_for_several(spec.prompt)
+    places = [] if alone else phrase_places(base.tokenizer, spec.prompt, spec.layout.class_names)
+    plan = _Plan(spec.layout.noise, rows.pop(), places)
+    return Sample(latents, negative, rows, spec.guidance_scale, stepper, plan)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A filled prompt, the embeddings of the learned tokens in it, and the slots that adapt the base to it."""
+
+    text: str
+    embeddings: Sequence[Mapping[str, Tensor]]
+    slots: Mapping[int, float]
+
+
+def _prompts(spec: SampleSpec) -> list[_Prompt]:
+    """The prompts that a picture is drawn by; with a layout one for each object, and last the base's own."""
+    if spec.layout is None or len(spec.phrases) == 1:
+        repeats = spec.prompt.count("{}") if len(spec.embeddings) == 1 else 1
+        slots = spec.slots if spec.layout is None else spec.layout.slots[0]
+        prompts = [_Prompt(fill_prompt(spec.prompt, spec.phrases), list(spec.embeddings) * repeats, slots)]
+    else:
+        prompts = [
+            _Prompt(fill_prompt(spec.prompt, _all_but(spec.layout.class_names, index, phrase)), [vectors], slots)
+            for index, (phrase, vectors, slots) in enumerate(
+                zip(spec.phrases, spec.embeddings, spec.layout.slots, strict=True)
+            )
+        ]
+    if spec.layout is not None:
+        prompts.append(_Prompt(fill_prompt(spec.prompt, spec.layout.class_names), [], {}))
+    return prompts
+
+
+def _all_but(class_names: Sequence[str], index: int, phrase: str) -> list[str]:
+    """Class words, but for one object its phrase: a row that draws one object knows no other's token."""
+    return [phrase if other == index else name for other, name in enumerate(class_names)]
 
 
 @torch.no_grad()
 def denoise(base: Base, samples: Sequence[Sample], bank: AdapterBank | None = None) -> None:
     """Take every sample one step of its own further, all in one forward pass of the UNet.
 
-    With classifier-free guidance (arXiv 2207.12598) a sample takes two rows of the batch. Each sample depends on
-    itself alone, up to rounding.
+    With classifier-free guidance (arXiv 2207.12598) a sample takes two rows of the batch for each of its regions.
+    Each sample depends on itself alone, up to rounding.
     """
-    counts = [len(sample.conditioning) for sample in samples]
-    latents = torch.cat([sample.latents.expand(n, -1, -1, -1) for sample, n in zip(samples, counts, strict=True)])
-    timesteps = torch.tensor([sample.stepper.timestep for sample in samples]).repeat_interleave(torch.tensor(counts))
-    runs = _in_long_runs([sample.slots for sample, n in zip(samples, counts, strict=True) for _ in range(n)])
-    with bank.active(runs) if bank is not None else nullcontext():
-        conditioning = Conditioning.cat([sample.conditioning for sample in samples])
-        outputs = base.predict(latents, timesteps.to(base.device), conditioning)
-    for sample, output in zip(samples, outputs.split(counts), strict=True):
-        if len(output) == 2:
-            plain, prompted = output.split(1)
-            output = plain + sample.guidance_scale * (prompted - plain)
+    rows = [(index, row) for index, sample in enumerate(samples) for row in sample.batch]
+    # Equal slots side by side: they make larger and fewer matrix products.
+    order = sorted(range(len(rows)), key=lambda place: sorted(rows[place][1].slots.items()))
+    batch = [rows[place] for place in order]
+    latents = torch.cat([samples[index].latents for index, _ in batch])
+    timesteps = torch.tensor([samples[index].stepper.timestep for index, _ in batch], device=base.device)
+    conditioning = Conditioning.stack([row.conditioning for _, row in batch])
+    settling = [sample.lays_out_last(base) for sample in samples]
+    with ExitStack() as stack:
+        if bank is not None:
+            stack.enter_context(bank.active(_in_long_runs([row.slots for _, row in batch])))
+        maps = stack.enter_context(watch_attention(base.unet)) if any(settling) else None
+        outputs = base.predict(latents, timesteps, conditioning)
+    place_of = {row: place for place, row in enumerate(order)}
+    first = 0
+    for sample, settles in zip(samples, settling, strict=True):
+        places = [place_of[row] for row in range(first, first + len(sample.batch))]
+        first += len(places)
+        output = sample.together(outputs[places])
+        if maps is not None and settles:
+            sample.settle(maps.of_row(places[-1]))
         sample.latents = sample.stepper.step(output, sample.latents)
 
 
@@ -130,7 +270,7 @@ def draw_latents(
     Returns:
         (N, C, h, h) scaled latents.
     """
-    if bank is None and any(spec.slots for spec in specs):
+    if bank is None and any(spec.slots or (spec.layout and any(spec.layout.slots)) for spec in specs):
         raise ValueError("a spec names slots, but there is no bank")
     samples = [begin(base, spec) for spec in specs]
     while rest := [sample for sample in samples if not sample.stepper.done]:

@@ -1,5 +1,6 @@
 """What one scene brings to its fine-tune: views, prompts and class pictures, drawn anew at every step."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,7 @@ class SceneMaterial:
             class_prompts=class_prompts,
             worded=worded,
             no_prompt=no_prompt[0],
-            odds=base.noise.timestep_odds(recipe.timesteps),
+            odds=base.noise.timestep_odds(recipe.timesteps, most_noise=recipe.layout_noise or math.inf),
         )
 
     def next_samples(self, recipe: Recipe) -> StepSamples:

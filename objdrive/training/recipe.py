@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from objdrive.errors import ObjdriveError
 
-METHOD_VERSION = 10
+METHOD_VERSION = 11
 """Part of every artifact's digest: raise it when the same recipe no longer yields the same adapter."""
 
 
@@ -53,6 +53,13 @@ class Recipe(BaseModel):
         description="photos are cropped until the object's longer side takes this share of them; 0: left as they are",
     )
     plain_ground: bool = Field(default=True, description="objects are learned on grey grounds, whatever is around them")
+    placements: int = Field(
+        default=24, ge=1, description="places and sizes at which objects on grey are shown; 1: as they are in the photo"
+    )
+    least_placed_fill: float = Field(
+        default=0.45, gt=0, le=1, description="least share of the frame that the longer side of a placed object takes"
+    )
+    most_placed_fill: float = Field(default=0.8, gt=0, le=1, description="the largest such share")
     zoom: float = Field(default=0.6, ge=0, le=1, description="share of views that show one of several objects alone")
     masked: bool = Field(default=True, description="object-specific loss; False: plain loss on the whole picture")
     soft_mask: bool = Field(default=True, description="area-averaged masks; False: cut at one half")
@@ -60,6 +67,13 @@ class Recipe(BaseModel):
     timesteps: Literal["uniform", "log-normal"] = Field(
         default="log-normal",
         description="uniform: all alike; log-normal: by noise levels (arXiv 2206.00364), weighted as for the velocity",
+    )
+
+    layout_noise: float | None = Field(
+        default=3.3,
+        gt=0,
+        description="noise level above which nothing is learned, and the base alone draws with class words; "
+        "null: the adapter acts at all levels",
     )
 
     ccr_weight: float = Field(default=0.3, ge=0, description="weight of the regularization; 0 switches it off")
@@ -93,9 +107,17 @@ class Recipe(BaseModel):
         return prompts
 
     @model_validator(mode="after")
-    def _something_to_train(self) -> Self:
+    def _fields_agree(self) -> Self:
         if self.rank == 0 and self.embedding_lr == 0:
             raise ValueError("rank=0 and embedding_lr=0 leave nothing to train: raise one of them")
+        if self.least_placed_fill > self.most_placed_fill:
+            raise ValueError(
+                f"least_placed_fill={self.least_placed_fill} must not be above most_placed_fill={self.most_placed_fill}"
+            )
+        if self.placements > 1 and not self.plain_ground:
+            raise ValueError(
+                f"placements={self.placements} shows objects on grey and needs plain_ground=true, or set placements=1"
+            )
         for name, off in (("ccr_unconditional", "0"), ("ccr_background", "false")):
             if getattr(self, name) and self.ccr_target == "noise":
                 raise ValueError(
@@ -117,6 +139,8 @@ _PLAIN: dict[str, Any] = {
     "mend_masks": False,
     "least_fill": 0.0,
     "plain_ground": False,
+    "placements": 1,
+    "layout_noise": None,
     "zoom": 0.0,
     "ccr_weight": 0.0,
     "ccr_unconditional": 0.0,
@@ -130,6 +154,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mend_masks": False,
         "least_fill": 0.0,
         "plain_ground": False,
+        "placements": 1,
+        "layout_noise": None,
         "zoom": 0.0,
         "timesteps": "uniform",
         "soft_mask": False,

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from objdrive.base.stable_diffusion import Base
-from objdrive.catalog.geometry import Window, close_window, cut, object_alone, object_window
+from objdrive.catalog.geometry import Window, close_window, cut, object_alone, object_window, placed_window
 from objdrive.catalog.masks import mend_mask
 from objdrive.pictures import as_pixels
+from objdrive.seeds import seed_of
 from objdrive.training.losses import latent_mask
 from objdrive.training.recipe import Recipe
 
@@ -19,6 +20,8 @@ _USUAL_FILL = 0.6
 # A network that normalises over the whole picture learns colours relative to the ground's, so it is grey; and what is
 # as grey as one of these stands out from the other.
 _GROUNDS = (64, 192)
+# Not to the very edge of a view, where a picture's border is learned with the object.
+_REACH = 0.8
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def make_views(base: Base, scene: Scene, recipe: Recipe) -> list[View]:
 
     The picture is cropped if the objects are small in it (`least_fill`): they are shown at a size that the latents can
     hold. With `plain_ground`, and in close-ups, what is around them is grey: a view on dark grey, and one on light.
+    With `placements` they are shown at so many places and sizes, so that no one layout is learned with them.
     """
     cuts = list(_cuts(base, scene, recipe))
     # Large pictures go through the autoencoder one by one: its activations are the largest of all.
@@ -104,30 +108,51 @@ def to_pixels(base: Base, pictures: Sequence[np.ndarray]) -> Tensor:
 
 def _cuts(base: Base, scene: Scene, recipe: Recipe) -> Iterator[_Cut]:
     everything = tuple(range(len(scene.objects)))
-    window = close_window(_together(scene.objects), recipe.least_fill)
-    yield from _cut_views(base, scene, everything, window, recipe, _GROUNDS if recipe.plain_ground else ())
+    if recipe.placements > 1:
+        yield from _placed_views(base, scene, everything, recipe)
+    else:
+        window = close_window(_together(scene.objects), recipe.least_fill)
+        yield from _cut_views(base, scene, everything, window, recipe, _GROUNDS if recipe.plain_ground else ())
     if recipe.zoom == 0 or len(scene.objects) == 1:
         return
     for index in everything:
         # On a plain ground in any case: a prompt that names this object alone must not be taught what the others look
         # like, and it is enough that they are seen, whatever their weight in the loss.
-        close = object_window(scene.objects[index].mask, _USUAL_FILL)
-        yield from _cut_views(base, scene, (index,), close, recipe, _GROUNDS)
+        if recipe.placements > 1:
+            yield from _placed_views(base, scene, (index,), recipe)
+        else:
+            close = object_window(scene.objects[index].mask, _USUAL_FILL)
+            yield from _cut_views(base, scene, (index,), close, recipe, _GROUNDS)
+
+
+def _placed_views(base: Base, scene: Scene, shown: tuple[int, ...], recipe: Recipe) -> Iterator[_Cut]:
+    """Views of some objects on greys, by turns, each at a place and size of its own."""
+    mask = _alone(scene, shown)
+    rng = np.random.default_rng(seed_of(f"{recipe.seed}:{scene.key}:{shown}"))
+    for number in range(recipe.placements):
+        fill = rng.uniform(recipe.least_placed_fill, recipe.most_placed_fill)
+        across, down = _REACH * rng.uniform(-1, 1, size=2)
+        window = placed_window(mask, fill, across, down)
+        yield from _cut_views(base, scene, shown, window, recipe, [_GROUNDS[number % len(_GROUNDS)]])
 
 
 def _cut_views(
     base: Base, scene: Scene, shown: tuple[int, ...], window: Window, recipe: Recipe, grounds: Sequence[int]
 ) -> Iterator[_Cut]:
     """A view on each of the greys `grounds`; on the photo's own ground if there are none."""
-    mask = _together([scene.objects[index] for index in shown])
-    others = [one for index, one in enumerate(scene.objects) if index not in shown]
-    if others:
-        mask = mask * (1 - _together(others))
+    mask = _alone(scene, shown)
     picture, seen, inside = cut(scene.image, mask, window, base.resolution)
     weights = _loss_weights(base, seen, inside, recipe)
     on_grey = [object_alone(scene.image, mask, base.resolution, ground, window=window) for ground in grounds]
     for view in on_grey or [picture]:
         yield _Cut(shown, view, weights)
+
+
+def _alone(scene: Scene, shown: tuple[int, ...]) -> np.ndarray:
+    """(H, W): the mask of some objects, without what others cover."""
+    mask = _together([scene.objects[index] for index in shown])
+    others = [one for index, one in enumerate(scene.objects) if index not in shown]
+    return mask * (1 - _together(others)) if others else mask
 
 
 def _together(objects: Sequence[SceneObject]) -> np.ndarray:

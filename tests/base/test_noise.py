@@ -147,3 +147,22 @@ class TestPureFunctions:
         odds = timestep_odds(torch.cat([self.scheduler.alphas_cumprod, torch.zeros(1)]))
         assert odds.isfinite().all()
         assert float(odds[-1]) < 1e-6
+
+
+def test_a_noise_level_is_the_noise_for_each_part_of_the_picture():
+    one = process("epsilon")
+    clean, noise = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    for timestep in (0, 400, 999):
+        at = torch.tensor([timestep])
+        share, rest = one.add_noise(clean, noise, at), one.add_noise(noise, clean, at)
+        assert one.level(timestep) == pytest.approx(float(share / rest), rel=1e-4)
+
+
+@pytest.mark.parametrize("choice", ["uniform", "log-normal"])
+def test_nothing_is_trained_above_the_most_noise(choice):
+    one = process("epsilon")
+    odds, all_odds = one.timestep_odds(choice, most_noise=4.5), one.timestep_odds(choice)
+    below = torch.tensor([one.level(timestep) <= 4.5 for timestep in range(1000)])
+    assert 0 < int(below.sum()) < 1000
+    assert not odds[~below].any()
+    assert torch.equal(odds[below], all_odds[below])

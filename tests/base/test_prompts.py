@@ -1,6 +1,6 @@
 import pytest
 
-from objdrive.base.prompts import TOKEN_MARK, fill_prompt, marked_phrase, place_objects
+from objdrive.base.prompts import TOKEN_MARK, fill_prompt, marked_phrase, phrase_places, place_objects
 from objdrive.errors import ObjdriveError
 
 
@@ -69,3 +69,20 @@ class TestPlaceObjects:
 )
 def test_a_phrase_is_marked_where_its_token_stands(phrase, token, marked):
     assert marked_phrase(phrase, "mug", token=token) == marked
+
+
+class TestPhrasePlaces:
+    def test_are_those_of_the_filled_prompts_tokens(self, tiny64):
+        names = ["coffee cup", "rose"]
+        places = phrase_places(tiny64.tokenizer, "a photo of a {} next to {} on grass", names)
+        tokens = tiny64.tokenizer.convert_ids_to_tokens(
+            tiny64.tokenize("a photo of a coffee cup next to rose on grass").ids
+        )
+        assert [[tokens[place].removesuffix("</w>") for place in one] for one in places] == [
+            ["coffee", "cup"],
+            ["rose"],
+        ]
+
+    def test_of_one_phrase_in_several_places_are_all_of_them(self, tiny64):
+        (places,) = phrase_places(tiny64.tokenizer, "{} and {}", ["rose"])
+        assert places == (1, 3)

@@ -7,7 +7,16 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from objdrive.catalog.geometry import Window, bounding_box, close_window, cut, object_alone, object_window, whole_window
+from objdrive.catalog.geometry import (
+    Window,
+    bounding_box,
+    close_window,
+    cut,
+    object_alone,
+    object_window,
+    placed_window,
+    whole_window,
+)
 
 
 def colours(height: int = 32, width: int = 48) -> NDArray[np.uint8]:
@@ -215,3 +224,15 @@ def test_object_alone_at_the_pictures_edge_is_not_smeared() -> None:
     expected = np.full((40, 40, 3), 255)
     expected[2:38, 2:38] = [10, 20, 30]
     np.testing.assert_array_equal(alone, expected)
+
+
+@pytest.mark.parametrize(("across", "down"), [(0, 0), (-1, 0.5), (1, -1), (0.2, 1)])
+def test_a_placed_window_holds_the_object_where_it_is_asked_to(across: float, down: float) -> None:
+    mask = np.zeros((60, 100), np.float32)
+    mask[20:40, 30:70] = 1
+    window = placed_window(mask, 0.5, across, down)
+    assert window.side == 80
+    left, top = (30 - window.left) / 80, (20 - window.top) / 80
+    # Half of the frame is free along the object's length, three quarters across it.
+    assert left == pytest.approx(0.25 * (1 + across))
+    assert top == pytest.approx(0.375 * (1 + down))

@@ -9,7 +9,7 @@ import torch
 from objdrive.adapters.adapter import parse_adapter
 from objdrive.adapters.bank import AdapterBank
 from objdrive.base.prompts import marked_phrase
-from objdrive.sampling.sampler import SampleSpec, draw_latents
+from objdrive.sampling.sampler import Layout, SampleSpec, draw_latents
 
 VERSIONS = 2
 STYLES = [
@@ -65,6 +65,11 @@ def draw_alone(base, store, request):
         [marked_phrase(metadata.phrase, metadata.class_name, token=metadata.token) for metadata, _ in artifacts],
         [adapter.embeddings for adapter in adapters],
         dict.fromkeys(range(len(adapters)), 1.0),
+        layout=Layout.of(
+            [metadata.layout_noise for metadata, _ in artifacts],
+            [metadata.class_name for metadata, _ in artifacts],
+            [{slot: 1.0} for slot in range(len(adapters))],
+        ),
         steps=request.steps,
         guidance_scale=request.guidance_scale,
         scheduler=request.scheduler,

@@ -15,7 +15,7 @@ from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
 from objdrive.pictures import to_pictures
 from objdrive.sampling import sampler
-from objdrive.sampling.sampler import draw_latents, draw_pictures, starting_noise
+from objdrive.sampling.sampler import Layout, draw_latents, draw_pictures, starting_noise
 
 RANK = 4
 STEPS = 3
@@ -116,6 +116,37 @@ class TestStockDiffusers:
         swapped = replace(request, embeddings=embeddings[::-1])
         assert difference(ours, draw(tiny64, [swapped], bank)) > 0.01
 
+    def test_draws_the_same_with_a_layout_by_a_callback(self, tiny64, bank, adapters, stock):
+        """As docs/recipes.md tells users to have it."""
+        layout = Layout(4.5, ["drum"], [{1: 1.0}])
+        prompt, steps = "a photo of {} on grass", 8
+        request = SampleSpec(prompt, 7, [TOKEN_MARK], [adapters[1].embeddings], layout=layout, steps=steps)
+        ours = draw(tiny64, [request], bank)
+
+        def encode(text):
+            positive, negative = stock.encode_prompt(text, "cpu", 1, True)
+            return torch.cat([negative, positive])
+
+        def take_over(pipe, step, timestep, inputs):
+            alpha = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps[min(step + 1, steps - 1)]]
+            if ((1 - alpha) / alpha).sqrt() <= layout.noise:
+                pipe.enable_lora()
+                inputs["prompt_embeds"] = encode(prompt.replace("{}", TOKEN))
+            return inputs
+
+        stock.set_progress_bar_config(disable=True)
+        stock.disable_lora()
+        theirs = stock(
+            prompt.replace("{}", "drum"),
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator().manual_seed(7),
+            callback_on_step_end=take_over,
+            callback_on_step_end_tensor_inputs=["prompt_embeds"],
+            output_type="latent",
+        ).images
+        assert difference(ours, theirs) < 1e-3
+
     def test_draws_the_same_with_epsilon_and_v_prediction(self, sd15_folders):
         snapshot, clip = sd15_folders
         base = Base.load(str(snapshot), clip=str(clip), device="cpu")
@@ -177,6 +208,84 @@ class TestBatches:
         request = SampleSpec("a {}", 1, [TOKEN_MARK], [adapters[0].embeddings], negative_prompt="\0")
         with pytest.raises(ObjdriveError, match="holds a NUL character"):
             draw(tiny64, [request])
+
+
+class TestLayouts:
+    """The base lays a picture out with class words, then adapters draw."""
+
+    def ask(self, adapters, noise, *, prompt="a photo of {} on grass", slot=1, steps=8):
+        return SampleSpec(
+            prompt,
+            1,
+            [TOKEN_MARK],
+            [adapters[slot].embeddings],
+            layout=Layout(noise, ["drum"], [{slot: 1.0}]),
+            steps=steps,
+        )
+
+    def test_the_base_draws_alone_while_noise_is_above_the_level(self, tiny64, bank, adapters):
+        base_alone = draw(tiny64, [SampleSpec("a photo of drum on grass", 1, steps=8)])
+        assert difference(draw(tiny64, [self.ask(adapters, 0.0)], bank), base_alone) < 1e-3
+
+    def test_the_adapter_draws_below_it(self, tiny64, bank, adapters):
+        laid_out = draw(tiny64, [self.ask(adapters, 4.5)], bank)
+        whole = SampleSpec("a photo of {} on grass", 1, [TOKEN_MARK], [adapters[1].embeddings], {1: 1.0}, steps=8)
+        others = [SampleSpec("a photo of drum on grass", 1, steps=8), whole, self.ask(adapters, 4.5, slot=2)]
+        assert all(difference(laid_out, draw(tiny64, [other], bank)) > 0.05 for other in others)
+
+    def test_the_base_takes_the_first_step_in_any_case(self, tiny64, bank, adapters):
+        only_step = self.ask(adapters, 1000.0, steps=1)
+        assert (
+            difference(
+                draw(tiny64, [only_step], bank), draw(tiny64, [SampleSpec("a photo of drum on grass", 1, steps=1)])
+            )
+            < 1e-3
+        )
+
+    def test_a_request_does_not_depend_on_its_batch_mates(self, tiny64, bank, adapters):
+        two = SampleSpec(
+            "a photo of {} and {}",
+            2,
+            [TOKEN_MARK] * 2,
+            [adapters[slot].embeddings for slot in (0, 2)],
+            layout=Layout(4.5, ["drum", "rose"], [{0: 1.0}, {2: 0.5}]),
+            steps=8,
+        )
+        requests = [
+            self.ask(adapters, 4.5),
+            two,
+            self.ask(adapters, 3.0, prompt="a photo of {} and a teapot", slot=2),
+            SampleSpec("{} under water", 4, [TOKEN_MARK], [adapters[0].embeddings], {0: 1.0}, steps=8),
+        ]
+        together = draw(tiny64, requests, bank)
+        for index, request in enumerate(requests):
+            assert difference(together[index : index + 1], draw(tiny64, [request], bank)) < 1e-3
+
+    def test_each_object_is_drawn_by_its_own_adapter_in_its_own_place(self, tiny64, bank, adapters):
+        """With the second object's adapter another one, the first object's place stays nearly as it is."""
+
+        def pair(slot):
+            return SampleSpec(
+                "a photo of {} and {} on grass",
+                3,
+                [TOKEN_MARK] * 2,
+                [adapters[0].embeddings, adapters[slot].embeddings],
+                layout=Layout(4.5, ["drum", "rose"], [{0: 1.0}, {slot: 1.0}]),
+                steps=8,
+            )
+
+        changed = (draw(tiny64, [pair(1)], bank) - draw(tiny64, [pair(2)], bank)).abs().mean(dim=(0, 1))
+        halves = sorted(float(half.mean()) for half in (changed[:, :5], changed[:, 11:], changed[:5], changed[11:]))
+        assert halves[0] < 0.5 * halves[-1]
+
+    def test_without_guidance(self, tiny64, bank, adapters):
+        assert draw(tiny64, [replace(self.ask(adapters, 4.5), guidance_scale=1.0)], bank).isfinite().all()
+
+    def test_the_lowest_level_of_several_objects_holds(self):
+        slots = [{0: 1.0}, {1: 1.0}, {2: 1.0}]
+        names = ["drum", "rose", "key"]
+        assert Layout.of([4.5, None, 3.0], names, slots) == Layout(3.0, names, slots)
+        assert Layout.of([None, None, None], names, slots) is None
 
 
 class TestPictures:

@@ -148,6 +148,10 @@ class TestDigest:
             "mend_masks": False,
             "least_fill": 0.125,
             "plain_ground": False,
+            "placements": 2,
+            "least_placed_fill": 0.125,
+            "most_placed_fill": 0.9,
+            "layout_noise": 2.0,
             "zoom": 0.125,
             "masked": False,
             "soft_mask": False,
@@ -162,8 +166,8 @@ class TestDigest:
             "guidance_scale": 1.5,
         }
         assert set(changed) == set(Recipe.model_fields) - {"preset"}
-        # Without it, the regularization's target can't be another.
-        start = {"ccr_unconditional": 0.0, "ccr_background": False}
+        # Without these, the target of the regularization and the ground can't be others.
+        start = {"ccr_unconditional": 0.0, "ccr_background": False, "placements": 1}
         digests = {Recipe(**start | {field: value}).digest for field, value in changed.items()}
         assert len(digests | {Recipe(**start).digest}) == len(changed) + 1
         assert make_recipe(overrides=["ccr_weight=2", "steps=1e2"]).digest == Recipe(ccr_weight=2.0, steps=100).digest

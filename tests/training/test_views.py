@@ -24,7 +24,8 @@ def scene(*masks):
 
 
 def views_of(base, *masks, overrides=()):
-    return make_views(base, scene(*masks), make_recipe(overrides=overrides))
+    """Views in the places that objects have in the photo, or in their close-ups."""
+    return make_views(base, scene(*masks), make_recipe(overrides=["placements=1", *overrides]))
 
 
 def filled(view):
@@ -66,6 +67,54 @@ def test_neighbours_are_seen_together_and_each_alone(tiny64):
     assert all(filled(view) == pytest.approx(0.6**2, abs=0.06) for view in close)
 
 
+def box_of(view):
+    """(left, top, right, bottom) of the object, in parts of the view's edge."""
+    rows, columns = np.nonzero(view.weights[0].numpy() >= 0.5)
+    edge = view.weights.shape[-1]
+    return columns.min() / edge, rows.min() / edge, (columns.max() + 1) / edge, (rows.max() + 1) / edge
+
+
+def placed(base, *masks, overrides=()):
+    return make_views(base, scene(*masks), make_recipe(overrides=overrides))
+
+
+class TestPlacements:
+    """Objects are seen at many places and sizes, whole, so that none is learned with them."""
+
+    def test_an_object_is_whole_at_every_place_and_size(self, tiny64):
+        views = placed(tiny64, square(0.1, 0.6, 0.25))
+        boxes = np.array([box_of(view) for view in views])
+        sizes = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
+        assert len(views) == 24
+        assert sizes.min() >= 0.45 - 2 / 16
+        assert sizes.max() <= 0.8 + 2 / 16
+        assert np.ptp(sizes) > 0.15
+        middles = (boxes[:, 2:] + boxes[:, :2]) / 2
+        assert (np.ptp(middles, axis=0) > 0.2).all()
+
+    def test_grounds_are_dark_and_light_by_turns(self, tiny64):
+        views = placed(tiny64, square(0.1, 0.6, 0.25), overrides=["placements=4"])
+        # A corner that no object reaches.
+        greys = [float(tiny64.decode_latents(view.latents[None])[..., :3, :3].mean()) for view in views]
+        assert greys == pytest.approx([0.25, 0.75] * 2, abs=0.08)
+
+    def test_the_sizes_are_the_recipes(self, tiny64):
+        overrides = ["placements=6", "least_placed_fill=0.3", "most_placed_fill=0.35"]
+        for view in placed(tiny64, square(0.3, 0.3, 0.5), overrides=overrides):
+            left, top, right, bottom = box_of(view)
+            assert max(right - left, bottom - top) == pytest.approx(0.33, abs=0.1)
+
+    def test_they_are_the_scenes_own_and_the_same_again(self, tiny64):
+        one, again = (placed(tiny64, square(0.3, 0.3, 0.5), overrides=["placements=2"]) for _ in range(2))
+        other = make_views(tiny64, scene(square(0.3, 0.3, 0.5)), make_recipe(overrides=["placements=2", "seed=1"]))
+        assert all(torch.equal(a.latents, b.latents) for a, b in zip(one, again, strict=True))
+        assert not any(torch.equal(a.latents, b.latents) for a, b in zip(one, other, strict=True))
+
+    def test_neighbours_are_placed_together_and_each_alone(self, tiny64):
+        views = placed(tiny64, square(0, 0, 0.3), square(0.6, 0.6, 0.3), overrides=["placements=3"])
+        assert [view.shown for view in views] == [(0, 1)] * 3 + [(0,)] * 3 + [(1,)] * 3
+
+
 def coloured(ground, colour, *masks):
     """A scene of grey objects, with another colour where `ground` is 1."""
     image = np.full((EDGE, EDGE, 3), 128, np.uint8)
@@ -96,7 +145,7 @@ def test_of_its_neighbours_an_object_learns_nothing(tiny64):
 @pytest.mark.parametrize(("plain", "same"), [("true", True), ("false", False)])
 def test_of_the_photos_ground_an_object_learns_nothing_unless_asked_to(tiny64, plain, same):
     mask = square(0.2, 0.2, 0.6)
-    recipe = make_recipe(overrides=[f"plain_ground={plain}"])
+    recipe = make_recipe(overrides=["placements=1", f"plain_ground={plain}"])
     (blue, *_), (red, *_) = (
         make_views(tiny64, coloured(1 - mask, colour, mask), recipe) for colour in ((0, 0, 255), (255, 0, 0))
     )
