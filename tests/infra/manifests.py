@@ -35,7 +35,7 @@ def _rendered(folder: Path) -> str:
 
 def render(overlay: str) -> list[Manifest]:
     """An overlay's documents, anew for each caller."""
-    return list(yaml.safe_load_all(_rendered(KUBERAY / overlay)))
+    return list(yaml.load_all(_rendered(KUBERAY / overlay), Loader=yaml.CSafeLoader))
 
 
 def only(manifests: list[Manifest], kind: str, name: str = "") -> Manifest:
