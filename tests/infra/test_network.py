@@ -170,6 +170,18 @@ def test_every_pod_of_ray_is_of_a_policy() -> None:
         assert {"objdrive-default", "objdrive-metrics"} < set(named)
 
 
+@each_overlay
+def test_prometheus_reaches_every_port_that_is_named_for_it(overlay: str) -> None:
+    there, written = pods(overlay), policies(overlay)
+    for manifest in (one for one in render(overlay) if one["kind"] in ("RayJob", "RayService")):
+        [cluster] = clusters(manifest)
+        [head] = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+        named = {port["name"]: port["containerPort"] for port in head["ports"] if port["name"].endswith("metrics")}
+        assert named == {"metrics": 8080, "as-metrics": 44217, "dash-metrics": 44227}
+        name = "batch head" if manifest["kind"] == "RayJob" else "service head"
+        assert all(reaches(written, there["prometheus"], there[name], port) for port in named.values())
+
+
 def served(ingress: Manifest, path: str) -> bool:
     [rule] = ingress["spec"]["rules"]
     return any(
