@@ -22,7 +22,7 @@ DOCUMENTS = sorted(
 SHELL = ("bash", "sh")
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _ASSIGNMENT = re.compile(r"^\w+=\$\(")
-_OTHER_TOOLS = ("curl", "git", "npm", "apt-get")
+_OTHER_TOOLS = ("curl", "git", "npm", "apt-get", "docker", "helm", "kind", "openssl", "aws")
 """Commands that are not the project's: nothing here can tell whether their options are right."""
 
 
@@ -70,6 +70,8 @@ def check_command(words: list[str]) -> None:
         case ["make", *targets]:
             known = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
             assert set(targets) <= known, f"make has no {set(targets) - known}"
+        case ["python", "-m", module, *arguments]:
+            _check_script(ROOT / f"{module.replace('.', '/')}.py", arguments)
         case ["python", script, *arguments]:
             _check_script(ROOT / script, arguments)
         case ["objdrive", *arguments]:
@@ -80,6 +82,10 @@ def check_command(words: list[str]) -> None:
             Settings.of(**dict(setting.split("=", 1) for setting in settings))
         case ["serve", "deploy", config]:
             assert (ROOT / config).is_file()
+        case ["kubectl", *arguments]:
+            _check_kubectl(arguments)
+        case ["docker", "build", *arguments]:
+            _check_build(arguments)
         case ["pip", "install", *what]:
             _check_extras(what)
         case ["pytest", *_] | ["ruff", *_] | ["mypy", *_]:
@@ -108,6 +114,29 @@ def _check_script(script: Path, arguments: list[str]) -> None:
         except SystemExit as stopped:
             pytest.fail(f"{script.name} refuses {shlex.join(arguments)!r} (exit status {stopped.code})")
     pytest.fail(f"{script.name} parsed no arguments")
+
+
+def _check_kubectl(arguments: list[str]) -> None:
+    # With --help it does nothing, but still refuses what it does not know.
+    kubectl = Path(sys.executable).with_name("kubectl")
+    own, inside = (arguments, []) if "--" not in arguments else _split(arguments, "--")
+    done = subprocess.run([kubectl, *own, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for option in {"-k", "kustomize"} & set(own):
+        folder = ROOT / own[own.index(option) + 1]
+        assert (folder / "kustomization.yaml").is_file(), f"{folder} is no folder of kustomize"
+    if inside:
+        check_command(inside)
+
+
+def _split(words: list[str], at: str) -> tuple[list[str], list[str]]:
+    return words[: words.index(at)], words[words.index(at) + 1 :]
+
+
+def _check_build(arguments: list[str]) -> None:
+    dockerfile = (ROOT / arguments[arguments.index("--file") + 1]).read_text()
+    for name in (arguments[at + 1] for at, word in enumerate(arguments) if word == "--build-arg"):
+        assert re.search(rf"^ARG {name.partition('=')[0]}\b", dockerfile, re.MULTILINE), f"there is no argument {name}"
 
 
 def _check_extras(what: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from objdrive.errors import ObjdriveError
 
-EMBEDDED = Path(__file__).parents[1] / "bases"
+
+def _embedded() -> Path:
+    # `ray job submit` sends this code without the bases (.rayignore): they are then in the installed package.
+    beside = Path(__file__).parents[1] / "bases"
+    places = [beside, *(Path(entry) / "objdrive" / "bases" for entry in sys.path)]
+    return next((place for place in places if place.is_dir()), beside)
+
+
+EMBEDDED = _embedded()
+"""The folder of the bases that come with the package."""
 
 PARTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler", "image_encoder", "text_projection")
 """Folders of a snapshot that a base is loaded from."""
@@ -90,13 +100,13 @@ def _locate(name: str, patterns: list[str]) -> Path:
         return EMBEDDED / name
     if Path(name).is_dir():
         return Path(name)
-    embedded = ", ".join(sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir()))
+    embedded = ", ".join(sorted(p.parent.name for p in EMBEDDED.glob("*/model_index.json")))
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=_HUB_IGNORE))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ObjdriveError(
-            f"no base {name!r}: it is not embedded ({embedded}), not a folder, and no hub id that can be downloaded: "
-            f"{error}"
+            f"no base {name!r}: it is not embedded ({embedded or 'objdrive is not installed here, so no base is'}), "
+            f"not a folder, and no hub id that can be downloaded: {error}"
         ) from error
 
 

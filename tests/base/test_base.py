@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel
 
+from objdrive.base import files
 from objdrive.base.files import EMBEDDED, find_base
 from objdrive.base.prompts import TOKEN_MARK
 from objdrive.base.stable_diffusion import Base
@@ -134,6 +135,11 @@ class TestRefusals:
     def test_of_a_name_that_is_nothing(self):
         with pytest.raises(ObjdriveError, match=r"no base 'nobody/nothing': it is not embedded \(.*tiny64"):
             find_base("nobody/nothing")
+
+    def test_of_an_embedded_base_where_only_the_code_is(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(files, "EMBEDDED", tmp_path / "bases")
+        with pytest.raises(ObjdriveError, match=r"no base 'tiny64': .*objdrive is not installed here"):
+            find_base("tiny64")
 
     @pytest.mark.parametrize("name", ["no such thing", "/nowhere/at/all", "a/b/c"])
     def test_of_what_is_no_hub_id_either(self, name):
