@@ -16,7 +16,9 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 
 
 MEASURED = {
-    "http_requests": Metric("counter", "requests", "HTTP requests by outcome.", ("route", "status")),
+    "http_requests": Metric(
+        "counter", "requests", "HTTP requests by outcome: ok, or an error's code.", ("route", "status", "outcome")
+    ),
     "http_request_seconds": Metric("histogram", "seconds", "Until a request's answer was complete.", ("route",)),
     "pictures": Metric("counter", "drawings", "Drawings by outcome: ok, or an error's code.", ("outcome",)),
     "picture_seconds": Metric("histogram", "seconds", "From a drawing's request to its picture."),
