@@ -28,9 +28,10 @@ from jobs.cluster import connect
 from jobs.fanout import Workers
 from jobs.ingest import Target, source_record
 from jobs.ledger import Ledger
+from jobs.metrics import RunMetrics
 from jobs.outcomes import RowOutcome
 from jobs.plan import Unit
-from jobs.run import BatchRun
+from jobs.run import BatchRun, new_run_id
 from objdrive.adapters.adapter import Adapter, adapter_files
 from objdrive.adapters.artifact import ArtifactMetadata, BaseRef, SceneMember, Sources
 from objdrive.adapters.store import ArtifactStore
@@ -110,7 +111,8 @@ def write_manifest(folder: Path, rows: int) -> Path:
 def measure(rows: int, *, commit: bool, dry: bool) -> None:
     """One run, in this process."""
     connect()
-    with tempfile.TemporaryDirectory() as name, closing(Ledger()) as ledger:
+    metrics = RunMetrics(new_run_id())
+    with tempfile.TemporaryDirectory() as name, closing(Ledger(metrics.row)) as ledger:
         folder = Path(name)
         manifest = write_manifest(folder, rows)
         store = ArtifactStore(f"{folder}/store")
@@ -121,6 +123,7 @@ def measure(rows: int, *, commit: bool, dry: bool) -> None:
             make,
             Workers(2, 2),
             ledger,
+            metrics,
             prompt_fault=lambda class_names: "",
             limit=None,
             previews=0,

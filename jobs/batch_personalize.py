@@ -16,9 +16,10 @@ from jobs.fanout import Workers
 from jobs.ingest import Target
 from jobs.interrupts import Interrupted, interruptible
 from jobs.ledger import REJECTS_FILE, Ledger
+from jobs.metrics import RunMetrics
 from jobs.progress import Standing
 from jobs.prompt_lengths import PromptLengths
-from jobs.run import BatchRun
+from jobs.run import BatchRun, new_run_id
 from jobs.settings import FineTuneSettings
 from jobs.worker import make_fine_tune
 from objdrive.adapters.store import RESULTS_FILE, ArtifactStore
@@ -108,13 +109,15 @@ def _run(arguments: argparse.Namespace) -> int:
     workers = choose_workers(arguments.workers, arguments.gpus_per_worker)
     started = time.monotonic()
     interrupted: Interrupted | None = None
-    with closing(Ledger()) as ledger:
+    metrics = RunMetrics(new_run_id())
+    with closing(Ledger(metrics.row)) as ledger:
         run = BatchRun(
             manifest_pieces,
             target,
             partial(make_fine_tune, _settings(arguments, recipe, target, workers)),
             workers,
             ledger,
+            metrics,
             prompt_fault=PromptLengths(base, recipe).fault,
             limit=arguments.limit,
             previews=arguments.previews,

@@ -7,7 +7,8 @@ a dead rank is replaced alone, and tasks are leased.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from jobs.leases import Alive, Collected, InWork, LeaseLostError, Lost, Task
+from jobs.leases import Alive, Collected, Event, InWork, LeaseLostError, Lost, Task
 from jobs.queue_actor import QueueActor
 from objdrive.errors import ObjdriveError
 
@@ -101,6 +102,7 @@ def fan_out(
     workers: Workers,
     on_outcome: Callable[[Task, Any], None],
     on_progress: Callable[[Sequence[Leased]], None] = lambda leased: None,
+    on_events: Callable[[Mapping[Event, int]], None] = lambda events: None,
     storage: tuple[FileSystem, str],
     stall_seconds: float,
     window: int,
@@ -113,6 +115,7 @@ def fan_out(
         workers: how many, with what.
         on_outcome: called in the driver for each task, with what `Work` returned or `Lost`.
         on_progress: called in the driver again and again with what is in work.
+        on_events: called in the driver with how often what has happened since it was called before.
         storage: filesystem and path that all nodes share, where Ray Train keeps the state of its run.
         stall_seconds: a worker that shows no progress for so long is killed and its tasks are leased anew.
         window: most tasks that are out at any time.
@@ -122,7 +125,7 @@ def fan_out(
     """
     actor: Any = QueueActor
     queue: ActorHandle[Any] = actor.remote(workers=workers.least, stall_seconds=stall_seconds)
-    pump = _Pump(queue, iter(tasks), on_outcome, on_progress, window)
+    pump = _Pump(queue, iter(tasks), on_outcome, on_progress, on_events, window)
     filesystem, path = storage
     trainer = _FanoutTrainer(
         _worker_loop,
@@ -176,12 +179,16 @@ class _Pump:
         tasks: Iterator[Task],
         on_outcome: Callable[[Task, Any], None],
         on_progress: Callable[[Sequence[Leased]], None],
+        on_events: Callable[[Mapping[Event, int]], None],
         window: int,
     ) -> None:
         self._queue = queue
         self._tasks = tasks
         self._on_outcome = on_outcome
         self._on_progress = on_progress
+        self._on_events = on_events
+        self._counted_of = ""
+        self._counted: Counter[Event] = Counter()
         self._room = threading.Semaphore(window)
         self._lock = threading.Lock()
         self._out: dict[str, Task] = {}
@@ -255,6 +262,8 @@ class _Pump:
                     self._on_outcome(task, outcome if isinstance(outcome, Lost) else cloudpickle.loads(outcome))
                     self._room.release()
             self._on_progress(self._leased(collected.in_work))
+            if events := self._news(collected):
+                self._on_events(events)
             if collected.incarnation != incarnation or self._fed != last_offered:
                 # Looked at before the tasks: once it is set, none comes to them any more.
                 last_offered = self._fed
@@ -262,6 +271,15 @@ class _Pump:
             if last:
                 return
             self._stopping.wait(_POLL_SECONDS)
+
+    def _news(self, collected: Collected) -> Counter[Event]:
+        """What has happened since the last poll; every incarnation of the queue counts from zero."""
+        if collected.incarnation == self._counted_of:
+            news = collected.events - self._counted
+        else:
+            news = collected.events + (Counter({"queue_died": 1}) if self._counted_of else Counter())
+        self._counted_of, self._counted = collected.incarnation, collected.events
+        return news
 
     def _leased(self, in_work: Sequence[InWork]) -> list[Leased]:
         with self._lock:

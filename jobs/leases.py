@@ -4,13 +4,24 @@ import math
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 MAX_ATTEMPTS = 3
 """A task that has taken this many workers down with it is given up."""
 MAX_STARTS = 3
 """A rank whose processes could not start this many times in a row is given up."""
+Event = Literal[
+    "leased",
+    "leased_again",
+    "finished",
+    "worker_died",
+    "worker_silent",
+    "work_failed",
+    "worker_not_started",
+    "queue_died",
+]
+"""What befalls leases, workers and the queue. A lease of a task that a worker had lost before is `leased_again`."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +83,13 @@ class InWork:
 
 @dataclass(frozen=True)
 class Collected:
-    """What the driver learns at each poll: outcomes, what is in work, and which incarnation of the queue answers."""
+    """What the driver learns at each poll: outcomes, what is in work, and what this incarnation has seen."""
 
     incarnation: str
     outcomes: dict[str, Any]
     in_work: tuple[InWork, ...] = ()
     broken: tuple[str, ...] = ()
+    events: Counter[Event] = field(default_factory=Counter)
 
 
 class LeaseQueue:
@@ -116,6 +128,7 @@ class LeaseQueue:
         self._holdings: dict[str, _Holding] = {}
         self._outcomes: dict[str, Any] = {}
         self._broken: list[str] = []
+        self._events: Counter[Event] = Counter()
         self._ranks: set[int] = set()
         self._failed_starts: Counter[int] = Counter()
         self._closed = False
@@ -146,12 +159,13 @@ class LeaseQueue:
         self._ranks.add(rank)
         self._failed_starts.pop(rank, None)
         for lease_id in [i for i, holding in self._holdings.items() if holding.rank == rank]:
-            self._void(lease_id, f"the worker of rank {rank} died")
+            self._void(lease_id, "worker_died", f"the worker of rank {rank} died")
         self._expire()
         if self._closed and not self._pending and not self._holdings:
             return "done"
         if self._clock() < self._lease_from or not self._pending or not (self._closed or len(self._pending) >= size):
             return "wait"
+        self._events["leased_again" if self._attempts.get(self._pending[0]) else "leased"] += 1
         keys = self._next_keys(size)
         lease = Lease(f"{self._incarnation}/{uuid.uuid4().hex}", tuple(self._tasks[key] for key in keys))
         self._holdings[lease.id] = _Holding(rank, keys, self._clock() + self._stall_seconds, process)
@@ -182,12 +196,13 @@ class LeaseQueue:
         for key in outcomes:
             self._forget(key)
         if holding:
+            self._events["finished"] += 1
             self._requeue([key for key in holding.keys if key not in outcomes])
 
     def abandon(self, lease_id: str, cause: str) -> None:
         """Take a lease back whose work failed as a whole; its tasks are tried again, each alone."""
         if lease_id in self._holdings:
-            self._void(lease_id, cause)
+            self._void(lease_id, "work_failed", cause)
 
     def report_broken(self, rank: int, message: str) -> bool:
         """A worker could not start, and takes no leases.
@@ -196,6 +211,7 @@ class LeaseQueue:
             Whether another process is worth a try in its place: not after `MAX_STARTS` in a row.
         """
         self._broken.append(message)
+        self._events["worker_not_started"] += 1
         self._failed_starts[rank] += 1
         return self._failed_starts[rank] < MAX_STARTS
 
@@ -205,7 +221,7 @@ class LeaseQueue:
             self._outcomes.pop(key, None)
         self._expire()
         in_work = tuple(InWork(one.keys, one.done, one.of) for one in self._holdings.values())
-        return Collected(self._incarnation, dict(self._outcomes), in_work, tuple(self._broken))
+        return Collected(self._incarnation, dict(self._outcomes), in_work, tuple(self._broken), self._events.copy())
 
     def _next_keys(self, size: int) -> tuple[str, ...]:
         # A task that took a worker down is leased alone, so that it can't take its neighbours down again.
@@ -228,10 +244,12 @@ class LeaseQueue:
         now = self._clock()
         for lease_id in [i for i, holding in self._holdings.items() if holding.expires < now]:
             holding = self._holdings[lease_id]
-            self._void(lease_id, f"the worker of rank {holding.rank} was silent for {self._stall_seconds:g} s")
+            cause = f"the worker of rank {holding.rank} was silent for {self._stall_seconds:g} s"
+            self._void(lease_id, "worker_silent", cause)
             self._kill(holding.process)
 
-    def _void(self, lease_id: str, cause: str) -> None:
+    def _void(self, lease_id: str, event: Event, cause: str) -> None:
+        self._events[event] += 1
         back = []
         for key in self._holdings.pop(lease_id).keys:
             self._attempts[key] = self._attempts.get(key, 0) + 1

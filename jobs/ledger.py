@@ -4,7 +4,7 @@ import json
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -29,9 +29,13 @@ class Ledger:
     """Counts and keeps one line per row: in the results if it is in the store, else in the rejects.
 
     Lines are spooled to a temporary folder, so memory does not grow with the manifest. Safe for use from threads.
+
+    Args:
+        on_row: called for every row with its status and, if it is not in the store, the reason's code.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_row: Callable[[str, str], None] = lambda status, reason: None) -> None:
+        self._on_row = on_row
         self._folder = tempfile.TemporaryDirectory(prefix="objdrive-ledger-")
         root = Path(self._folder.name)
         self._spools = {name: (root / name).open("w+") for name in (RESULTS_FILE, REJECTS_FILE)}
@@ -87,7 +91,7 @@ class Ledger:
     def _reject(self, status: str, reject: Reject) -> None:
         with self._lock:
             self.reasons[reject.code] += 1
-        self._line(REJECTS_FILE, status, {name: getattr(reject, name) for name in _REJECT_FIELDS})
+        self._line(REJECTS_FILE, status, {name: getattr(reject, name) for name in _REJECT_FIELDS}, reject.code)
 
     def _result(self, record: Checked, status: str, outcome: RowOutcome) -> None:
         row = record.row
@@ -110,10 +114,11 @@ class Ledger:
             self.warned += bool(warning)
         self._line(RESULTS_FILE, status, fields | metadata)
 
-    def _line(self, name: str, status: str, fields: dict[str, Any]) -> None:
+    def _line(self, name: str, status: str, fields: dict[str, Any], reason: str = "") -> None:
         with self._lock:
             self.counts[status] += 1
             self._spools[name].write(json.dumps(fields) + "\n")
+        self._on_row(status, reason)
 
     def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         spool: IO[str] = self._spools[name]

@@ -1,5 +1,6 @@
 """One run over a manifest: rows become tasks, tasks become outcomes, and the ledger knows of all of them."""
 
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from jobs.fanout import Leased, Work, Workers, fan_out
 from jobs.ingest import Checked, Target, ingest
 from jobs.leases import Lost, Task
 from jobs.ledger import Ledger
+from jobs.metrics import RunMetrics
 from jobs.outcomes import fail_row
 from jobs.plan import plan
 from jobs.progress import Progress, Standing
@@ -20,6 +22,11 @@ from objdrive.adapters.store import ArtifactStore
 from objdrive.catalog.manifest import Piece
 from objdrive.catalog.rows import Reject
 from objdrive.errors import StoreError
+
+
+def new_run_id() -> str:
+    """An id that sorts by time."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
 class BatchRun:
@@ -31,6 +38,7 @@ class BatchRun:
         make_work: makes what a worker does with a lease of `jobs.plan.Unit` (see `jobs.finetune.FineTune`).
         workers: how many, with what.
         ledger: told of every row.
+        metrics: told of what is in work; they know the run's id.
         prompt_fault: see `jobs.plan.plan`.
         limit: only so many rows; None: all.
         previews: for how many of the first objects pictures are drawn.
@@ -44,13 +52,14 @@ class BatchRun:
         make_work: Callable[[], Work],
         workers: Workers,
         ledger: Ledger,
+        metrics: RunMetrics,
         *,
         prompt_fault: Callable[[Sequence[str]], str],
         limit: int | None,
         previews: int,
         stall_seconds: float,
     ) -> None:
-        self.id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+        self.id = metrics.run_id
         self.ledger = ledger
         self._pieces = pieces
         self._target = target
@@ -59,12 +68,14 @@ class BatchRun:
         self._workers = workers
         self._prompt_fault = prompt_fault
         self._limit = limit
+        self._metrics = metrics
         self._previews = previews
         self._stall_seconds = stall_seconds
         self._known = 0
         self._read = False
         self._ended = False
         self._in_work: list[tuple[int, int, int]] = []
+        self._last_outcome = 0.0
 
     def plan_only(self) -> None:
         """Check every row; count those that `work_off` would train."""
@@ -111,12 +122,14 @@ class BatchRun:
             if self._ended:
                 return
             self._known += 1
+            self._metrics.read_row()
             yield record
         self._read = True
 
     def _fan_out(self, tasks: Iterator[Task]) -> None:
         filesystem, root = fsspec.url_to_fs(self._target.store_url)
         folder = f"{root}/runs/{self.id}/train"
+        self._last_outcome = time.time()
         try:
             fan_out(
                 tasks,
@@ -124,6 +137,7 @@ class BatchRun:
                 workers=self._workers,
                 on_outcome=self._on_outcome,
                 on_progress=self._on_progress,
+                on_events=self._metrics.happened,
                 # pyarrow's stubs call every handler abstract.
                 storage=(PyFileSystem(FSSpecHandler(filesystem)), folder),  # type: ignore[abstract]
                 stall_seconds=self._stall_seconds,
@@ -135,6 +149,7 @@ class BatchRun:
 
     def _on_progress(self, leased: Sequence[Leased]) -> None:
         self._in_work = [(sum(len(task.payload.rows) for task in one.tasks), one.done, one.of) for one in leased]
+        self._metrics.working(len(leased), sum(rows for rows, _, _ in self._in_work), self._last_outcome)
 
     def _on_outcome(self, task: Task, outcome: Any) -> None:
         rows = task.payload.rows
@@ -142,6 +157,9 @@ class BatchRun:
             outcome = [fail_row(record, "worker_lost", outcome.message) for record in rows]
         for record, one in zip(rows, outcome, strict=True):
             self.ledger.outcome(record, one)
+            if "seconds" in one.metrics:
+                self._metrics.object_seconds(one.metrics["seconds"])
+        self._last_outcome = time.time()
 
     def standing(self) -> Standing:
         """How far the run is."""

@@ -1,7 +1,7 @@
 """Errors over HTTP: one JSON shape (OpenAI's), and codes that never change their meaning."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +15,8 @@ from serve.schema import ErrorDetails, ErrorResponse
 logger = logging.getLogger("objdrive.serve")
 
 RETRY_AFTER_SECONDS = 2
+OUTCOME = "objdrive.outcome"
+"""Where the scope of a request notes the code of its error."""
 STATUS = {
     "invalid_request": 400,
     "invalid_api_key": 401,
@@ -108,8 +110,9 @@ def api_error(error: Exception) -> ApiError:
     return ApiError("internal_error", "something went wrong in the server: its log says what")
 
 
-def error_response(error: ApiError) -> Response:
-    """The error as an answer."""
+def error_response(error: ApiError, scope: MutableMapping[str, Any]) -> Response:
+    """The error as an answer; the request's scope notes its code, which `serve.guard.Guard` counts."""
+    scope[OUTCOME] = error.code
     return JSONResponse(error.document.model_dump(), status_code=error.status, headers=error.headers)
 
 
@@ -122,16 +125,17 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every error of the app in that shape."""
 
-    async def refuse(_: Request, error: Exception) -> Response:
-        return error_response(api_error(error))
+    async def refuse(request: Request, error: Exception) -> Response:
+        return error_response(api_error(error), request.scope)
 
-    async def refuse_input(_: Request, error: Exception) -> Response:
+    async def refuse_input(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(_invalid(error.errors()))
+        return error_response(_invalid(error.errors()), request.scope)
 
-    async def refuse_route(_: Request, error: Exception) -> Response:
+    async def refuse_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        response = error_response(ApiError(_HTTP_CODES.get(error.status_code, "invalid_request"), str(error.detail)))
+        code = _HTTP_CODES.get(error.status_code, "invalid_request")
+        response = error_response(ApiError(code, str(error.detail)), request.scope)
         response.headers.update(error.headers or {})
         return response
 

@@ -12,13 +12,14 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from objdrive.metrics import PREFIX
 from objdrive.sampling.engine import Engine
 from objdrive.sampling.requests import DrawRequest
 from serve.drawing import BaseInfo, FinishedPicture, LocalGenerators, PartialPicture, PictureEvent, Refused
 from serve.engine import make_engine
 from serve.errors import RETRY_AFTER_SECONDS, ApiError, logger
 from serve.health import HealthCheck
-from serve.metrics import MEASURED, PREFIX, SECONDS, samples
+from serve.metrics import MEASURED, SECONDS, samples
 from serve.settings import Settings
 
 _ADVERTISED_ADAPTERS = 32

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import ApiError, api_error, error_response
+from serve.errors import OUTCOME, ApiError, api_error, error_response
 from serve.metrics import Meter
 
 MAX_BODY_BYTES = 64 * 1024
@@ -55,16 +55,18 @@ class Guard:
         try:
             refusal = self._refusal(scope)
             if refusal is not None:
-                await error_response(refusal)(scope, receive, answer)
+                await error_response(refusal, scope)(scope, receive, answer)
             else:
                 await self._app(scope, _limited(scope, receive), answer)
         except Exception as error:
             if status:
                 raise
-            await error_response(api_error(error))(scope, receive, answer)
+            await error_response(api_error(error), scope)(scope, receive, answer)
         finally:
-            # Without a status, the client went away before the answer.
-            self._count(scope, status or 499, time.monotonic() - started)
+            if not status:
+                # The client went away before the answer.
+                status, scope[OUTCOME] = 499, "cancelled"
+            self._count(scope, status, time.monotonic() - started)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         if self._drain.begun and scope["path"] not in _ALWAYS_ANSWERED:
@@ -77,7 +79,7 @@ class Guard:
     def _count(self, scope: MutableMapping[str, Any], status: int, seconds: float) -> None:
         # The route's pattern, not its path: no label per object.
         route = getattr(scope.get("route"), "path", "other")
-        self._meter.count("http_requests", route=route, status=str(status))
+        self._meter.count("http_requests", route=route, status=str(status), outcome=scope.get(OUTCOME, "ok"))
         self._meter.observe("http_request_seconds", seconds, route=route)
 
 

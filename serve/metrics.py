@@ -2,33 +2,26 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from objdrive.metrics import PREFIX, Metric
 from objdrive.sampling.histogram import HistogramSnapshot
 from objdrive.sampling.stats import EngineStats
 
-PREFIX = "objdrive_"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A metric: its kind, what it measures, and its labels."""
-
-    kind: Literal["counter", "histogram"]
-    description: str
-    labels: tuple[str, ...] = ()
-
-
 MEASURED = {
-    "http_requests": Metric("counter", "HTTP requests by outcome.", ("route", "status")),
-    "http_request_seconds": Metric("histogram", "Time until a request's answer was complete.", ("route",)),
-    "pictures": Metric("counter", "Drawings by outcome: ok, or an error's code.", ("outcome",)),
-    "picture_seconds": Metric("histogram", "Time from a drawing's request to its picture."),
+    "http_requests": Metric(
+        "counter", "requests", "HTTP requests by outcome: ok, or an error's code.", ("route", "status", "outcome")
+    ),
+    "http_request_seconds": Metric("histogram", "seconds", "Until a request's answer was complete.", ("route",)),
+    "pictures": Metric("counter", "drawings", "Drawings by outcome: ok, or an error's code.", ("outcome",)),
+    "picture_seconds": Metric("histogram", "seconds", "From a drawing's request to its picture."),
 }
 """What the API measures."""
 
@@ -81,31 +74,47 @@ class PrometheusMeter:
 
 @dataclass(frozen=True)
 class Reading:
-    """An engine's measurement: one number, one histogram, or with `label` a number for each of its values."""
+    """An engine's measurement, and how its statistics give it: a number, a histogram, or numbers by a label's value."""
 
-    name: str
-    kind: Literal["counter", "gauge", "histogram"]
-    description: str
-    value: Any
-    label: str = ""
+    metric: Metric
+    of: Callable[[EngineStats], Any]
 
 
-def readings(stats: EngineStats) -> list[Reading]:
-    """An engine's measurements, under their exported names."""
-    return [
-        Reading("engine_requests", "counter", "Requests to the engine by outcome.", stats.requests, "outcome"),
-        Reading("engine_waiting", "gauge", "Requests that wait for a place in the batch.", stats.waiting),
-        Reading("engine_running", "gauge", "Requests in the batch.", stats.running),
-        Reading("queue_seconds", "histogram", "From a request to its first step.", stats.queue_seconds),
-        Reading("batch_size", "histogram", "Requests in a step.", stats.batch_size),
-        Reading("step_seconds", "histogram", "A denoising step of a batch.", stats.step_seconds),
-        Reading("decode_seconds", "histogram", "Decoding a batch of pictures.", stats.decode_seconds),
-        Reading("swap_seconds", "histogram", "Copying an adapter into a slot.", stats.swap_seconds),
-        Reading("adapter_hits", "counter", "Needed adapters by the tier where they were.", stats.hits, "tier"),
-        Reading("adapters_resident", "gauge", "Adapters in slots of the device.", stats.resident),
-        Reading("adapters_hosted", "gauge", "Adapters in host memory.", stats.hosted),
-        Reading("adapters_hosted_bytes", "gauge", "Their size.", stats.hosted_bytes),
-    ]
+READ = {
+    "engine_requests": Reading(
+        Metric("counter", "requests", "Requests to the engine by outcome.", ("outcome",)), lambda stats: stats.requests
+    ),
+    "engine_waiting": Reading(
+        Metric("gauge", "requests", "Requests that wait for a place in the batch."), lambda stats: stats.waiting
+    ),
+    "engine_running": Reading(Metric("gauge", "requests", "Requests in the batch."), lambda stats: stats.running),
+    "queue_seconds": Reading(
+        Metric("histogram", "seconds", "From a request to its first step."), lambda stats: stats.queue_seconds
+    ),
+    "batch_size": Reading(Metric("histogram", "requests", "Requests in a step."), lambda stats: stats.batch_size),
+    "batch_limit": Reading(Metric("gauge", "requests", "Most requests in a step."), lambda stats: stats.batch_limit),
+    "step_seconds": Reading(
+        Metric("histogram", "seconds", "A denoising step of a batch."), lambda stats: stats.step_seconds
+    ),
+    "decode_seconds": Reading(
+        Metric("histogram", "seconds", "Decoding a batch of pictures."), lambda stats: stats.decode_seconds
+    ),
+    "swap_seconds": Reading(
+        Metric("histogram", "seconds", "Copying an adapter into a slot."), lambda stats: stats.swap_seconds
+    ),
+    "adapter_hits": Reading(
+        Metric("counter", "adapters", "Needed adapters by the tier where they were.", ("tier",)),
+        lambda stats: stats.hits,
+    ),
+    "adapters_resident": Reading(
+        Metric("gauge", "adapters", "Adapters in slots of the device."), lambda stats: stats.resident
+    ),
+    "adapters_hosted": Reading(Metric("gauge", "adapters", "Adapters in host memory."), lambda stats: stats.hosted),
+    "adapters_hosted_bytes": Reading(
+        Metric("gauge", "bytes", "Adapters in host memory."), lambda stats: stats.hosted_bytes
+    ),
+}
+"""What is read from an engine."""
 
 
 class _EngineCollector(Collector):
@@ -113,25 +122,29 @@ class _EngineCollector(Collector):
         self._stats = stats
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]:
-        for reading in readings(self._stats()):
-            name, labels = PREFIX + reading.name, [reading.label] if reading.label else []
-            if reading.kind == "histogram":
-                histogram = HistogramMetricFamily(name, reading.description)
-                histogram.add_metric([], _buckets(reading.value), reading.value.total)
+        stats = self._stats()
+        for name, reading in READ.items():
+            metric, value = reading.metric, reading.of(stats)
+            if metric.kind == "histogram":
+                histogram = HistogramMetricFamily(PREFIX + name, metric.description)
+                histogram.add_metric([], _buckets(value), value.total)
                 yield histogram
                 continue
-            make = CounterMetricFamily if reading.kind == "counter" else GaugeMetricFamily
-            family = make(name, reading.description, labels=labels)
-            for label, value in _labelled(reading):
-                family.add_metric([label] if label else [], value)
+            make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+            family = make(PREFIX + name, metric.description, labels=metric.labels)
+            for labels, number in _numbers(metric, value):
+                family.add_metric(list(labels.values()), number)
             yield family
 
     def describe(self) -> Iterable[Any]:
         return []
 
 
-def _labelled(reading: Reading) -> Iterable[tuple[str, float]]:
-    return reading.value.items() if reading.label else [("", reading.value)]
+def _numbers(metric: Metric, value: Any) -> Iterable[tuple[dict[str, str], float]]:
+    if not metric.labels:
+        return [({}, value)]
+    [label] = metric.labels
+    return [({label: its}, number) for its, number in value.items()]
 
 
 def _buckets(snapshot: HistogramSnapshot) -> list[tuple[str, float]]:
@@ -140,13 +153,18 @@ def _buckets(snapshot: HistogramSnapshot) -> list[tuple[str, float]]:
 
 
 def samples(stats: EngineStats) -> Iterator[tuple[str, str, dict[str, str], float]]:
-    """`readings` as single numbers (name, description, labels, value), for exporters without ready-made histograms."""
-    for reading in readings(stats):
-        if reading.kind != "histogram":
-            for label, value in _labelled(reading):
-                yield reading.name, reading.description, {reading.label: label} if label else {}, value
+    """What is `READ` as single numbers (name, description, labels, value), named as Prometheus names them.
+
+    For exporters without ready-made counters and histograms.
+    """
+    for name, reading in READ.items():
+        metric, value = reading.metric, reading.of(stats)
+        if metric.kind != "histogram":
+            suffix = "_total" if metric.kind == "counter" else ""
+            for labels, number in _numbers(metric, value):
+                yield name + suffix, metric.description, labels, number
             continue
-        for bound, count in _buckets(reading.value):
-            yield f"{reading.name}_bucket", reading.description, {"le": bound}, count
-        yield f"{reading.name}_sum", reading.description, {}, reading.value.total
-        yield f"{reading.name}_count", reading.description, {}, reading.value.count
+        for bound, count in _buckets(value):
+            yield f"{name}_bucket", metric.description, {"le": bound}, count
+        yield f"{name}_sum", metric.description, {}, value.total
+        yield f"{name}_count", metric.description, {}, value.count

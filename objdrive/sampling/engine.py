@@ -156,6 +156,7 @@ class Engine:
             running=len(self._batch),
             queue_seconds=self._queue_seconds.snapshot(),
             batch_size=self._batch_sizes.snapshot(),
+            batch_limit=self._batch_size,
             step_seconds=self._step_seconds.snapshot(),
             decode_seconds=self._decode_seconds.snapshot(),
             swap_seconds=self._residency.swap_seconds.snapshot(),

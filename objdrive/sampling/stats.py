@@ -17,6 +17,7 @@ class EngineStats:
         running: requests in the batch.
         queue_seconds: from `submit` to the first step.
         batch_size: requests in a step.
+        batch_limit: most requests in a step.
         step_seconds: a step's forward pass and update.
         decode_seconds: decoding a batch of pictures.
         swap_seconds: copying one adapter into a slot.
@@ -31,6 +32,7 @@ class EngineStats:
     running: int
     queue_seconds: HistogramSnapshot
     batch_size: HistogramSnapshot
+    batch_limit: int
     step_seconds: HistogramSnapshot
     decode_seconds: HistogramSnapshot
     swap_seconds: HistogramSnapshot

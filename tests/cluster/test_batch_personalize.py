@@ -1,9 +1,11 @@
 """The job as a user runs it: bad rows, reruns, dry runs, scenes, exit statuses."""
 
 import os
+import re
 import shutil
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import s3fs
-from conftest import CATALOG, Job, assert_whole, commits, write_manifest
+from conftest import CATALOG, Finished, Job, assert_whole, commits, write_manifest
+from monitoring import scraped
 from PIL import Image
 
 from objdrive.adapters.store import ArtifactStore
@@ -152,6 +156,40 @@ def test_every_bad_row_is_rejected_with_its_reason_and_the_good_ones_are_committ
     assert by_id["last"]["price"] == "7"
     assert "mask_size_mismatch" in done.report
     assert done.report.count("data:image/webp;base64") >= len(GOOD) * 7
+    assert_measured(done)
+
+
+def assert_measured(done: Finished) -> None:
+    """Ray's node exports what the run's tables say."""
+    run_id = re.search(r"/runs/([^/]+)/report\.html", done.output)[1]
+    exported = scraped([node["MetricsExportPort"] for node in ray.nodes()])
+
+    def values(name: str, label: str) -> Counter[str]:
+        counted: Counter[str] = Counter()
+        for labels, value in exported[f"ray_objdrive_run_{name}_total"]:
+            if labels["run"] == run_id:
+                counted[labels.get(label, "")] += int(value)
+        return counted
+
+    lines = [*done.results, *done.rejects]
+    assert values("rows_read", "").total() == len(lines)
+    assert values("rejects", "reason") == Counter(line["code"] for line in done.rejects)
+    rows = values("rows", "status")
+    assert rows["rejected"] + rows["failed"] == len(done.rejects)
+    assert {status: count for status, count in rows.items() if status not in ("rejected", "failed")} == Counter(
+        line["status"] for line in done.results
+    )
+    events = values("events", "event")
+    assert 2 <= events["leased"] == events["finished"]
+    [buckets] = [
+        value
+        for labels, value in exported["ray_objdrive_run_object_seconds_bucket"]
+        if labels["run"] == run_id and labels["le"] == "+Inf"
+    ]
+    assert buckets == rows["committed"]
+    # A run that has just ended had no lease left.
+    for gauge in ("leases", "rows_in_work"):
+        assert [value for labels, value in exported[f"ray_objdrive_run_{gauge}"] if labels["run"] == run_id] == [0]
 
 
 def test_a_rerun_over_a_committed_manifest_reads_no_image_and_trains_nothing(

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pyarrow.fs import LocalFileSystem
 
 from jobs import fanout
 from jobs.fanout import Workers, fan_out
-from jobs.leases import Lost, Task
+from jobs.leases import MAX_STARTS, Event, Lost, Task
 from objdrive.errors import ObjdriveError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
@@ -83,6 +84,7 @@ class Run:
         self.names = names
         self.fault = fault
         self.outcomes: list[tuple[str, Any]] = []
+        self.events: Counter[Event] = Counter()
         self.struck = threading.Event()
 
     def work_off(
@@ -93,6 +95,7 @@ class Run:
             make or MakeSlow(str(self.folder / "log")),
             workers=workers or Workers(2, 2),
             on_outcome=self.on_outcome,
+            on_events=self.events.update,
             storage=(LocalFileSystem(), str(self.folder / "train")),
             stall_seconds=stall,
             window=12,
@@ -134,6 +137,9 @@ def test_a_killed_worker_loses_only_its_lease(cluster: str, tmp_path: Path) -> N
     # The survivor kept its process and went on working.
     lines_after = (tmp_path / "log").read_text().splitlines()[len(lines_before) :]
     assert any(line.endswith(f" {workers[1]}") for line in lines_after)
+    assert run.events["worker_died"] == 1
+    assert run.events["leased"] + run.events["leased_again"] == run.events["finished"] + 1
+    assert run.events.keys() == {"leased", "leased_again", "finished", "worker_died"}
 
 
 def test_a_killed_queue_is_filled_again(cluster: str, tmp_path: Path) -> None:
@@ -147,6 +153,7 @@ def test_a_killed_queue_is_filled_again(cluster: str, tmp_path: Path) -> None:
     # The workers outlived the queue, and kept what they held.
     assert len(run.pids()) == 2
     assert len((tmp_path / "log").read_text().splitlines()) == len(NAMES)
+    assert run.events["queue_died"] == 1
 
 
 def test_a_worker_that_stands_still_is_replaced(cluster: str, tmp_path: Path) -> None:
@@ -160,6 +167,7 @@ def test_a_worker_that_stands_still_is_replaced(cluster: str, tmp_path: Path) ->
     run.work_off(stall=4.0)
     assert_all_done_once(run)
     assert not stopped[0].is_running() or stopped[0].status() == psutil.STATUS_ZOMBIE
+    assert run.events["worker_silent"] == 1
 
 
 def test_tasks_that_take_their_workers_down_are_given_up_alone(cluster: str, tmp_path: Path) -> None:
@@ -170,6 +178,8 @@ def test_tasks_that_take_their_workers_down_are_given_up_alone(cluster: str, tmp
     lost = {name: outcomes.pop(name) for name in ("poison", "broken")}
     assert all(isinstance(outcome, Lost) and "3 attempts" in outcome.message for outcome in lost.values())
     assert "ValueError: cannot do this" in lost["broken"].message
+    assert run.events["worker_died"] >= 2
+    assert run.events["work_failed"] >= 2
     assert outcomes == {name: f"did {name}" for name in "abcde"}
 
 
@@ -184,6 +194,7 @@ def test_workers_that_can_not_start_are_an_error_that_says_why(cluster: str, tmp
     with pytest.raises(ObjdriveError, match=r"\d+ task\(s\) were left undone.*: ValueError: no such base"):
         run.work_off(make=MakeSlow(str(tmp_path / "log"), failure="no such base"))
     assert run.outcomes == []
+    assert run.events == {"worker_not_started": 2 * MAX_STARTS}
 
 
 def test_a_source_of_tasks_that_fails_does_not_lose_those_before(cluster: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import time
@@ -18,8 +19,10 @@ from typing import Any
 
 import fsspec
 import httpx2
+import monitoring
 import numpy as np
 import pytest
+import ray
 import torch
 from conftest import Storage, ray_processes
 from PIL import Image
@@ -31,6 +34,7 @@ from objdrive.adapters.store import ArtifactStore
 from objdrive.base.stable_diffusion import Base
 from objdrive.pictures import to_pictures
 from objdrive.sampling.requests import DrawRequest
+from serve.metrics import MEASURED, READ
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
@@ -304,6 +308,28 @@ def test_too_many_requests_are_refused_and_the_others_drawn(application: Applica
     before = [sum(asked < other <= done for _, other in waits) for asked, done in waits]
     assert max(before) <= 2 * ADMITTED, sorted(before)
     assert application.ask().status_code == 200
+
+
+def test_ray_exports_what_dashboards_and_alerts_are_made_of(application: Application) -> None:
+    assert application.ask().status_code == 200
+    assert code(application.ask(model="mug-99")) == "unknown_object"
+    servers = {**MEASURED, **{name: reading.metric for name, reading in READ.items()}}
+    wanted = {series for name, metric in servers.items() for series in monitoring.series_of(name, metric)}
+    # Those of GPUs and of the autoscaler aside, which are not here.
+    wanted |= {name for name in monitoring.RAY_METRICS if not re.match("autoscaler_|ray_node_g", name)}
+    deadline = time.monotonic() + PATIENCE
+    while missing := wanted - (exported := monitoring.scraped([ray.nodes()[0]["MetricsExportPort"]])).keys():
+        assert time.monotonic() < deadline, missing
+        time.sleep(1.0)
+    known = monitoring.known_series()
+    for name in wanted:
+        for labels, _ in exported[name]:
+            assert known[name] - monitoring.RAY_LABELS - {"le"} <= labels.keys(), name
+    outcomes = {labels["outcome"] for labels, _ in exported["ray_objdrive_http_requests_total"]}
+    assert outcomes >= {"ok", "unknown_object"}
+    assert {value for _, value in exported["ray_objdrive_batch_limit"]} == {BATCH}
+    healthy = exported["ray_serve_deployment_replica_healthy"]
+    assert {labels["deployment"] for labels, value in healthy if value == 1} == {"Api", "Generator"}
 
 
 def test_what_is_being_drawn_is_finished_before_the_end(application: Application) -> None:

@@ -291,6 +291,20 @@ def test_what_is_in_work_is_told_with_its_steps(make_queue):
     assert [(one.keys, one.done, one.of) for one in queue.collect([]).in_work] == [(("a",), 3, 9)]
 
 
+def test_what_befalls_leases_is_counted(make_queue, clock):
+    queue = make_queue("abcde", workers=5)
+    finish(queue, queue.lease(0, 1))
+    queue.lease(0, 1)  # dies with b
+    assert names(queue.lease(0, 1)) == "b"
+    failed = queue.lease(1, 1)
+    for _ in range(2):
+        queue.abandon(failed.id, "ValueError: bad c")
+    queue.report_broken(2, "no such base")
+    clock.now += STALL + 1  # b's second worker is silent
+    expected = {"leased": 3, "leased_again": 1, "finished": 1, "worker_died": 1, "work_failed": 1, "worker_silent": 1}
+    assert queue.collect([]).events == expected | {"worker_not_started": 1}
+
+
 # A new incarnation after the queue's death
 
 

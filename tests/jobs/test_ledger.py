@@ -3,6 +3,7 @@
 import sys
 import threading
 import tracemalloc
+from contextlib import closing
 from dataclasses import replace
 
 import pyarrow as pa
@@ -46,6 +47,20 @@ def tables(ledger, store):
     """(results, rejects) as a reader of the store finds them."""
     ledger.write(store, RUN)
     return [pq.read_table(store.run_path(RUN, name)) for name in (RESULTS_FILE, REJECTS_FILE)]
+
+
+def test_every_row_is_told_of_with_its_status_and_the_reason_if_it_is_lost():
+    told = []
+    with closing(Ledger(lambda status, reason: told.append((status, reason)))) as ledger:
+        ledger.outcome(checked("new"), RowOutcome("committed", DIGEST, metrics=METRICS))
+        ledger.committed_before(checked("old", digest=DIGEST))
+        ledger.repeated(checked("new"))
+        ledger.reject(reject())
+        # A free column named as one of the rejects' is no reason.
+        ledger.outcome(checked("free", code="sale"), RowOutcome("committed", DIGEST, metrics=METRICS))
+        ledger.outcome(checked("broke"), RowOutcome("failed", code="diverged", message="the loss is not finite"))
+    ok = [("committed", ""), ("already", ""), ("repeated", "")]
+    assert told == [*ok, ("rejected", "mask_empty"), ("committed", ""), ("failed", "diverged")]
 
 
 def test_results_and_rejects_are_all_rows(ledger, store):

@@ -13,6 +13,7 @@ import jobs.run
 from jobs.fanout import Workers
 from jobs.ingest import Checked, Target
 from jobs.ledger import Ledger
+from jobs.metrics import RunMetrics
 from jobs.run import BatchRun
 from objdrive.adapters.store import ArtifactStore
 from objdrive.catalog.rows import Reject, Row
@@ -53,7 +54,16 @@ def rows(monkeypatch):
 def batch_run(store, ledger):
     target = Target(store.url, "r" * 32, AnyBase.fingerprint)
     return BatchRun(
-        [], target, None, Workers(1, 1), ledger, prompt_fault=lambda names: "", limit=None, previews=0, stall_seconds=60
+        [],
+        target,
+        None,
+        Workers(1, 1),
+        ledger,
+        RunMetrics("run"),
+        prompt_fault=lambda names: "",
+        limit=None,
+        previews=0,
+        stall_seconds=60,
     )
 
 

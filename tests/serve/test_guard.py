@@ -45,4 +45,5 @@ def test_what_breaks_is_counted_as_broken(open_server, monkeypatch):
     assert error(answer, 500) == "internal_error"
     assert "the index is gone" not in answer.text
     assert answer.headers["x-content-type-options"] == "nosniff"
-    assert 'objdrive_http_requests_total{route="/objects",status="500"} 1.0' in client.get("/metrics").text
+    counted = 'objdrive_http_requests_total{outcome="internal_error",route="/objects",status="500"} 1.0'
+    assert counted in client.get("/metrics").text
