@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 
 from jobs.cluster import connect
-from jobs.fanout import Workers
 from jobs.ingest import Target, source_record
 from jobs.ledger import Ledger
 from jobs.outcomes import RowOutcome
 from jobs.plan import Unit
+from jobs.room import WorkersRequest
 from jobs.run import BatchRun
 from objdrive.adapters.adapter import Adapter, adapter_files
 from objdrive.adapters.artifact import ArtifactMetadata, BaseRef, SceneMember, Sources
@@ -119,7 +119,7 @@ def measure(rows: int, *, commit: bool, dry: bool) -> None:
             pieces(str(manifest)),
             Target(store.url, _DIGEST, _DIGEST),
             make,
-            Workers(2, 2),
+            WorkersRequest(2, 2),
             ledger,
             prompt_fault=lambda class_names: "",
             limit=None,

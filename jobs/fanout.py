@@ -16,12 +16,12 @@ from pyarrow.fs import FileSystem
 from ray import cloudpickle
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
-from ray.train.backend import Backend
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.torch import TorchTrainer
 
 from jobs.leases import Alive, Collected, InWork, LeaseLostError, Lost, Task
 from jobs.queue_actor import QueueActor
+from jobs.ray_private import PerWorkerConfig, PerWorkerTrainer
+from jobs.room import Workers
 from objdrive.errors import ObjdriveError
 
 _POLL_SECONDS = 0.2
@@ -47,51 +47,6 @@ class Leased:
     tasks: tuple[Task, ...]
     done: int
     of: int
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How many Ray Train workers, from `least` to `most`, and what each takes of the cluster."""
-
-    least: int
-    most: int
-    gpus: float = 0.0
-
-    def scaling(self) -> ScalingConfig:
-        """As Ray Train wants it."""
-        # A tenth of each core is left for reading rows: Ray Data would wait for ever on a full cluster.
-        resources = {"CPU": 0.9, **({"GPU": self.gpus} if self.gpus else {})}
-        count: Any = self.least if self.least == self.most else (self.least, self.most)
-        return ScalingConfig(num_workers=count, use_gpu=self.gpus > 0, resources_per_worker=resources)
-
-
-class PerWorkerBackend(Backend):
-    """Replaces a dead rank alone; no process group joins the workers."""
-
-    has_replica_groups = True
-
-
-class FanoutConfig(TorchConfig):
-    """TorchTrainer without torch.distributed."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        """The backend above."""
-        return PerWorkerBackend
-
-
-class _FanoutTrainer(TorchTrainer):
-    """TorchTrainer without Ray Train's cleaner of placement groups.
-
-    The cleaner takes "the latest cluster of this host" for its own one. Next to another cluster it therefore ends a
-    sound run, or holds the end of a run up for 12 s. What it is for, a controller that dies alone, ends the driver's
-    job here, and with the job its placement groups.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        # Ray Train v2 makes TorchTrainer another class than the one that type checkers see.
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-        return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
 
 
 def fan_out(
@@ -124,11 +79,11 @@ def fan_out(
     queue: ActorHandle[Any] = actor.remote(workers=workers.least, stall_seconds=stall_seconds)
     pump = _Pump(queue, iter(tasks), on_outcome, on_progress, window)
     filesystem, path = storage
-    trainer = _FanoutTrainer(
+    trainer = PerWorkerTrainer(
         _worker_loop,
         train_loop_config={"queue": queue, "make_work": make_work, "window": window},
-        torch_config=FanoutConfig(),
-        scaling_config=workers.scaling(),
+        torch_config=PerWorkerConfig(),
+        scaling_config=_scaling(workers),
         run_config=RunConfig(
             name="train",
             storage_filesystem=filesystem,
@@ -148,6 +103,11 @@ def fan_out(
         cause = "; ".join(sorted(set(pump.broken))) or failure or "all the workers left"
         unread = "" if pump.fed else ", and others had not been read yet"
         raise ObjdriveError(f"{pump.unfinished} task(s) were left undone{unread}: {cause}")
+
+
+def _scaling(workers: Workers) -> ScalingConfig:
+    count: Any = workers.least if workers.least == workers.most else (workers.least, workers.most)
+    return ScalingConfig(num_workers=count, use_gpu=workers.gpus > 0, resources_per_worker=workers.share())
 
 
 def _fit(trainer: TorchTrainer) -> BaseException | None:

@@ -60,10 +60,11 @@ class Checked:
     outdated: bool = False
 
 
-def ingest(pieces: list[Piece], target: Target) -> Iterator[Checked | Reject]:
+def ingest(pieces: list[Piece], target: Target, *, cores: int) -> Iterator[Checked | Reject]:
     """Stream a manifest's rows, in order: usable ones as `Checked`, the others as `Reject`.
 
-    Every failure is caught row by row, because Ray Data can only drop whole blocks.
+    Every failure is caught row by row, because Ray Data can only drop whole blocks. At most `cores` tasks check rows
+    at a time.
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -72,8 +73,7 @@ def ingest(pieces: list[Piece], target: Target) -> Iterator[Checked | Reject]:
     context.target_max_block_size = _BLOCK_BYTES
     # Tasks take a small share of a core in Ray's books, because workers hold the rest; without a bound, an idle
     # cluster would start ten processes on each core.
-    checkers = max(1, int(ray.cluster_resources()["CPU"]))
-    readers = max(1, checkers // 4)
+    readers = max(1, cores // 4)
     items = [{"piece": json.dumps(asdict(piece))} for piece in pieces]
     rows = ray.data.from_items(items, override_num_blocks=len(items))
     checked = (
@@ -86,7 +86,7 @@ def ingest(pieces: list[Piece], target: Target) -> Iterator[Checked | Reject]:
             batch_size=None,
             fn_kwargs={"target": target},
             num_cpus=_CPUS_PER_TASK,
-            compute=TaskPoolStrategy(size=checkers),
+            compute=TaskPoolStrategy(size=cores),
         )
     )
     batches = checked.iter_batches(batch_size=None)

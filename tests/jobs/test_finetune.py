@@ -41,7 +41,7 @@ class Workshop:
         self.store = ArtifactStore(store_url)
         recipe = make_recipe("objdrive", overrides=[*FAST, *overrides])
         self.target = Target(self.store.url, recipe.digest, fingerprint)
-        self.settings = FineTuneSettings("tiny64", None, recipe, self.target, group_size=None, threads=1)
+        self.settings = FineTuneSettings("tiny64", None, recipe, self.target, group_size=None, cpu_threads=1)
         self.fine_tune = FineTune(self.settings)
         shutil.copytree(CATALOG, folder, dirs_exist_ok=True)
         self.rows = {row.object_id: row for row in read_manifest(str(folder / "manifest.csv"))}
