@@ -5,6 +5,7 @@ shards drop rows, report is a barrier), so the workers share nothing but the que
 a dead rank is replaced alone, and tasks are leased.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,13 +21,14 @@ from ray.train.torch import TorchTrainer
 
 from jobs.leases import Alive, Collected, InWork, LeaseLostError, Lost, Task
 from jobs.queue_actor import QueueActor
-from jobs.ray_private import PerWorkerConfig, PerWorkerTrainer
+from jobs.ray_private.train import PerWorkerConfig, PerWorkerTrainer
 from jobs.room import Workers
 from objdrive.errors import ObjdriveError
 
 _POLL_SECONDS = 0.2
 _BEAT_SECONDS = 1.0
 _FEEDER_SECONDS = 1.0
+_LAST_SECONDS = 10.0
 _PAUSES_SECONDS = (1.0, 4.0)
 """Between tries of making a worker's work: storage may be away for a moment."""
 
@@ -62,6 +64,9 @@ def fan_out(
 ) -> None:
     """Work off a stream of tasks, each exactly once as seen by `on_outcome`, whatever dies meanwhile.
 
+    If Ray Train waits for a node in place of a lost one when all is done, it is left to itself. It ends with the
+    driver.
+
     Args:
         tasks: read lazily, at most `window` ahead of the outcomes.
         make_work: makes a worker's `Work`; sent to the workers, so it must be picklable.
@@ -93,7 +98,7 @@ def fan_out(
     )
     pump.start()
     try:
-        failure = _fit(trainer)
+        failure = _fit(trainer, pump)
     finally:
         pump.stop()
         ray.kill(queue)
@@ -110,8 +115,8 @@ def _scaling(workers: Workers) -> ScalingConfig:
     return ScalingConfig(num_workers=count, use_gpu=workers.gpus > 0, resources_per_worker=workers.share())
 
 
-def _fit(trainer: TorchTrainer) -> BaseException | None:
-    """Run the trainer to its end; why it failed, if it did."""
+def _fit(trainer: TorchTrainer, pump: "_Pump") -> BaseException | None:
+    """Run the trainer to its end, or to a while after the end of the work; why it failed, if it did."""
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -123,7 +128,8 @@ def _fit(trainer: TorchTrainer) -> BaseException | None:
     # In the main thread, Ray Train would take Ctrl-C for itself, and end the process with 0.
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    thread.join()
+    while thread.is_alive() and time.monotonic() - pump.done_since < _LAST_SECONDS:
+        thread.join(_BEAT_SECONDS)
     return failures[0] if failures else None
 
 
@@ -149,6 +155,8 @@ class _Pump:
         self._fed = False
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._feed, self._collect)]
+        self.done_since = math.inf
+        """When all tasks had been read and done, on the monotonic clock."""
         self.failure: BaseException | None = None
         self.broken: tuple[str, ...] = ()
 
@@ -215,6 +223,8 @@ class _Pump:
                     self._on_outcome(task, outcome if isinstance(outcome, Lost) else cloudpickle.loads(outcome))
                     self._room.release()
             self._on_progress(self._leased(collected.in_work))
+            if self._fed and not self._out:
+                self.done_since = min(self.done_since, time.monotonic())
             if collected.incarnation != incarnation or self._fed != last_offered:
                 # Looked at before the tasks: once it is set, none comes to them any more.
                 last_offered = self._fed

@@ -1,6 +1,6 @@
 """What we use of Ray beyond its public interface is there, and means what we take it for.
 
-A failure here says what a new version of Ray has changed; `jobs/ray_private.py` is where to mend it.
+A failure here says what a new version of Ray has changed; `jobs/ray_private` is where to mend it.
 """
 
 import importlib
@@ -10,9 +10,11 @@ from importlib.metadata import requires
 import pytest
 import ray
 from packaging.requirements import Requirement
+from ray.exceptions import RayActorError
 from ray.train import RunConfig, ScalingConfig
 
-from jobs.ray_private import CHECKED_VERSION, PerWorkerBackend, PerWorkerConfig, PerWorkerTrainer, check_ray
+from jobs.ray_private import CHECKED_VERSION, check_ray, was_no_fault
+from jobs.ray_private.train import PerWorkerBackend, PerWorkerConfig, PerWorkerTrainer
 from objdrive.errors import ObjdriveError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
@@ -83,6 +85,18 @@ def test_the_cleaner_of_placement_groups_is_left_out_and_nothing_else(tmp_path):
     stock = callbacks(PerWorkerTrainer.__base__)
     assert cleaner in stock, f"Ray {ray.__version__} has no such cleaner any more: PerWorkerTrainer may go"
     assert callbacks(PerWorkerTrainer) == [one for one in stock if one is not cleaner]
+
+
+@pytest.mark.parametrize(
+    ("words", "no_fault"),
+    [
+        ("The actor died because its node has died. Node Id: 1234", True),
+        ("The actor is dead because it was killed by `ray.kill`.", True),
+        ("The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR", False),
+    ],
+)
+def test_the_end_of_a_node_is_told_from_that_of_a_process(words, no_fault):
+    assert was_no_fault(RayActorError(error_msg=words)) is no_fault
 
 
 def test_an_autoscaler_tells_the_kinds_of_its_nodes():
