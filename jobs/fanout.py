@@ -18,6 +18,7 @@ from ray import cloudpickle
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.leases import Alive, Collected, InWork, LeaseLostError, Lost, Task
 from jobs.queue_actor import QueueActor
@@ -80,7 +81,9 @@ def fan_out(
     Raises:
         ObjdriveError: no worker could start, or Ray Train gave up before all tasks were read and done.
     """
-    actor: Any = QueueActor
+    # Beside the driver, without which the run is over anyway: the loss of another node does not stop the queue.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = QueueActor.options(scheduling_strategy=here)
     queue: ActorHandle[Any] = actor.remote(workers=workers.least, stall_seconds=stall_seconds)
     pump = _Pump(queue, iter(tasks), on_outcome, on_progress, window)
     filesystem, path = storage
