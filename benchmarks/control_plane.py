@@ -25,12 +25,12 @@ import torch
 from PIL import Image
 
 from jobs.cluster import connect
-from jobs.fanout import Workers
 from jobs.ingest import Target, source_record
 from jobs.ledger import Ledger
 from jobs.metrics import RunMetrics
 from jobs.outcomes import RowOutcome
 from jobs.plan import Unit
+from jobs.room import WorkersRequest
 from jobs.run import BatchRun, new_run_id
 from objdrive.adapters.adapter import Adapter, adapter_files
 from objdrive.adapters.artifact import ArtifactMetadata, BaseRef, SceneMember, Sources
@@ -121,7 +121,7 @@ def measure(rows: int, *, commit: bool, dry: bool) -> None:
             pieces(str(manifest)),
             Target(store.url, _DIGEST, _DIGEST),
             make,
-            Workers(2, 2),
+            WorkersRequest(2, 2),
             ledger,
             metrics,
             prompt_fault=lambda class_names: "",

@@ -16,10 +16,11 @@ from typing import Any
 from pyarrow.fs import LocalFileSystem
 
 from jobs.cluster import connect
-from jobs.fanout import Workers, fan_out
+from jobs.fanout import fan_out
 from jobs.ingest import Checked, Target, ingest
 from jobs.leases import Task
 from jobs.plan import Unit
+from jobs.room import Workers
 from jobs.settings import FineTuneSettings
 from jobs.worker import make_fine_tune
 from objdrive.base.files import find_base
@@ -83,8 +84,8 @@ def main() -> None:
         for workers, found in speeds.items():
             with tempfile.TemporaryDirectory() as folder:
                 target = Target(f"{folder}/store", recipe.digest, base.fingerprint())
-                settings = FineTuneSettings("tiny64", None, recipe, target, group_size=8, threads=1)
-                records = [r for r in ingest(pieces(str(CATALOG)), target) if isinstance(r, Checked)]
+                settings = FineTuneSettings("tiny64", None, recipe, target, group_size=8, cpu_threads=1)
+                records = [r for r in ingest(pieces(str(CATALOG)), target, cores=2) if isinstance(r, Checked)]
                 single = [record for record in records if not record.row.scene][:16]
                 found.append(objects_per_second(single, settings, workers, f"{folder}/train"))
                 print(f"{workers} worker(s): {found[-1]:.3f} objects per second", flush=True)

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 
-from jobs.cluster import choose_workers, connect
+from jobs.cluster import connect
 from jobs.command import absolute, add_base_options, number, positive
-from jobs.fanout import Workers
 from jobs.ingest import Target
 from jobs.interrupts import Interrupted, interruptible
 from jobs.ledger import REJECTS_FILE, Ledger
 from jobs.metrics import RunMetrics
 from jobs.progress import Standing
 from jobs.prompt_lengths import PromptLengths
+from jobs.room import WorkersRequest
 from jobs.run import BatchRun, new_run_id
 from jobs.settings import FineTuneSettings
 from jobs.worker import make_fine_tune
@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", metavar="MIN[:MAX]", help="Ray Train workers (default: one per GPU, else per core)"
     )
-    parser.add_argument("--gpus-per-worker", type=number, metavar="G", help="(default: 1 if the cluster has any)")
+    parser.add_argument("--gpus-per-worker", type=number, metavar="G",
+                        help="wait for a cluster that has them (default: 1 if the cluster has any)")  # fmt: skip
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
     parser.add_argument("--previews", type=int, default=_REPORTED_OBJECTS, metavar="N",
                         help="draw pictures for the first N objects (%(default)s)")  # fmt: skip
@@ -101,12 +102,12 @@ def _run(arguments: argparse.Namespace) -> int:
     manifest_pieces = pieces(absolute(arguments.manifest))
     for note in (note for piece in manifest_pieces for note in piece.notes):
         print(f"note        {note}")
+    request = WorkersRequest.of(arguments.workers, arguments.gpus_per_worker)
     base = find_base(arguments.base, clip=arguments.clip)
     recipe = make_recipe(arguments.recipe, tuning=base.tuning, overrides=arguments.set)
     store = ArtifactStore(_shared(absolute(arguments.store)))
     target = Target(store.url, recipe.digest, base.fingerprint(), arguments.allow_hosts)
     connect()
-    workers = choose_workers(arguments.workers, arguments.gpus_per_worker)
     started = time.monotonic()
     interrupted: Interrupted | None = None
     metrics = RunMetrics(new_run_id())
@@ -114,8 +115,8 @@ def _run(arguments: argparse.Namespace) -> int:
         run = BatchRun(
             manifest_pieces,
             target,
-            partial(make_fine_tune, _settings(arguments, recipe, target, workers)),
-            workers,
+            partial(make_fine_tune, _settings(arguments, recipe, target)),
+            request,
             ledger,
             metrics,
             prompt_fault=PromptLengths(base, recipe).fault,
@@ -157,14 +158,14 @@ def _shared(address: str) -> str:
     return address
 
 
-def _settings(arguments: argparse.Namespace, recipe: Recipe, target: Target, workers: Workers) -> FineTuneSettings:
+def _settings(arguments: argparse.Namespace, recipe: Recipe, target: Target) -> FineTuneSettings:
     return FineTuneSettings(
         base=arguments.base,
         clip=arguments.clip,
         recipe=recipe,
         target=target,
         group_size=arguments.group_size,
-        threads=None if workers.gpus else 1,
+        cpu_threads=1,
     )
 
 

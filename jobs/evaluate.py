@@ -13,7 +13,7 @@ from pathlib import Path
 import ray
 from transformers.utils.logging import disable_progress_bar
 
-from jobs.cluster import choose_workers, connect
+from jobs.cluster import connect
 from jobs.command import absolute, absolute_model, add_base_options, exit_status, number, positive
 from jobs.evaluation.compose import PROMPTS
 from jobs.evaluation.pages import PICTURES_FILE, REPORT_FILE, SCORES_FILE, write_pages
@@ -30,6 +30,8 @@ from jobs.evaluation.pictures import (
     read_reference,
 )
 from jobs.evaluation.scoring import Scorer, by_chance, check_gallery, score
+from jobs.progress import WaitLines
+from jobs.room import WorkersRequest, find_workers
 from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.encoders import load_encoder
@@ -66,10 +68,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.steps or recipe.sample_steps,
         options.guidance_scale or recipe.guidance_scale,
     )
+    request = WorkersRequest.of(str(options.workers) if options.workers else None, options.gpus_per_worker)
     connect()
     ray.data.DataContext.get_current().enable_progress_bars = False
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    workers = choose_workers(str(options.workers) if options.workers else None, options.gpus_per_worker)
+    workers = find_workers(request, WaitLines())
     pool = Pool(workers.most, workers.gpus)
     rows = plan_drawing(stores, artifacts, prompts, seeds=options.seeds, base_alone=options.base_alone)
     controls = control_pictures(references, prompts, options.gallery) if options.controls else []
@@ -160,7 +163,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--grids", type=positive, default=12, help="objects whose pictures the page shows (12)")
     parser.add_argument("--workers", type=positive, help="processes that draw and score (one per GPU, or per core)")
-    parser.add_argument("--gpus-per-worker", type=number, metavar="G", help="(default: 1 if the cluster has any)")
+    parser.add_argument(
+        "--gpus-per-worker",
+        type=number,
+        metavar="G",
+        help="wait for a cluster that has them (default: 1 if the cluster has any)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for tables, plots and page")
     return parser
 

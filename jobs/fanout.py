@@ -5,6 +5,7 @@ shards drop rows, report is a barrier), so the workers share nothing but the que
 a dead rank is replaced alone, and tasks are leased.
 """
 
+import math
 import threading
 import time
 from collections import Counter
@@ -17,17 +18,19 @@ from pyarrow.fs import FileSystem
 from ray import cloudpickle
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
-from ray.train.backend import Backend
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.leases import Alive, Collected, Event, InWork, LeaseLostError, Lost, Task
 from jobs.queue_actor import QueueActor
+from jobs.ray_private.train import PerWorkerConfig, PerWorkerTrainer
+from jobs.room import Workers
 from objdrive.errors import ObjdriveError
 
 _POLL_SECONDS = 0.2
 _BEAT_SECONDS = 1.0
 _FEEDER_SECONDS = 1.0
+_LAST_SECONDS = 10.0
 _PAUSES_SECONDS = (1.0, 4.0)
 """Between tries of making a worker's work: storage may be away for a moment."""
 
@@ -50,51 +53,6 @@ class Leased:
     of: int
 
 
-@dataclass(frozen=True)
-class Workers:
-    """How many Ray Train workers, from `least` to `most`, and what each takes of the cluster."""
-
-    least: int
-    most: int
-    gpus: float = 0.0
-
-    def scaling(self) -> ScalingConfig:
-        """As Ray Train wants it."""
-        # A tenth of each core is left for reading rows: Ray Data would wait for ever on a full cluster.
-        resources = {"CPU": 0.9, **({"GPU": self.gpus} if self.gpus else {})}
-        count: Any = self.least if self.least == self.most else (self.least, self.most)
-        return ScalingConfig(num_workers=count, use_gpu=self.gpus > 0, resources_per_worker=resources)
-
-
-class PerWorkerBackend(Backend):
-    """Replaces a dead rank alone; no process group joins the workers."""
-
-    has_replica_groups = True
-
-
-class FanoutConfig(TorchConfig):
-    """TorchTrainer without torch.distributed."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        """The backend above."""
-        return PerWorkerBackend
-
-
-class _FanoutTrainer(TorchTrainer):
-    """TorchTrainer without Ray Train's cleaner of placement groups.
-
-    The cleaner takes "the latest cluster of this host" for its own one. Next to another cluster it therefore ends a
-    sound run, or holds the end of a run up for 12 s. What it is for, a controller that dies alone, ends the driver's
-    job here, and with the job its placement groups.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        # Ray Train v2 makes TorchTrainer another class than the one that type checkers see.
-        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-        return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
-
-
 def fan_out(
     tasks: Iterable[Task],
     make_work: Callable[[], Work],
@@ -108,6 +66,9 @@ def fan_out(
     window: int,
 ) -> None:
     """Work off a stream of tasks, each exactly once as seen by `on_outcome`, whatever dies meanwhile.
+
+    If Ray Train waits for a node in place of a lost one when all is done, it is left to itself. It ends with the
+    driver.
 
     Args:
         tasks: read lazily, at most `window` ahead of the outcomes.
@@ -123,15 +84,19 @@ def fan_out(
     Raises:
         ObjdriveError: no worker could start, or Ray Train gave up before all tasks were read and done.
     """
+    # Beside the driver, without which the run is over anyway: the loss of another node does not stop the queue.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = QueueActor
-    queue: ActorHandle[Any] = actor.remote(workers=workers.least, stall_seconds=stall_seconds)
+    queue: ActorHandle[Any] = actor.options(scheduling_strategy=here).remote(
+        workers=workers.least, stall_seconds=stall_seconds
+    )
     pump = _Pump(queue, iter(tasks), on_outcome, on_progress, on_events, window)
     filesystem, path = storage
-    trainer = _FanoutTrainer(
+    trainer = PerWorkerTrainer(
         _worker_loop,
         train_loop_config={"queue": queue, "make_work": make_work, "window": window},
-        torch_config=FanoutConfig(),
-        scaling_config=workers.scaling(),
+        torch_config=PerWorkerConfig(),
+        scaling_config=_scaling(workers),
         run_config=RunConfig(
             name="train",
             storage_filesystem=filesystem,
@@ -141,7 +106,7 @@ def fan_out(
     )
     pump.start()
     try:
-        failure = _fit(trainer)
+        failure = _fit(trainer, pump)
     finally:
         pump.stop()
         ray.kill(queue)
@@ -153,8 +118,13 @@ def fan_out(
         raise ObjdriveError(f"{pump.unfinished} task(s) were left undone{unread}: {cause}")
 
 
-def _fit(trainer: TorchTrainer) -> BaseException | None:
-    """Run the trainer to its end; why it failed, if it did."""
+def _scaling(workers: Workers) -> ScalingConfig:
+    count: Any = workers.least if workers.least == workers.most else (workers.least, workers.most)
+    return ScalingConfig(num_workers=count, use_gpu=workers.gpus > 0, resources_per_worker=workers.share())
+
+
+def _fit(trainer: TorchTrainer, pump: "_Pump") -> BaseException | None:
+    """Run the trainer to its end, or to a while after the end of the work; why it failed, if it did."""
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -166,7 +136,8 @@ def _fit(trainer: TorchTrainer) -> BaseException | None:
     # In the main thread, Ray Train would take Ctrl-C for itself, and end the process with 0.
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    thread.join()
+    while thread.is_alive() and time.monotonic() - pump.done_since < _LAST_SECONDS:
+        thread.join(_BEAT_SECONDS)
     return failures[0] if failures else None
 
 
@@ -196,6 +167,8 @@ class _Pump:
         self._fed = False
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._feed, self._collect)]
+        self.done_since = math.inf
+        """When all tasks had been read and done, on the monotonic clock."""
         self.failure: BaseException | None = None
         self.broken: tuple[str, ...] = ()
 
@@ -264,6 +237,8 @@ class _Pump:
             self._on_progress(self._leased(collected.in_work))
             if events := self._news(collected):
                 self._on_events(events)
+            if self._fed and not self._out:
+                self.done_since = min(self.done_since, time.monotonic())
             if collected.incarnation != incarnation or self._fed != last_offered:
                 # Looked at before the tasks: once it is set, none comes to them any more.
                 last_offered = self._fed

@@ -149,7 +149,7 @@ class FineTune:
             digest = adapter_digest(members, **digest_inputs(self._target))
             if all(self._store.has(r.row.object_id, digest) for r in unit.rows):
                 for record in unit.rows:
-                    self._store.point(record.row.object_id, digest)
+                    self._store.point(record.row.object_id, digest, look=record.look)
                 return [RowOutcome("already", digest)] * len(unit.rows)
             if len(photos) > 1 and (pair := masks_overlap([photo.mask for photo in photos])):
                 return _fail(unit, "scene_overlap", _overlap_message(unit, *pair))
@@ -278,7 +278,8 @@ class FineTune:
             Preview(file=name, kind=kind, caption=caption)
             for name, (kind, caption, _) in zip(names, pictures, strict=True)
         ]
-        committed = self._store.commit(files, self._metadata(loaded, record, result, notes), alive=alive)
+        metadata = self._metadata(loaded, record, result, notes)
+        committed = self._store.commit(files, metadata, look=record.look, alive=alive)
         warnings = [] if self._base.knows(record.row.class_name) else [_unknown_class(record, self._base)]
         warnings += photo.warnings
         if mended:

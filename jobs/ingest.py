@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from ray.data import TaskPoolStrategy
 
 from jobs.spool import spooled
 from objdrive.adapters.artifact import ArtifactMetadata, Member, SourceRecord, adapter_digest
-from objdrive.adapters.store import ArtifactStore
+from objdrive.adapters.store import ArtifactStore, Look
 from objdrive.catalog.addresses import unsigned
 from objdrive.catalog.manifest import Piece, read_piece
 from objdrive.catalog.photos import decode_photo
@@ -49,7 +50,8 @@ class Checked:
     """A row that can be used.
 
     `digest` and `members` (object ids) name the artifact that is committed for exactly this row and target; both are
-    empty if there is none. `outdated`: the store takes another artifact for the object's current one.
+    empty if there is none. `outdated`: the store takes another artifact for the object's current one. `look`: which
+    one that was when the row was checked.
     """
 
     row: Row
@@ -58,12 +60,14 @@ class Checked:
     digest: str = ""
     members: tuple[str, ...] = ()
     outdated: bool = False
+    look: Look | None = None
 
 
-def ingest(pieces: list[Piece], target: Target) -> Iterator[Checked | Reject]:
+def ingest(pieces: list[Piece], target: Target, *, cores: int) -> Iterator[Checked | Reject]:
     """Stream a manifest's rows, in order: usable ones as `Checked`, the others as `Reject`.
 
-    Every failure is caught row by row, because Ray Data can only drop whole blocks.
+    Every failure is caught row by row, because Ray Data can only drop whole blocks. At most `cores` tasks check rows
+    at a time.
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -72,8 +76,7 @@ def ingest(pieces: list[Piece], target: Target) -> Iterator[Checked | Reject]:
     context.target_max_block_size = _BLOCK_BYTES
     # Tasks take a small share of a core in Ray's books, because workers hold the rest; without a bound, an idle
     # cluster would start ten processes on each core.
-    checkers = max(1, int(ray.cluster_resources()["CPU"]))
-    readers = max(1, checkers // 4)
+    readers = max(1, cores // 4)
     items = [{"piece": json.dumps(asdict(piece))} for piece in pieces]
     rows = ray.data.from_items(items, override_num_blocks=len(items))
     checked = (
@@ -86,7 +89,7 @@ def ingest(pieces: list[Piece], target: Target) -> Iterator[Checked | Reject]:
             batch_size=None,
             fn_kwargs={"target": target},
             num_cpus=_CPUS_PER_TASK,
-            compute=TaskPoolStrategy(size=checkers),
+            compute=TaskPoolStrategy(size=cores),
         )
     )
     batches = checked.iter_batches(batch_size=None)
@@ -121,15 +124,16 @@ def check_row(row: Row, store: ArtifactStore, target: Target) -> Checked | Rejec
     try:
         image = stat_source(row.image, role="image", hosts=target.hosts)
         mask = _stat_mask(row.mask, target.hosts)
-        current = store.current(row.object_id)
+        now, current = time.time(), store.current(row.object_id)
+        look = Look(current.digest if current else None, now)
         if current and _made_from(current, row, image, mask, target):
-            return Checked(row, image, mask, current.digest, tuple(m.object_id for m in current.members))
+            return Checked(row, image, mask, current.digest, tuple(m.object_id for m in current.members), look=look)
         member = read_photo(row, image, mask, target.hosts)[1]
         digest = adapter_digest([member], **digest_inputs(target))
         if not row.scene and store.has(row.object_id, digest):
             outdated = current is None or current.digest != digest
-            return Checked(row, image, mask, digest, (row.object_id,), outdated)
-        return Checked(row, image, mask)
+            return Checked(row, image, mask, digest, (row.object_id,), outdated, look)
+        return Checked(row, image, mask, look=look)
     except RowError as error:
         return Reject(row.object_id, row.where, error.code, f"{row.where}: {error}")
     except StoreError as error:
@@ -213,4 +217,5 @@ def _unpack_checked(fields: dict[str, Any]) -> Checked:
         digest=fields["digest"],
         members=tuple(fields["members"]),
         outdated=fields["outdated"],
+        look=Look(**fields["look"]) if fields["look"] else None,
     )

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 
 MAX_ATTEMPTS = 3
 """A task that has taken this many workers down with it is given up."""
+MAX_LOSSES = 10
+"""So is one that was lost this many times for a reason outside of it, such as the end of its worker's node."""
 MAX_STARTS = 3
 """A rank whose processes could not start this many times in a row is given up."""
 Event = Literal[
@@ -37,6 +39,14 @@ class Lost:
     """The outcome of a task that was given up because no worker lived through it."""
 
     message: str
+
+
+@dataclass(frozen=True)
+class Death:
+    """Of a worker's process: why, and whether its task may have caused it."""
+
+    cause: str
+    suspect: bool
 
 
 class LeaseLostError(Exception):
@@ -105,6 +115,7 @@ class LeaseQueue:
         clock: seconds, monotonic.
         patience: seconds at the start during which nothing is leased, so that surviving workers' beats come first.
         kill: called with the process (as given to `lease`) of a void lease that fell silent.
+        death: tells of the process of a lease whether and how it died.
     """
 
     def __init__(
@@ -115,21 +126,25 @@ class LeaseQueue:
         clock: Callable[[], float],
         patience: float = 0.0,
         kill: Callable[[Any], None] = lambda process: None,
+        death: Callable[[Any], Death | None] = lambda process: None,
     ) -> None:
         self._workers = workers
         self._stall_seconds = stall_seconds
         self._clock = clock
         self._lease_from = clock() + patience
         self._kill = kill
+        self._death = death
         self._incarnation = uuid.uuid4().hex
         self._tasks: dict[str, Task] = {}
         self._attempts: dict[str, int] = {}
+        self._losses: Counter[str] = Counter()
         self._pending: deque[str] = deque()
         self._holdings: dict[str, _Holding] = {}
         self._outcomes: dict[str, Any] = {}
         self._broken: list[str] = []
         self._events: Counter[Event] = Counter()
-        self._ranks: set[int] = set()
+        self._ranks: dict[int, Any] = {}
+        self._replaced: set[Any] = set()
         self._failed_starts: Counter[int] = Counter()
         self._closed = False
 
@@ -155,9 +170,17 @@ class LeaseQueue:
         return self._incarnation
 
     def lease(self, rank: int, size: int, process: Any = None) -> Lease | Literal["wait", "done"]:
-        """Lease up to `size` tasks to a rank; whatever it held before is void: it died, or it would not ask."""
-        self._ranks.add(rank)
+        """Lease up to `size` tasks to a rank; whatever it held before is void: it died, or it would not ask.
+
+        A process that another one has replaced, such as one on a node that was cut off, is told that all is done.
+        """
+        if process is not None and process in self._replaced:
+            return "done"
+        if self._ranks.get(rank) not in (None, process):
+            self._replaced.add(self._ranks[rank])
+        self._ranks[rank] = process
         self._failed_starts.pop(rank, None)
+        self._bury()
         for lease_id in [i for i, holding in self._holdings.items() if holding.rank == rank]:
             self._void(lease_id, "worker_died", f"the worker of rank {rank} died")
         self._expire()
@@ -219,6 +242,7 @@ class LeaseQueue:
         """Outcomes that the driver hasn't received yet; those named as received are forgotten."""
         for key in received:
             self._outcomes.pop(key, None)
+        self._bury()
         self._expire()
         in_work = tuple(InWork(one.keys, one.done, one.of) for one in self._holdings.values())
         return Collected(self._incarnation, dict(self._outcomes), in_work, tuple(self._broken), self._events.copy())
@@ -240,6 +264,17 @@ class LeaseQueue:
         held = {key for holding in self._holdings.values() for key in holding.keys}
         return not any(key in held or key in self._outcomes or self._attempts.get(key) for key in keys)
 
+    def _bury(self) -> None:
+        # A rank whose node is gone may not ask anew before the run's end: its lease is not to wait for that.
+        for lease_id, holding in list(self._holdings.items()):
+            if death := self._death(holding.process):
+                self._void(
+                    lease_id,
+                    "worker_died",
+                    f"the worker of rank {holding.rank} died: {death.cause}",
+                    suspect=death.suspect,
+                )
+
     def _expire(self) -> None:
         now = self._clock()
         for lease_id in [i for i, holding in self._holdings.items() if holding.expires < now]:
@@ -248,15 +283,17 @@ class LeaseQueue:
             self._void(lease_id, "worker_silent", cause)
             self._kill(holding.process)
 
-    def _void(self, lease_id: str, event: Event, cause: str) -> None:
+    def _void(self, lease_id: str, event: Event, cause: str, *, suspect: bool = True) -> None:
         self._events[event] += 1
         back = []
         for key in self._holdings.pop(lease_id).keys:
-            self._attempts[key] = self._attempts.get(key, 0) + 1
-            if self._attempts[key] < MAX_ATTEMPTS:
+            if suspect:
+                self._attempts[key] = self._attempts.get(key, 0) + 1
+            self._losses[key] += 1
+            if self._attempts.get(key, 0) < MAX_ATTEMPTS and self._losses[key] < MAX_LOSSES:
                 back.append(key)
             else:
-                self._outcomes[key] = Lost(f"given up after {MAX_ATTEMPTS} attempts: {cause}")
+                self._outcomes[key] = Lost(f"given up after {self._losses[key]} attempts: {cause}")
                 self._forget(key)
         self._requeue(back)
 
@@ -267,5 +304,6 @@ class LeaseQueue:
     def _forget(self, key: str) -> None:
         self._tasks.pop(key, None)
         self._attempts.pop(key, None)
+        self._losses.pop(key, None)
         if key in self._pending:
             self._pending.remove(key)

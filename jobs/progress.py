@@ -1,5 +1,6 @@
 """How far a run has come: a live bar on a terminal, plain lines elsewhere."""
 
+import math
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ _TERMINAL_SECONDS = 0.5
 _LINES_SECONDS = 10.0
 _EVIDENCE_SECONDS = 10.0
 _TOO_LATE = 1.2
+_WAIT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Standing:
         working: being fine-tuned.
         step: of `steps`, how far those in work are; a mean.
         steps: of those in work; 0 as long as it is not known.
+        waiting: for what the cluster is waited for; empty if it is not.
     """
 
     done: int
@@ -38,6 +41,7 @@ class Standing:
     working: int = 0
     step: float = 0.0
     steps: int = 0
+    waiting: str = ""
 
     @property
     def left(self) -> int:
@@ -83,7 +87,7 @@ class Pace:
 
 
 def describe(standing: Standing, seconds: float, to_go: float | None = None) -> str:
-    """One line: done, failed, in work, left, objects per minute, time to go."""
+    """One line: done, failed, in work, left, objects per minute, time to go, what is waited for."""
     parts = [f"{standing.done} done", f"{standing.failed} failed"]
     if standing.working:
         how_far = f" (step {standing.step:.0f} of {standing.steps})" if standing.steps else ""
@@ -94,6 +98,8 @@ def describe(standing: Standing, seconds: float, to_go: float | None = None) -> 
         parts.append(f"{standing.trained / seconds * 60:.1f} objects a minute")
     if to_go is not None:
         parts.append(f"{_duration(to_go)} to go")
+    if standing.waiting:
+        parts.append(standing.waiting)
     return ", ".join(parts)
 
 
@@ -136,6 +142,20 @@ class Progress:
         elif text != self._last:
             print(f"objdrive: {text}", file=self._stream, flush=True)
             self._last = text
+
+
+class WaitLines:
+    """Prints what is waited for, at once and then once a minute."""
+
+    def __init__(self, stream: TextIO = sys.stderr) -> None:
+        self._stream = stream
+        self._last = -math.inf
+
+    def __call__(self, what: str) -> None:
+        """Say what is waited for; nothing any more, if it is empty."""
+        if what and time.monotonic() - self._last >= _WAIT_SECONDS:
+            print(f"objdrive: {what}", file=self._stream, flush=True)
+            self._last = time.monotonic()
 
 
 def _duration(seconds: float) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 import fsspec
 from pyarrow.fs import FSSpecHandler, PyFileSystem
+from tqdm import tqdm
 
-from jobs.fanout import Leased, Work, Workers, fan_out
+from jobs.fanout import Leased, Work, fan_out
 from jobs.ingest import Checked, Target, ingest
 from jobs.leases import Lost, Task
 from jobs.ledger import Ledger
@@ -18,6 +19,7 @@ from jobs.metrics import RunMetrics
 from jobs.outcomes import fail_row
 from jobs.plan import plan
 from jobs.progress import Progress, Standing
+from jobs.room import WorkersRequest, describe, find_cores, find_workers
 from objdrive.adapters.store import ArtifactStore
 from objdrive.catalog.manifest import Piece
 from objdrive.catalog.rows import Reject
@@ -36,7 +38,7 @@ class BatchRun:
         pieces: the manifest.
         target: what its rows are turned into.
         make_work: makes what a worker does with a lease of `jobs.plan.Unit` (see `jobs.finetune.FineTune`).
-        workers: how many, with what.
+        request: the workers that are wanted. They are looked for when there is work for them.
         ledger: told of every row.
         metrics: told of what is in work; they know the run's id.
         prompt_fault: see `jobs.plan.plan`.
@@ -50,7 +52,7 @@ class BatchRun:
         pieces: list[Piece],
         target: Target,
         make_work: Callable[[], Work],
-        workers: Workers,
+        request: WorkersRequest,
         ledger: Ledger,
         metrics: RunMetrics,
         *,
@@ -65,7 +67,7 @@ class BatchRun:
         self._target = target
         self._store = ArtifactStore(target.store_url)
         self._make_work = make_work
-        self._workers = workers
+        self._request = request
         self._prompt_fault = prompt_fault
         self._limit = limit
         self._metrics = metrics
@@ -76,6 +78,7 @@ class BatchRun:
         self._ended = False
         self._in_work: list[tuple[int, int, int]] = []
         self._last_outcome = 0.0
+        self._waiting = ""
 
     def plan_only(self) -> None:
         """Check every row; count those that `work_off` would train."""
@@ -117,7 +120,8 @@ class BatchRun:
             self.ledger.committed_before(record)
 
     def _records(self) -> Iterator[Checked | Reject]:
-        for record in islice(ingest(self._pieces, self._target), self._limit):
+        records = ingest(self._pieces, self._target, cores=find_cores(self._on_wait))
+        for record in islice(records, self._limit):
             # A reader that outlives its run must not write into a ledger that is being read.
             if self._ended:
                 return
@@ -127,6 +131,8 @@ class BatchRun:
         self._read = True
 
     def _fan_out(self, tasks: Iterator[Task]) -> None:
+        workers = find_workers(self._request, self._on_wait)
+        tqdm.write(f"workers     {describe(workers)}")
         filesystem, root = fsspec.url_to_fs(self._target.store_url)
         folder = f"{root}/runs/{self.id}/train"
         self._last_outcome = time.time()
@@ -134,18 +140,21 @@ class BatchRun:
             fan_out(
                 tasks,
                 self._make_work,
-                workers=self._workers,
+                workers=workers,
                 on_outcome=self._on_outcome,
                 on_progress=self._on_progress,
                 on_events=self._metrics.happened,
                 # pyarrow's stubs call every handler abstract.
                 storage=(PyFileSystem(FSSpecHandler(filesystem)), folder),  # type: ignore[abstract]
                 stall_seconds=self._stall_seconds,
-                window=max(256, 64 * self._workers.most),
+                window=max(256, 64 * workers.most),
             )
         finally:
             if filesystem.exists(folder):
                 filesystem.rm(folder, recursive=True)
+
+    def _on_wait(self, what: str) -> None:
+        self._waiting = what
 
     def _on_progress(self, leased: Sequence[Leased]) -> None:
         self._in_work = [(sum(len(task.payload.rows) for task in one.tasks), one.done, one.of) for one in leased]
@@ -177,4 +186,5 @@ class BatchRun:
             working=working,
             step=steps * shares / working if working else 0.0,
             steps=steps,
+            waiting=self._waiting,
         )

@@ -16,11 +16,14 @@ PREVIEW_PROMPTS = (
 
 @dataclass(frozen=True)
 class FineTuneSettings:
-    """All that a worker needs to make its `jobs.finetune.FineTune`; picklable."""
+    """All that a worker needs to make its `jobs.finetune.FineTune`; picklable.
+
+    `cpu_threads`: PyTorch's threads where there is no GPU; None: PyTorch chooses.
+    """
 
     base: str
     clip: str | None
     recipe: Recipe
     target: Target
     group_size: int | None
-    threads: int | None
+    cpu_threads: int | None

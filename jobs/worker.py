@@ -11,6 +11,6 @@ def make_fine_tune(settings: FineTuneSettings) -> Work:
 
     from jobs.finetune import FineTune
 
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    if settings.cpu_threads and not torch.cuda.is_available():
+        torch.set_num_threads(settings.cpu_threads)
     return FineTune(settings)

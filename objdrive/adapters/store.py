@@ -15,6 +15,7 @@ commits, the others find it done.
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any
 
@@ -44,6 +45,15 @@ _LAST_POLL_SECONDS = 1.0
 
 class _Current(BaseModel):
     digest: str
+    since: float = 0.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """Which artifact was an object's current one at a time (seconds since the epoch): when a new one was asked for."""
+
+    digest: str | None
+    time: float
 
 
 class ArtifactStore:
@@ -83,13 +93,16 @@ class ArtifactStore:
         files: Mapping[str, bytes],
         metadata: ArtifactMetadata,
         *,
+        look: Look | None = None,
         alive: Callable[[], None] = lambda: None,
     ) -> bool:
         """Store an artifact whole or not at all, and make it its object's current one.
 
-        `metadata.files` is filled in from `files`. Returns True if this call committed the artifact, False
-        if it was there already: its bytes then stay, be they other than `files`. A damaged artifact is
-        replaced. While another writer is at it, waits, and calls `alive` about once a second or more often.
+        With `look`, it does not become current if another one has become so since that was asked for later: a writer
+        that stood still comes too late. `metadata.files` is filled in from `files`. Returns True if this call
+        committed the artifact, False if it was there already: its bytes then stay, be they other than `files`. A
+        damaged artifact is replaced. While another writer is at it, waits, and calls `alive` about once a second or
+        more often.
         """
         document = _document(files, metadata)
         object_id, digest = metadata.object_id, metadata.digest
@@ -105,7 +118,7 @@ class ArtifactStore:
                 alive()
                 time.sleep(pause)
                 pause = min(2 * pause, _LAST_POLL_SECONDS)
-        self._point(object_id, digest)
+        self._point(object_id, digest, look)
         return written and standing == document
 
     def current(self, object_id: str) -> ArtifactMetadata | None:
@@ -126,11 +139,11 @@ class ArtifactStore:
         """Whether the artifact is committed. One small read."""
         return self.metadata(object_id, digest) is not None
 
-    def point(self, object_id: str, digest: str) -> None:
-        """Make a committed artifact the object's current one, e.g. to go back to an earlier one."""
+    def point(self, object_id: str, digest: str, *, look: Look | None = None) -> None:
+        """Make a committed artifact the current one, e.g. to go back to an earlier one. `look`: see `commit`."""
         if not self.has(object_id, digest):
             raise ObjdriveError(f"{self.folder(object_id, digest)} is not a committed artifact; commit it first")
-        self._point(object_id, digest)
+        self._point(object_id, digest, look)
 
     def read(
         self, object_id: str, digest: str | None = None, *, only: Collection[str] | None = None
@@ -263,17 +276,28 @@ class ArtifactStore:
                 damage.append(str(error))
         return damage
 
-    def _point(self, object_id: str, digest: str) -> None:
-        current = _Current(digest=digest).model_dump_json().encode()
-        self._files.replace(f"{_object_folder(object_id)}/{CURRENT_FILE}", current)
+    def _point(self, object_id: str, digest: str, look: Look | None) -> None:
+        if look is not None and self._is_outdone(object_id, digest, look):
+            return
+        current = _Current(digest=digest, since=look.time if look else time.time())
+        self._files.replace(f"{_object_folder(object_id)}/{CURRENT_FILE}", current.model_dump_json().encode())
+
+    def _is_outdone(self, object_id: str, digest: str, look: Look) -> bool:
+        # Clocks are compared only for what changed meanwhile: a wrong one can't hold up an object for long.
+        current = self._read_current(object_id)
+        return current is not None and current.digest not in (digest, look.digest) and current.since > look.time
 
     def _pointed(self, object_id: str) -> str | None:
+        current = self._read_current(object_id)
+        return current.digest if current else None
+
+    def _read_current(self, object_id: str) -> _Current | None:
         document = self._files.read(f"{_object_folder(object_id)}/{CURRENT_FILE}")
         try:
-            digest = None if document is None else _Current.model_validate_json(document).digest
+            current = None if document is None else _Current.model_validate_json(document)
         except ValidationError:
             return None
-        return digest if digest and re.fullmatch(DIGEST_PATTERN, digest) else None
+        return current if current and re.fullmatch(DIGEST_PATTERN, current.digest) else None
 
     def _digest_folders(self, object_id: str) -> list[str]:
         folders = self._files.folders(_object_folder(object_id))

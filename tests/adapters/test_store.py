@@ -23,7 +23,7 @@ from objdrive.adapters.artifact import (
     SourceRecord,
     Sources,
 )
-from objdrive.adapters.store import ArtifactStore
+from objdrive.adapters.store import ArtifactStore, Look
 from objdrive.errors import CorruptArtifact, ObjdriveError, StoreError, UnknownObject
 
 OBJECT = "mug-1"
@@ -180,6 +180,31 @@ class TestEveryStorage:
         assert commit(store, digest=DIGEST) is False
         assert store.current(OBJECT).digest == DIGEST
         assert store.digests(OBJECT) == [DIGEST, OTHER_DIGEST]
+
+    @pytest.mark.parametrize("how", ["commit", "point"])
+    def test_a_writer_that_comes_too_late_does_not_win_over_a_newer_one(self, store, how):
+        commit(store, digest="0" * 32)
+        stood_still, newer = Look("0" * 32, 100.0), Look("0" * 32, 200.0)
+        commit(store, "newer", digest=OTHER_DIGEST, look=newer)
+        commit(store, "late", look=stood_still)
+        if how == "point":
+            store.point(OBJECT, DIGEST, look=stood_still)
+        assert store.has(OBJECT, DIGEST)
+        assert_whole(store, {"newer"})
+        # Who asks for it now gets it.
+        store.point(OBJECT, DIGEST, look=Look(OTHER_DIGEST, 300.0))
+        assert_whole(store, {"late"})
+
+    def test_of_two_at_once_the_one_that_was_asked_for_later_wins(self, store):
+        first, second = Look(None, 100.0), Look(None, 200.0)
+        commit(store, "first", look=first)
+        commit(store, "second", digest=OTHER_DIGEST, look=second)
+        assert_whole(store, {"second"})
+
+    def test_a_wrong_clock_does_not_hold_an_object_up(self, store):
+        commit(store, digest=OTHER_DIGEST, look=Look(None, 1e11))
+        commit(store, "one", look=Look(OTHER_DIGEST, 100.0))
+        assert_whole(store, {"one"})
 
     def test_point(self, store):
         commit(store, digest=DIGEST)

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,9 +97,17 @@ class Job:
 
     process: subprocess.Popen
     store: Path
+    log: Path
+
+    def output(self) -> str:
+        return self.log.read_text()
 
     def finish(self, timeout: float = 480) -> Finished:
-        output, _ = self.process.communicate(timeout=timeout)
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pytest.fail(self.output())
+        output = self.output()
         run = next((line.split()[1] for line in output.splitlines() if line.startswith("report ")), None)
         folder = self.store / "runs" / Path(run).parent.name if run else None
         return Finished(
@@ -112,21 +122,29 @@ class Job:
 @pytest.fixture
 def start_job(cluster: str, tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Start the job on a manifest: ``start_job(manifest, *options)``; the store is ``tmp_path / "store"``."""
+    with started_jobs(cluster, tmp_path, ROOT / "jobs" / "batch_personalize.py") as start:
+        yield start
+
+
+@contextmanager
+def started_jobs(cluster: str, tmp_path: Path, script: Path) -> Iterator[Callable[..., Job]]:
+    """Starts jobs on the cluster at that address; ends those that still run."""
     started = []
 
     def start(manifest: Path | str, *options: str, fast: tuple[str, ...] = FAST, store: str = "") -> Job:
-        command = [sys.executable, str(ROOT / "jobs" / "batch_personalize.py"), str(manifest)]
+        command = [sys.executable, str(script), str(manifest)]
         command += ["--store", store or str(tmp_path / "store"), *options]
         command += [word for setting in fast for word in ("--set", setting)]
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "RAY_ADDRESS": cluster},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=tmp_path,
-        )
-        job = Job(process, tmp_path / "store")
+        log = tmp_path / f"job-{len(started)}.log"
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, "RAY_ADDRESS": cluster},
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                cwd=tmp_path,
+            )
+        job = Job(process, tmp_path / "store", log)
         started.append(job)
         return job
 
@@ -135,6 +153,15 @@ def start_job(cluster: str, tmp_path: Path) -> Iterator[Callable[..., Job]]:
         if job.process.poll() is None:
             job.process.send_signal(signal.SIGKILL)
             job.process.wait()
+
+
+def wait_for_commits(job: Job, count: int, timeout: float = 360) -> None:
+    """Wait until the run has committed some objects."""
+    deadline = time.monotonic() + timeout
+    while len(commits(job.store)) < count:
+        assert job.process.poll() is None, job.output()
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.1)
 
 
 def write_manifest(folder: Path, ids: list[str], *, header: str = "object_id,image,mask,class_name") -> Path:

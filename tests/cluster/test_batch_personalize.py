@@ -258,8 +258,7 @@ def test_a_catalog_in_a_bucket(start_job: StartJob, tmp_path: Path) -> None:
         pq.write_table(pa.Table.from_pylist(rows), file)
     url = "s3://adapters/spring"
     first = start_job("s3://shop/spring/*.parquet", "--workers", "1", store=url)
-    output = first.process.communicate(timeout=240)[0]
-    assert first.process.returncode == 0, output
+    assert first.process.wait(240) == 0, first.output()
     store = ArtifactStore(url)
     assert list(store.object_ids()) == ["drum-01", "key-01"]
     assert [problem for object_id in store.object_ids() for problem in store.verify(object_id)] == []

@@ -16,8 +16,9 @@ from conftest import ray_processes
 from pyarrow.fs import LocalFileSystem
 
 from jobs import fanout
-from jobs.fanout import Workers, fan_out
+from jobs.fanout import fan_out
 from jobs.leases import MAX_STARTS, Event, Lost, Task
+from jobs.room import Workers
 from objdrive.errors import ObjdriveError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
@@ -224,7 +225,7 @@ def test_training_that_fails_while_tasks_are_still_read_is_an_error_at_once(
 ) -> None:
     over = threading.Event()
 
-    class Fails(fanout._FanoutTrainer):
+    class Fails(fanout.PerWorkerTrainer):
         def fit(self) -> None:
             raise RuntimeError("the controller died")
 
@@ -233,7 +234,7 @@ def test_training_that_fails_while_tasks_are_still_read_is_an_error_at_once(
             over.wait()
             yield Task("late", "late")
 
-    monkeypatch.setattr(fanout, "_FanoutTrainer", Fails)
+    monkeypatch.setattr(fanout, "PerWorkerTrainer", Fails)
     try:
         with pytest.raises(ObjdriveError, match="had not been read yet: the controller died"):
             Reading(tmp_path, []).work_off()

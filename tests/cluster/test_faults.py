@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import FAST, Finished, Job, StoreWatch, assert_whole, commits, ray_processes, write_manifest
+from conftest import FAST, Finished, Job, StoreWatch, assert_whole, ray_processes, wait_for_commits, write_manifest
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
@@ -17,15 +17,6 @@ StartJob = Callable[..., Job]
 IDS = [f"object-{number:02}" for number in range(10)]
 # Long enough that a fault strikes in mid-group.
 SLOW = (*FAST[1:], "steps=12")
-
-
-def wait_for_commits(job: Job, count: int, timeout: float = 360) -> None:
-    """Wait until the run has committed some objects."""
-    deadline = time.monotonic() + timeout
-    while len(commits(job.store)) < count:
-        assert job.process.poll() is None, job.process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def kill_a_worker() -> None:

@@ -53,6 +53,7 @@ class Application:
     store: ArtifactStore
     base: Base
     client: httpx2.Client
+    settings: dict[str, str]
 
     def ask(self, **asked: Any) -> httpx2.Response:
         options = {name: asked.pop(name) for name in ("headers", "timeout") if name in asked}
@@ -95,12 +96,13 @@ def application(cluster: str, sd15: tuple[Path, Path]) -> Iterator[Application]:
         "threads": "1",
         "refresh_seconds": "1",
     }
-    serve.run(build(settings | limits), name="objdrive")
+    settings |= limits
+    serve.run(build(settings), name="objdrive")
     # A connection for each request, as from as many clients.
     with httpx2.Client(
         timeout=PATIENCE, limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0)
     ) as client:
-        application = Application(f"http://127.0.0.1:{port}", store, base, client)
+        application = Application(f"http://127.0.0.1:{port}", store, base, client, settings)
         application.until(drawn)
         yield application
     serve.shutdown()

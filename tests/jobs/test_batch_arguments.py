@@ -5,7 +5,6 @@ import ray
 
 from jobs import batch_personalize
 from jobs.batch_personalize import main
-from jobs.fanout import Workers
 from objdrive.errors import ObjdriveError
 
 
@@ -50,6 +49,10 @@ def refused(capsys, tmp_path, monkeypatch):
         ("--gpus-per-worker", "half", "must be a number of at least 0, got 'half'"),
         ("--allow-hosts", "", "must be hosts"),
         ("--allow-hosts", "https://shop.example", "without http://"),
+        ("--gpus-per-worker", "1.5", "a part of one GPU, or whole GPUs"),
+        ("--workers", "many", "give a number, or MIN:MAX"),
+        ("--workers", "0", "MIN must be at least 1"),
+        ("--workers", "4:2", "MIN must be at least 1 and at most MAX"),
         ("--colour", "red", "unrecognized arguments: --colour=red"),
     ],
 )
@@ -73,7 +76,6 @@ def test_allowed_hosts_reach_those_who_read(manifest, monkeypatch):
         raise ObjdriveError("far enough")
 
     monkeypatch.setattr(batch_personalize, "connect", lambda: None)
-    monkeypatch.setattr(batch_personalize, "choose_workers", lambda *_: Workers(1, 1, 0))
     monkeypatch.setattr(batch_personalize, "BatchRun", stop)
     assert main([str(manifest), "--allow-hosts", "cdn.example, *.shop.example"]) == 2
     assert main([str(manifest)]) == 2

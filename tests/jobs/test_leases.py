@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from jobs.leases import MAX_ATTEMPTS, Lease, LeaseQueue, Lost, Task
+from jobs.leases import MAX_ATTEMPTS, MAX_LOSSES, Death, Lease, LeaseQueue, Lost, Task
 
 STALL = 30.0
 
@@ -221,6 +221,42 @@ def test_attempts_are_counted_whatever_rank_they_killed(make_queue, clock):
     assert outcomes(queue) == {"p": Lost(message)}
 
 
+def test_the_tasks_of_a_dead_process_are_leased_to_another_at_once(make_queue):
+    deaths = {}
+    queue = make_queue("ab", workers=2, death=deaths.get)
+    assert names(queue.lease(0, 2, "process of rank 0")) == "a"
+    finish(queue, queue.lease(1, 2, "process of rank 1"))
+    assert queue.lease(1, 2, "process of rank 1") == "wait"
+    # Its rank does not come back: Ray Train waits for a node to start it on.
+    deaths["process of rank 0"] = Death("its worker process has died", suspect=True)
+    assert names(queue.lease(1, 2, "process of rank 1")) == "a"
+
+
+def test_a_process_that_was_replaced_takes_nothing_from_the_one_in_its_place(make_queue):
+    queue = make_queue("ab")
+    old = queue.lease(0, 1, "on a node that is cut off")
+    new = queue.lease(0, 1, "in its place")
+    # The node is back.
+    assert not queue.beat(old.id, 0, ["a"], "on a node that is cut off")
+    assert queue.lease(0, 1, "on a node that is cut off") == "done"
+    assert queue.beat(new.id, 0, ["a"], "in its place")
+
+
+def test_tasks_that_were_lost_with_their_node_are_leased_together_and_not_given_up_soon(make_queue):
+    deaths = {}
+    queue = make_queue("ab", death=deaths.get)
+    for number in range(MAX_LOSSES - 1):
+        assert names(queue.lease(0, 2, number)) == "ab"
+        deaths[number] = Death("its node has died", suspect=False)
+        assert queue.collect(()).in_work == ()
+    assert outcomes(queue) == {}
+    assert names(queue.lease(0, 2, "the last")) == "ab"
+    deaths["the last"] = Death("its node has died", suspect=False)
+    message = f"given up after {MAX_LOSSES} attempts: the worker of rank 0 died: its node has died"
+    assert outcomes(queue) == {"a": Lost(message), "b": Lost(message)}
+    assert queue.lease(0, 2) == "done"
+
+
 def test_a_silent_lease_is_void_and_its_process_killed(make_queue, clock):
     killed = []
     queue = make_queue("ab", kill=killed.append)
@@ -382,7 +418,7 @@ class Call:
     answer: object = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Process:
     """A generator that yields numbers (seconds to sleep) and calls (to wait for)."""
 

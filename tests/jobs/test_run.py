@@ -10,10 +10,10 @@ from random_store import digest_of, metadata_of
 
 import jobs.batch_personalize as job
 import jobs.run
-from jobs.fanout import Workers
 from jobs.ingest import Checked, Target
 from jobs.ledger import Ledger
 from jobs.metrics import RunMetrics
+from jobs.room import WorkersRequest
 from jobs.run import BatchRun
 from objdrive.adapters.store import ArtifactStore
 from objdrive.catalog.rows import Reject, Row
@@ -47,7 +47,8 @@ def store(tmp_path):
 def rows(monkeypatch):
     """What reading the manifest yields."""
     rows = []
-    monkeypatch.setattr(jobs.run, "ingest", lambda pieces, target: iter(rows))
+    monkeypatch.setattr(jobs.run, "find_cores", lambda on_wait: 1)
+    monkeypatch.setattr(jobs.run, "ingest", lambda pieces, target, *, cores: iter(rows))
     return rows
 
 
@@ -57,7 +58,7 @@ def batch_run(store, ledger):
         [],
         target,
         None,
-        Workers(1, 1),
+        WorkersRequest(1, 1),
         ledger,
         RunMetrics("run"),
         prompt_fault=lambda names: "",
@@ -81,7 +82,6 @@ def test_a_committed_artifact_that_is_not_current_becomes_so_by_a_run_and_not_by
 def run_job(tmp_path, store, rows, monkeypatch):
     """Run the job over `rows`; returns its exit status and the run's folder."""
     monkeypatch.setattr(job, "connect", lambda: None)
-    monkeypatch.setattr(job, "choose_workers", lambda *_: Workers(1, 1))
     manifest = tmp_path / "manifest.csv"
     manifest.write_text("object_id,image,mask,class_name\n")
 
@@ -93,7 +93,7 @@ def run_job(tmp_path, store, rows, monkeypatch):
 
 
 def test_a_run_that_breaks_off_tells_what_became_of_the_rows_until_then(rows, run_job, monkeypatch, capsys):
-    def broken(pieces, target):
+    def broken(pieces, target, *, cores):
         yield Reject("cup", "catalog.csv:3", "image_missing", "catalog.csv:3: there is no cup.png")
         raise ObjdriveError("part-7.parquet is truncated")
 
