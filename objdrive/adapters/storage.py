@@ -43,9 +43,14 @@ def open_files(url: str, attempts: int, *, landmark: str = "") -> "Files":
 def _options(url: str) -> dict[str, Any]:
     if not url.startswith(("s3://", "s3a://")):
         return {}
-    # Left to itself, the client opens ten connections, and remembers every listing.
+    # Left to itself, the client opens ten connections, remembers every listing, and asks for a file's size before it
+    # reads it, to read large ones in pieces.
     configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-    return {"use_listings_cache": False, "config_kwargs": {"max_pool_connections": THREADS, **configured}}
+    return {
+        "use_listings_cache": False,
+        "max_concurrency": 1,
+        "config_kwargs": {"max_pool_connections": THREADS, **configured},
+    }
 
 
 class Files:

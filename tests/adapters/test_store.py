@@ -30,6 +30,7 @@ from objdrive.errors import CorruptArtifact, ObjdriveError, StoreError, UnknownO
 OBJECT = "mug-1"
 DIGEST = "0123456789abcdef" * 2
 OTHER_DIGEST = "fedcba9876543210" * 2
+s3_requests = []
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
 
 processes = multiprocessing.get_context("forkserver")
@@ -114,6 +115,7 @@ def s3():
     moto, one_at_a_time = DomainDispatcherApplication(create_backend_app), threading.Lock()
 
     def serve(environ, start_response):
+        s3_requests.append(environ["REQUEST_METHOD"])
         # moto looks and then writes on If-None-Match; S3 does both at once.
         with one_at_a_time:
             return moto(environ, start_response)
@@ -841,6 +843,14 @@ class TestLocalAddresses:
         (tmp_path / "store").write_text("a file")
         with pytest.raises(StoreError, match=f"{tmp_path}/store/objects"):
             commit(ArtifactStore(str(tmp_path / "store"), attempts=1))
+
+
+def test_a_look_at_an_object_on_s3_is_two_requests(s3):
+    store = ArtifactStore(f"{s3}/{uuid.uuid4().hex}")
+    commit(store)
+    s3_requests.clear()
+    assert store.current(OBJECT).digest == DIGEST
+    assert s3_requests == ["GET", "GET"]
 
 
 @pytest.mark.usefixtures("s3")
