@@ -183,6 +183,9 @@ class LeaseQueue:
             self._forget(key)
         if holding:
             self._requeue([key for key in holding.keys if key not in outcomes])
+        else:
+            # Only what nobody holds can be pending: to look through all of that at every end would be most of the work.
+            self._pending = deque(key for key in self._pending if key not in outcomes)
 
     def abandon(self, lease_id: str, cause: str) -> None:
         """Take a lease back whose work failed as a whole; its tasks are tried again, each alone."""
@@ -249,5 +252,3 @@ class LeaseQueue:
     def _forget(self, key: str) -> None:
         self._tasks.pop(key, None)
         self._attempts.pop(key, None)
-        if key in self._pending:
-            self._pending.remove(key)
