@@ -3,33 +3,46 @@
 Usage: ``python benchmarks/control_plane.py``. For each number of rows, a run in a process of its own: reading,
 checking and decoding, planning, leasing, committing (a real, small artifact), tables. Prints milliseconds per row and
 the driver's peak memory. ``--dry-run`` plans only; ``--no-commit`` leaves the storage out, for memory alone.
+
+``--simulate WORKERS`` (``--smoke`` tries it out) is for more workers than the machine has cores: they are threads that
+lease, say that they live and finish as the real ones do, and whose fine-tunes sleep for ``--seconds``. Planning, the
+driver's pump, the queue actor and the ledger are the real ones; rows are made up, not read.
 """
 
 import argparse
 import io
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+from matplotlib import pyplot
 from PIL import Image
+from ray import cloudpickle
 
 from jobs.cluster import connect
-from jobs.ingest import Target, source_record
+from jobs.fanout import _Pump
+from jobs.ingest import Checked, Target, source_record
+from jobs.leases import Task
 from jobs.ledger import Ledger
 from jobs.metrics import RunMetrics
 from jobs.outcomes import RowOutcome
-from jobs.plan import Unit
+from jobs.plan import Unit, plan
+from jobs.queue_actor import QueueActor
 from jobs.room import WorkersRequest
 from jobs.run import BatchRun, new_run_id
 from objdrive.adapters.adapter import Adapter, adapter_files
@@ -37,9 +50,15 @@ from objdrive.adapters.artifact import ArtifactMetadata, BaseRef, SceneMember, S
 from objdrive.adapters.store import ArtifactStore
 from objdrive.base.family import STABLE_DIFFUSION
 from objdrive.catalog.manifest import pieces
+from objdrive.catalog.rows import Row
+from objdrive.catalog.sources import SourceMark
 
 _DIGEST = "0" * 32
 _ROWS_PER_ROW_GROUP = 50_000
+_CREWS = 4
+# As `jobs.fanout` has them.
+_POLL_SECONDS = 0.2
+_BEAT_SECONDS = 1.0
 
 
 @dataclass
@@ -143,12 +162,121 @@ def measure(rows: int, *, commit: bool, dry: bool) -> None:
     print(f"{rows:9,}   {seconds:7.1f}   {seconds / rows * 1000:20.2f}   {peak:17.0f}", flush=True)
 
 
+def made_up_rows(rows: int) -> Iterator[Checked]:
+    for number in range(rows):
+        name = f"object-{number:07}"
+        row = Row(name, f"{name}.png", "", "teapot", "", f"manifest.parquet, row {number}", {"price": number})
+        yield Checked(row, SourceMark(row.image, 1000, "mark"), None)
+
+
+@ray.remote(num_cpus=0)
+class Crew:
+    """Some of the simulated workers."""
+
+    def work(self, queue: Any, ranks: Sequence[int], size: int, seconds: float) -> None:
+        process = ray.get_runtime_context().current_actor
+        with ThreadPoolExecutor(len(ranks)) as threads:
+            list(threads.map(lambda rank: self._work(queue, rank, size, seconds, process), ranks))
+
+    def _work(self, queue: Any, rank: int, size: int, seconds: float, process: Any) -> None:
+        outcome = cloudpickle.dumps([RowOutcome("committed", _DIGEST)])
+        while (lease := ray.get(queue.lease.remote(rank, size, process))) != "done":
+            if lease == "wait":
+                time.sleep(_POLL_SECONDS)
+                continue
+            keys = [task.key for task in lease.tasks]
+            ends = time.monotonic() + seconds
+            while (left := ends - time.monotonic()) > 0:
+                time.sleep(min(left, _BEAT_SECONDS))
+                queue.beat.remote(lease.id, rank, keys, process, done=1, of=2)
+            ray.get(queue.finish.remote(lease.id, dict.fromkeys(keys, outcome)))
+
+
+@dataclass
+class Watch:
+    """What is seen of a simulated run."""
+
+    rows: int
+    ledger: Ledger
+    queue: psutil.Process
+    started: float = field(default_factory=time.monotonic)
+    first: float = 0.0
+    memory: list[tuple[int, float]] = field(default_factory=list)
+    seen: int = 0
+
+    def __call__(self, task: Task, outcome: list[RowOutcome]) -> None:
+        self.first = self.first or time.monotonic() - self.started
+        self.ledger.outcome(task.payload.rows[0], outcome[0])
+        self.seen += 1
+        if self.seen % max(1, self.rows // 20) == 0:
+            self.memory.append((self.seen, psutil.Process().memory_info().rss / 2**20))
+
+
+def simulate(rows: int, workers: int, size: int, seconds: float, plot: Path | None) -> None:
+    """One run with simulated workers, in this process."""
+    connect()
+    make_queue: Any = QueueActor
+    queue = make_queue.remote(workers=workers, stall_seconds=600)
+    queue_process = psutil.Process(ray.get(queue.__ray_call__.remote(lambda self: os.getpid())))
+    crews = [Crew.remote() for _ in range(min(_CREWS, workers))]
+    with closing(Ledger()) as ledger:
+        watch = Watch(rows, ledger, queue_process)
+        tasks = plan(
+            made_up_rows(rows),
+            previews=0,
+            prompt_fault=lambda class_names: "",
+            on_reject=ledger.reject,
+            on_committed=ledger.committed_before,
+            on_repeat=ledger.repeated,
+        )
+        pump = _Pump(queue, tasks, watch, lambda leased: None, window=max(256, 64 * workers))
+        began = sum(queue_process.cpu_times()[:2])
+        pump.start()
+        ray.get(
+            [
+                crew.work.remote(queue, range(number, workers, len(crews)), size, seconds)
+                for number, crew in enumerate(crews)
+            ]
+        )
+        took = time.monotonic() - watch.started
+        busy = (sum(queue_process.cpu_times()[:2]) - began) / took
+        pump.stop()
+        ray.kill(queue)
+        if pump.failure or ledger.counts["committed"] != rows:
+            raise RuntimeError(f"rows are missing: {ledger.counts}, {pump.failure}")
+    leases = rows / size / took
+    print("     rows   workers   leases/s   objects/s   first s   last s   queue's core   driver's MiB: at 5%   100%")
+    print(
+        f"{rows:9,}   {workers:7}   {leases:8.1f}   {rows / took:9.0f}   {watch.first:7.2f}   {took:6.1f}   "
+        f"{busy:12.0%}   {watch.memory[0][1]:19.0f}   {watch.memory[-1][1]:4.0f}",
+        flush=True,
+    )
+    if plot:
+        figure, axes = pyplot.subplots(figsize=(4.5, 3), layout="constrained")
+        axes.plot(*zip(*watch.memory, strict=True), marker=".")
+        axes.set(xlabel="rows done", ylabel="driver's memory, MiB", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        figure.savefig(plot, dpi=110)
+    ray.shutdown()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000])
     parser.add_argument("--no-commit", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--simulate", type=int, metavar="WORKERS", help="simulated workers")
+    parser.add_argument("--group", type=int, default=16, help="objects in a simulated lease (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="that a simulated lease takes (%(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="WEBP", help="the driver's memory in a simulated run")
+    parser.add_argument("--smoke", action="store_true", help="a small simulated run: tries it all out")
     arguments = parser.parse_args()
+    if arguments.smoke:
+        simulate(200, 4, 8, 0.1, arguments.plot)
+        return
+    if arguments.simulate:
+        simulate(arguments.rows[0], arguments.simulate, arguments.group, arguments.seconds, arguments.plot)
+        return
     if len(arguments.rows) == 1:
         measure(arguments.rows[0], commit=not arguments.no_commit, dry=arguments.dry_run)
         return

@@ -221,6 +221,9 @@ class LeaseQueue:
         if holding:
             self._events["finished"] += 1
             self._requeue([key for key in holding.keys if key not in outcomes])
+        else:
+            # Only what nobody holds can be pending: to look through all of that at every end would be most of the work.
+            self._pending = deque(key for key in self._pending if key not in outcomes)
 
     def abandon(self, lease_id: str, cause: str) -> None:
         """Take a lease back whose work failed as a whole; its tasks are tried again, each alone."""
@@ -305,5 +308,3 @@ class LeaseQueue:
         self._tasks.pop(key, None)
         self._attempts.pop(key, None)
         self._losses.pop(key, None)
-        if key in self._pending:
-            self._pending.remove(key)

@@ -1,6 +1,7 @@
 """The `objdrive` command."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -8,14 +9,14 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from objdrive.adapters.store import ArtifactStore
-from objdrive.errors import ObjdriveError
+from objdrive.errors import ObjdriveError, StoreError
 
 COMMANDS_GROUP = "objdrive.commands"
 """Entry points of this group add commands: they are called with the parser's subparsers."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 fine, 1 problems were found, 2 wrong usage or nothing done."""
+    """Run the command; returns the exit status: 0 fine, 1 problems with objects, 2 wrong usage or nothing done."""
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
@@ -23,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ObjdriveError as error:
         print(f"objdrive: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever reads the output, such as `head`, has had enough. Python would fail once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,13 +107,20 @@ def _add_store(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _ls(arguments: argparse.Namespace) -> int:
     store = ArtifactStore(arguments.store)
-    for object_id in store.object_ids():
-        artifact = store.current(object_id)
+    failures = 0
+    for object_id, looked in store.for_each(store.current):
+        try:
+            artifact = looked.result()
+        except StoreError as error:
+            failures += 1
+            print(f"{object_id}\t({error})", flush=True)
+            continue
         if artifact is None:
-            print(f"{object_id}\t(no current artifact)")
+            print(f"{object_id}\t(no current artifact)", flush=True)
         else:
-            print(f"{object_id}\t{artifact.digest}\t{artifact.class_name}\t{artifact.base.id}\t{artifact.created}")
-    return 0
+            fields = (object_id, artifact.digest, artifact.class_name, artifact.base.id, artifact.created)
+            print(*fields, sep="\t", flush=True)
+    return 1 if failures else 0
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -121,27 +133,44 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     store = ArtifactStore(arguments.store)
-    count, problems = 0, 0
-    for object_id in arguments.objects or store.object_ids():
-        count += 1
+
+    def verify(object_id: str) -> list[str]:
         found = store.verify(object_id)
         if arguments.objects and not found and not store.digests(object_id):
-            found = [f"{store.url} has no artifact of {object_id!r}: 'objdrive store ls' lists the objects"]
+            return [f"{store.url} has no artifact of {object_id!r}: 'objdrive store ls' lists the objects"]
+        return found
+
+    count, problems = 0, 0
+    for _, verified in store.for_each(verify, arguments.objects or None):
+        count += 1
+        try:
+            found = verified.result()
+        except StoreError as error:
+            found = [str(error)]
         problems += len(found)
         for problem in found:
-            print(problem)
+            print(problem, flush=True)
     print(f"{count} object(s), {problems} problem(s)")
     return 1 if problems else 0
 
 
 def _gc(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
-    removed = ArtifactStore(arguments.store).gc(arguments.older_than * 3600, dry_run=arguments.dry_run)
-    for address in removed:
-        print(address)
+    removed, failures = 0, 0
+    for _, swept in ArtifactStore(arguments.store).gc(arguments.older_than * 3600, dry_run=arguments.dry_run):
+        try:
+            addresses = swept.result()
+        except StoreError as error:
+            failures += 1
+            print(error, flush=True)
+            continue
+        removed += len(addresses)
+        for address in addresses:
+            print(address, flush=True)
     verb = "would be removed" if arguments.dry_run else "removed"
-    print(f"{len(removed)} {verb} in {time.monotonic() - started:.1f} s")
-    return 0
+    failed = f", {failures} object(s) failed" if failures else ""
+    print(f"{removed} {verb}{failed} in {time.monotonic() - started:.1f} s")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -8,20 +8,21 @@ def ranked(key: str, queues: Mapping[str, int], *, choices: int, spill_at: int) 
     """Groups of replicas to try for a key, the best first.
 
     Rendezvous hashing (Thaler, Ravishankar 1998) ranks the replicas for every key; the first `choices` are its homes.
-    When a replica comes or goes, only the keys that it gets or had move.
+    When a replica comes or goes, only the keys that it gets or had move. A key that is too much for its homes goes on
+    to the next in its order, and not to the same two for ever.
 
     Args:
         key: whatever a replica holds ready, such as an adapter's id.
         queues: how many requests each replica has.
         choices: how many homes a key has.
-        spill_at: a home with this many requests is busy.
+        spill_at: a replica with this many requests is busy.
 
     Returns:
-        The homes that are not busy, each alone, then all homes, then all replicas.
+        The replicas that are not busy, each alone, in the key's order; then its homes, then all replicas.
     """
-    homes = sorted(queues, key=lambda replica: _weight(key, replica), reverse=True)[:choices]
-    calm = [[home] for home in homes if queues[home] < spill_at]
-    return [*calm, homes, list(queues)]
+    order = sorted(queues, key=lambda replica: _weight(key, replica), reverse=True)
+    calm = [[replica] for replica in order if queues[replica] < spill_at]
+    return [*calm, order[:choices], list(queues)]
 
 
 def _weight(key: str, replica: str) -> bytes:

@@ -2,7 +2,10 @@
 
 import json
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -162,6 +165,9 @@ def test_gc_removes_what_is_superseded_and_old(run, store, ids):
     assert run("store", "gc", store.url)[1].startswith("0 removed")
     age(old, hours=2)
     assert run("store", "gc", store.url)[1].startswith("0 removed")
+    # Readers may be at it still: it is old, but was superseded a moment ago.
+    assert run("store", "gc", store.url, "--older-than", 1)[1].startswith("0 removed")
+    age(old.parent, hours=2)
     status, output, _ = run("store", "gc", store.url, "--older-than", 1, "--dry-run")
     assert status == 0
     assert output.splitlines()[0] == str(old)
@@ -173,6 +179,55 @@ def test_gc_removes_what_is_superseded_and_old(run, store, ids):
     assert not old.exists()
     assert run("store", "verify", store.url)[0] == 0
     assert list(store.object_ids()) == ids
+
+
+@pytest.fixture
+def unreadable(store, ids):
+    """The first object, of which the storage can't tell the current artifact."""
+    path = Path(store.url) / "objects" / ids[0] / "current.json"
+    path.unlink()
+    path.mkdir()
+    return path
+
+
+def test_ls_goes_on_after_an_object_that_cannot_be_read(run, store, ids, unreadable):
+    status, output, _ = run("store", "ls", store.url)
+    bad, good = output.splitlines()
+    assert status == 1
+    assert bad.startswith(f"{ids[0]}\t(")
+    assert str(unreadable) in bad
+    assert good.startswith(f"{ids[1]}\t{store.current(ids[1]).digest}")
+
+
+def test_verify_goes_on_after_an_object_that_cannot_be_read(run, store, ids, unreadable):
+    damaged = damage(store, ids[1])
+    status, output, _ = run("store", "verify", store.url)
+    bad, problem, summary = output.splitlines()
+    assert status == 1
+    assert str(unreadable) in bad
+    assert f"{damaged} is damaged" in problem
+    assert summary == "2 object(s), 2 problem(s)"
+
+
+def test_gc_goes_on_after_an_object_that_cannot_be_read(run, store, ids, unreadable):
+    digest = next(path.name for path in unreadable.parent.iterdir() if len(path.name) == 32)
+    kept = shutil.copytree(unreadable.parent / digest, unreadable.parent / ("e" * 32))
+    old = supersede(store, ids[1])
+    age(Path(store.url), hours=48)
+    status, output, _ = run("store", "gc", store.url)
+    bad, removed, summary = output.splitlines()
+    assert status == 1
+    assert str(unreadable) in bad
+    assert removed == str(old)
+    assert summary.startswith("1 removed, 1 object(s) failed in ")
+    assert kept.is_dir()
+
+
+def test_ls_ends_quietly_when_nobody_reads_on(store, ids):
+    command = f"{shlex.quote(sys.executable)} -m objdrive.cli store ls {shlex.quote(store.url)} | head -n 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(ids[0])
+    assert done.stderr == ""
 
 
 # generate

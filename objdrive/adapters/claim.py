@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections.abc import Collection, Iterable
 
 from objdrive.adapters.storage import Files
 
@@ -27,19 +28,32 @@ class WriteClaim:
         self._seen_since = 0.0
         self._moved = 0.0
 
+    @property
+    def name(self) -> str:
+        """The claim's name in the folder."""
+        return f"{CLAIM_PREFIX}{self._number}"
+
     def take(self) -> bool:
         """Try to become the holder. Call it again and again: between calls it watches the present holder."""
         now = time.monotonic()
-        names = self._files.names(self._folder)
+        names = set(self._files.files(self._folder))
         if names != self._seen:
             self._seen, self._seen_since = names, time.monotonic()
-        highest = max(_numbers(names), default=-1)
-        if highest >= 0 and now - self._seen_since < self._takeover_after:
+        if _highest(names) >= 0 and now - self._seen_since < self._takeover_after:
             return False
+        return self.outbid(names)
+
+    def outbid(self, names: Collection[str]) -> bool:
+        """Become the holder of a folder of these names, whose claims, if there are any, are known to be dead.
+
+        False if somebody else claimed it meanwhile.
+        """
+        now = time.monotonic()
+        number = _highest(names) + 1
         # A power failure ends the writer too: its claim may be lost with it.
-        if not self._files.create(self._path(highest + 1), self._nonce, durable=False):
+        if not self._files.create(self._path(number), self._nonce, durable=False):
             return False
-        self._number, self._moved, self._seen = highest + 1, now, None
+        self._number, self._moved, self._seen = number, now, None
         return True
 
     def held(self) -> bool:
@@ -48,8 +62,7 @@ class WriteClaim:
         # storage.
         if time.monotonic() - self._moved < self._takeover_after / 2:
             return True
-        highest = max(_numbers(self._files.names(self._folder)), default=-1)
-        return self._files.read(self._path(highest)) == self._nonce
+        return self._files.read(self._path(_highest(self._files.files(self._folder)))) == self._nonce
 
     def create(self, name: str, data: bytes) -> bool:
         """Create a file of the folder; False if it is there with other bytes, or the folder not held."""
@@ -80,6 +93,6 @@ class WriteClaim:
         return f"{self._folder}/{CLAIM_PREFIX}{number}"
 
 
-def _numbers(names: set[str]) -> list[int]:
+def _highest(names: Iterable[str]) -> int:
     numbers = (name.removeprefix(CLAIM_PREFIX) for name in names if name.startswith(CLAIM_PREFIX))
-    return [int(number) for number in numbers if number.isdecimal()]
+    return max((int(number) for number in numbers if number.isdecimal()), default=-1)

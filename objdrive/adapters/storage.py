@@ -4,9 +4,10 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from datetime import UTC
+from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -14,6 +15,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from objdrive.adapters.parallel import THREADS
 from objdrive.errors import StoreError
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -21,6 +23,8 @@ TEMPORARY_PREFIX = ".tmp-"
 _T = TypeVar("_T")
 _FIRST_PAUSE_SECONDS = 0.1
 _MEMORY_LOCK = threading.RLock()
+_WRITTEN = ("mtime", "LastModified", "last_modified", "updated", "created")
+"""Where filesystems note when a file was last written. Those with "created" alone make files anew."""
 
 
 def open_files(url: str, attempts: int, *, landmark: str = "") -> "Files":
@@ -29,10 +33,24 @@ def open_files(url: str, attempts: int, *, landmark: str = "") -> "Files":
     With a `landmark`, a folder that storage that is there has: without it a missing file is no answer but a failure.
     Object stores, which have no folders and are not mounted, are not asked for it.
     """
-    filesystem, root = fsspec.url_to_fs(url)
+    filesystem, root = fsspec.url_to_fs(url, **_options(url))
     if isinstance(filesystem, LocalFileSystem):
         return LocalFiles(filesystem, root, root, attempts, landmark)
-    return Files(filesystem, root, url.rstrip("/"), attempts)
+    kind = S3Files if "s3" in filesystem.protocol else Files
+    return kind(filesystem, root, url.rstrip("/"), attempts)
+
+
+def _options(url: str) -> dict[str, Any]:
+    if not url.startswith(("s3://", "s3a://")):
+        return {}
+    # Left to itself, the client opens ten connections, remembers every listing, and asks for a file's size before it
+    # reads it, to read large ones in pieces.
+    configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    return {
+        "use_listings_cache": False,
+        "max_concurrency": 1,
+        "config_kwargs": {"max_pool_connections": THREADS, **configured},
+    }
 
 
 class Files:
@@ -81,26 +99,33 @@ class Files:
         except FileNotFoundError:
             return
 
-    def names(self, folder: str) -> set[str]:
-        """Return the names, relative to `folder`, of all files under it; empty if there is no such folder."""
-        try:
-            return self._tried("list", folder, self._names, FileNotFoundError)
-        except FileNotFoundError:
-            return set()
+    def files(self, folder: str) -> dict[str, float]:
+        """Return all files under `folder`: their names relative to it, and when they were last written.
 
-    def folders(self, folder: str) -> list[str]:
-        """Return the sorted names of the folders directly under `folder`; empty if there is none."""
+        In seconds since the epoch. Empty if there is no such folder.
+        """
         try:
-            return sorted(self._tried("list", folder, self._folders, FileNotFoundError))
+            return self._tried("list", folder, self._files, FileNotFoundError)
         except FileNotFoundError:
-            return []
+            return {}
 
-    def modified(self, path: str) -> float | None:
-        """Return when the file was last written, in seconds since the epoch, None if there is none."""
+    def folders(self, folder: str) -> Iterator[str]:
+        """Yield the names of the folders directly under `folder`, as they come; none if it is not there.
+
+        In the order in which object stores list them: as if each name ended with a slash.
+        """
         try:
-            return self._tried("look up", path, self._modified, FileNotFoundError)
+            names = self._tried("list", folder, self._folders, FileNotFoundError)
         except FileNotFoundError:
-            return None
+            return
+        yield from sorted(names, key=lambda name: f"{name}/")
+
+    def trees(self, folder: str) -> Iterator[tuple[str, set[str] | None]]:
+        """Yield what `folders` yields, each with the names of all files under it where storage tells in passing.
+
+        None stands for those that were not told, because telling costs a call of its own: see `files`.
+        """
+        return ((name, None) for name in self.folders(folder))
 
     def open(self, path: str, mode: str) -> IO[Any]:
         """Open a file as a stream."""
@@ -141,23 +166,62 @@ class Files:
     def _remove(self, path: str) -> None:
         self._filesystem.rm_file(path)
 
-    def _names(self, folder: str) -> set[str]:
+    def _files(self, folder: str) -> dict[str, float]:
         self._filesystem.invalidate_cache(folder)
-        return {_below(folder, path) for path in self._filesystem.find(folder)}
+        found = self._filesystem.find(folder, detail=True)
+        return {_below(folder, path): _written(info) for path, info in found.items()}
 
     def _folders(self, folder: str) -> list[str]:
         self._filesystem.invalidate_cache(folder)
         entries = self._filesystem.ls(folder, detail=True)
         return [_below(folder, entry["name"]) for entry in entries if entry["type"] == "directory"]
 
-    def _modified(self, path: str) -> float:
-        self._filesystem.invalidate_cache(path)
-        moment = self._filesystem.modified(path)
-        return float((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
-
     def _open(self, path: str, mode: str) -> IO[Any]:
         stream: IO[Any] = self._filesystem.open(path, mode)
         return stream
+
+
+class S3Files(Files):
+    """The same on S3, where listings come in pages of a thousand keys, and a page costs as much as a small file."""
+
+    def folders(self, folder: str) -> Iterator[str]:
+        """See `Files.folders`. Holds one page."""
+        prefix = self._key(f"{self._root}/{folder}/")
+        for page in self._pages(folder, Prefix=prefix, Delimiter="/"):
+            for common in page.get("CommonPrefixes", ()):
+                yield common["Prefix"].removeprefix(prefix).rstrip("/")
+
+    def trees(self, folder: str) -> Iterator[tuple[str, set[str] | None]]:
+        """See `Files.trees`. Holds one page, and one folder's names."""
+        prefix = self._key(f"{self._root}/{folder}/")
+        pages = self._pages(folder, Prefix=prefix)
+        keys = (one["Key"].removeprefix(prefix) for page in pages for one in page.get("Contents", ()))
+        split = (key.partition("/") for key in keys)
+        for name, group in groupby(split, key=lambda parts: parts[0]):
+            names = {inside for _, slash, inside in group if slash}
+            if names:
+                yield name, names
+
+    def _pages(self, folder: str, **asked: str) -> Iterator[dict[str, Any]]:
+        def ask(path: str) -> dict[str, Any]:
+            answer: dict[str, Any] = self._filesystem.call_s3(
+                "list_objects_v2", Bucket=path.partition("/")[0], **asked, **self._filesystem.req_kw
+            )
+            return answer
+
+        more = True
+        while more:
+            try:
+                page = self._tried("list", folder, ask, FileNotFoundError)
+            except FileNotFoundError:
+                return
+            yield page
+            more = bool(page.get("IsTruncated"))
+            asked["ContinuationToken"] = page.get("NextContinuationToken", "")
+
+    @staticmethod
+    def _key(path: str) -> str:
+        return path.partition("/")[2]
 
 
 class LocalFiles(Files):
@@ -220,8 +284,15 @@ class LocalFiles(Files):
     def _remove(self, path: str) -> None:
         Path(path).unlink()
 
-    def _names(self, folder: str) -> set[str]:
-        return {_below(folder, f"{directory}/{name}") for directory, _, names in os.walk(folder) for name in names}
+    def _files(self, folder: str) -> dict[str, float]:
+        found = {}
+        for directory, _, names in os.walk(folder):
+            for name in names:
+                path = Path(directory, name)
+                # One that goes meanwhile is not there.
+                with suppress(FileNotFoundError):
+                    found[_below(folder, str(path))] = path.stat().st_mtime
+        return found
 
     def _folders(self, folder: str) -> list[str]:
         return [entry.name for entry in os.scandir(folder) if entry.is_dir()]
@@ -230,6 +301,15 @@ class LocalFiles(Files):
         if "r" not in mode:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         return super()._open(path, mode)
+
+
+def _written(info: dict[str, Any]) -> float:
+    moment = next(info[name] for name in _WRITTEN if info.get(name) is not None)
+    if isinstance(moment, str):
+        moment = datetime.fromisoformat(moment)
+    if isinstance(moment, datetime):
+        moment = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return float(moment)
 
 
 def _below(folder: str, path: str) -> str:

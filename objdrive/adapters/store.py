@@ -9,15 +9,16 @@
 Files come first, ``artifact.json`` last, ``current.json`` after it, each written atomically. A reader
 trusts only what an ``artifact.json`` vouches for, so that a writer that dies leaves nothing that could be
 mistaken for an artifact. Writers of the same artifact take turns (see `WriteClaim`): the first
-commits, the others find it done.
+commits, the others find it done. So do those who make an artifact the current one and those who remove it.
 """
 
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -30,6 +31,7 @@ from objdrive.adapters.artifact import (
     FileRecord,
 )
 from objdrive.adapters.claim import CLAIM_PREFIX, WriteClaim
+from objdrive.adapters.parallel import in_parallel
 from objdrive.adapters.storage import TEMPORARY_PREFIX, open_files
 from objdrive.errors import CorruptArtifact, ObjdriveError, StoreError, UnknownObject
 
@@ -41,6 +43,7 @@ _OBJECTS = "objects"
 _RUNS = "runs"
 _FIRST_POLL_SECONDS = 0.02
 _LAST_POLL_SECONDS = 1.0
+_Result = TypeVar("_Result")
 
 
 class _Current(BaseModel):
@@ -107,18 +110,26 @@ class ArtifactStore:
         document = _document(files, metadata)
         object_id, digest = metadata.object_id, metadata.digest
         claim = WriteClaim(self._files, _folder(object_id, digest), self._takeover_after)
-        written, writes, pause = False, 0, _FIRST_POLL_SECONDS
-        while (standing := self._vouched(object_id, digest)) is None:
-            if writes == self._attempts:
-                raise StoreError(f"{self.folder(object_id, digest)} does not read back as written, {writes} times")
-            if claim.take():
-                writes += 1
-                written = self._write(claim, files, document, metadata)
-            else:
+        written, writes, pauses = False, 0, _pauses()
+        while (standing := self._settled(object_id, digest)) is None:
+            if not claim.take():
                 alive()
-                time.sleep(pause)
-                pause = min(2 * pause, _LAST_POLL_SECONDS)
-        self._point(object_id, digest, look)
+                time.sleep(next(pauses))
+                continue
+            try:
+                standing = self._vouched(object_id, digest)
+                if standing is None:
+                    if writes == self._attempts:
+                        raise StoreError(
+                            f"{self.folder(object_id, digest)} does not read back as written, {writes} times"
+                        )
+                    writes += 1
+                    written = self._write(claim, files, document, metadata)
+                    standing = self._vouched(object_id, digest)
+                if standing is not None and self._point(claim, object_id, digest, look):
+                    break
+            finally:
+                claim.release()
         return written and standing == document
 
     def current(self, object_id: str) -> ArtifactMetadata | None:
@@ -141,9 +152,21 @@ class ArtifactStore:
 
     def point(self, object_id: str, digest: str, *, look: Look | None = None) -> None:
         """Make a committed artifact the current one, e.g. to go back to an earlier one. `look`: see `commit`."""
-        if not self.has(object_id, digest):
-            raise ObjdriveError(f"{self.folder(object_id, digest)} is not a committed artifact; commit it first")
-        self._point(object_id, digest, look)
+        claim = WriteClaim(self._files, _folder(object_id, digest), self._takeover_after)
+        pauses = _pauses()
+        while self.has(object_id, digest):
+            if self._pointed(object_id) == digest:
+                return
+            if not claim.take():
+                time.sleep(next(pauses))
+                continue
+            try:
+                # It may have been removed between the look at it and the claim.
+                if self.has(object_id, digest) and self._point(claim, object_id, digest, look):
+                    return
+            finally:
+                claim.release()
+        raise ObjdriveError(f"{self.folder(object_id, digest)} is not a committed artifact; commit it first")
 
     def read(
         self, object_id: str, digest: str | None = None, *, only: Collection[str] | None = None
@@ -180,11 +203,23 @@ class ArtifactStore:
             )
         return data
 
-    def object_ids(self, start_after: str = "") -> Iterator[str]:
-        """Yield the ids of the store's objects after `start_after`, in order. One listing, held in memory."""
-        for name in self._files.folders(_OBJECTS):
-            if name > start_after and re.fullmatch(OBJECT_ID_PATTERN, name):
-                yield name
+    def object_ids(self) -> Iterator[str]:
+        """Yield the ids of the store's objects as the listing comes.
+
+        In the order in which object stores list folders: ``a-b`` and ``a.b`` come before ``a``. Of S3, a page of a
+        thousand is held in memory; of other storage, all ids.
+        """
+        return filter(_is_object_id, self._files.folders(_OBJECTS))
+
+    def for_each(
+        self, call: Callable[[str], _Result], object_ids: Iterable[str] | None = None
+    ) -> "Iterator[tuple[str, Future[_Result]]]":
+        """Call for every object (those of the store by default), many at once, e.g. with `current` or `verify`.
+
+        Yields each object's id with its call, which has ended, in the order of the ids. A call that fails ends nothing:
+        its future raises. A few hundred are under way at a time, whatever the store holds.
+        """
+        return in_parallel(call, self.object_ids() if object_ids is None else object_ids)
 
     def digests(self, object_id: str) -> list[str]:
         """Return the digests of the object's committed artifacts, sorted."""
@@ -195,33 +230,47 @@ class ArtifactStore:
 
         A folder without ``artifact.json`` is not wrong: a writer is at it, or died and left it to `gc`.
         """
-        problems = []
+        problems, committed = [], set()
         for digest in self._digest_folders(object_id):
             document = self._files.read(f"{_folder(object_id, digest)}/{METADATA_FILE}")
-            problems += [] if document is None else self._damage(document, object_id, digest)
-        if self.current(object_id) is None and (problems or self.digests(object_id)):
+            if document is None:
+                continue
+            metadata, damage = self._inspect(document, object_id, digest)
+            problems += damage
+            if metadata is not None:
+                committed.add(digest)
+        if (problems or committed) and self._pointed(object_id) not in committed:
             problems.append(
                 f"{self.url}/{_OBJECTS}/{object_id}/{CURRENT_FILE} names no committed artifact; "
                 "personalize the object again"
             )
         return problems
 
-    def gc(self, older_than_seconds: float, *, dry_run: bool = False) -> list[str]:
-        """Remove what nobody needs and was last written over `older_than_seconds` ago; return the addresses.
+    def gc(self, older_than_seconds: float, *, dry_run: bool = False) -> "Iterator[tuple[str, Future[list[str]]]]":
+        """Remove what nobody needs, many objects at once: yields each that was looked through, as it is done.
 
-        That is: artifacts superseded by the current one, folders that dead writers left, temporary files.
-        Never what ``current.json`` names. Choose a time far longer than any commit takes and any reader
-        stays behind.
+        What nobody needs are artifacts that the current one superseded more than `older_than_seconds` ago, folders that
+        dead writers left, and temporary files, all last written longer ago than that. Never what ``current.json``
+        names, nor an object's only artifact. Choose a time far longer than any commit takes and any reader stays
+        behind.
+
+        Nothing happens before the first object is asked for. May be broken off at any moment, and run beside writers
+        and other collections.
+
+        Yields:
+            An address, and its future: the addresses that were removed (or would be, with `dry_run`), or what failed.
         """
         before = time.time() - older_than_seconds
-        removed = []
-        for address, paths in self._garbage(before):
-            removed.append(f"{self.url}/{address}")
-            if not dry_run:
-                for path in paths:
-                    self._files.remove(path)
-                self._files.prune(address.rpartition("/")[0])
-        return removed
+        objects = (
+            object_id
+            for object_id, names in self._files.trees(_OBJECTS)
+            if _is_object_id(object_id) and (names is None or _may_hold_garbage(names))
+        )
+        sweep = partial(self._sweep, before=before, dry_run=dry_run)
+        for object_id, done in in_parallel(sweep, objects):
+            yield f"{self.url}/{_OBJECTS}/{object_id}", done
+        for folder, done in in_parallel(partial(self._sweep_leftovers, before=before, dry_run=dry_run), [_RUNS]):
+            yield f"{self.url}/{folder}", done
 
     def folder(self, object_id: str, digest: str) -> str:
         """Return the address of the artifact's folder."""
@@ -229,7 +278,7 @@ class ArtifactStore:
 
     def run_ids(self) -> list[str]:
         """Return the ids of the runs that wrote to the store, sorted: in the order in which they began."""
-        return [name for name in self._files.folders(_RUNS) if re.fullmatch(OBJECT_ID_PATTERN, name)]
+        return sorted(filter(_is_object_id, self._files.folders(_RUNS)))
 
     def run_path(self, run_id: str, name: str) -> str:
         """Return the address of a run's file."""
@@ -246,41 +295,42 @@ class ArtifactStore:
     def _write(
         self, claim: WriteClaim, files: Mapping[str, bytes], document: bytes, metadata: ArtifactMetadata
     ) -> bool:
-        try:
-            # Another writer may have committed between the look at the artifact and the claim.
-            if self._vouched(metadata.object_id, metadata.digest) is not None:
-                return False
-            names = self._files.names(_folder(metadata.object_id, metadata.digest))
-            # artifact.json goes first and comes last: what it vouches for must all be there all the time.
-            old = sorted((n for n in names if not _is_leftover(n)), key=lambda name: name != METADATA_FILE)
-            new = [*files.items(), (METADATA_FILE, document)]
-            return all(claim.remove(name) for name in old) and all(claim.create(*file) for file in new)
-        finally:
-            claim.release()
+        names = self._files.files(_folder(metadata.object_id, metadata.digest))
+        old = [name for name in names if not _is_leftover(name)]
+        new = [*files.items(), (METADATA_FILE, document)]
+        return _clear(claim, old) and all(claim.create(*file) for file in new)
+
+    def _settled(self, object_id: str, digest: str) -> bytes | None:
+        """Return the bytes of ``artifact.json`` if all that it says holds, and it is the object's current one."""
+        return self._vouched(object_id, digest) if self._pointed(object_id) == digest else None
 
     def _vouched(self, object_id: str, digest: str) -> bytes | None:
         """Return the bytes of ``artifact.json`` if all that it says holds."""
         document = self._files.read(f"{_folder(object_id, digest)}/{METADATA_FILE}")
-        return None if document is None or self._damage(document, object_id, digest) else document
+        return None if document is None or self._inspect(document, object_id, digest)[1] else document
 
-    def _damage(self, document: bytes, object_id: str, digest: str) -> list[str]:
+    def _inspect(self, document: bytes, object_id: str, digest: str) -> tuple[ArtifactMetadata | None, list[str]]:
+        """Return what an ``artifact.json`` says, None if it is not valid, and what is wrong with it and its files."""
         try:
             metadata = _parse(document, object_id, digest)
         except CorruptArtifact as error:
-            return [f"{self.folder(object_id, digest)}/{METADATA_FILE}: {error}"]
+            return None, [f"{self.folder(object_id, digest)}/{METADATA_FILE}: {error}"]
         damage = []
         for name in metadata.files:
             try:
                 self.read_file(metadata, name)
             except CorruptArtifact as error:
                 damage.append(str(error))
-        return damage
+        return metadata, damage
 
-    def _point(self, object_id: str, digest: str, look: Look | None) -> None:
-        if look is not None and self._is_outdone(object_id, digest, look):
-            return
-        current = _Current(digest=digest, since=look.time if look else time.time())
-        self._files.replace(f"{_object_folder(object_id)}/{CURRENT_FILE}", current.model_dump_json().encode())
+    def _point(self, claim: WriteClaim, object_id: str, digest: str, look: Look | None) -> bool:
+        """Make an artifact current, unless one outdoes it; False if its folder is not held any more: it may be going."""
+        if not claim.held():
+            return False
+        if look is None or not self._is_outdone(object_id, digest, look):
+            current = _Current(digest=digest, since=look.time if look else time.time())
+            self._files.replace(f"{_object_folder(object_id)}/{CURRENT_FILE}", current.model_dump_json().encode())
+        return True
 
     def _is_outdone(self, object_id: str, digest: str, look: Look) -> bool:
         # Clocks are compared only for what changed meanwhile: a wrong one can't hold up an object for long.
@@ -303,38 +353,102 @@ class ArtifactStore:
         folders = self._files.folders(_object_folder(object_id))
         return [name for name in folders if re.fullmatch(DIGEST_PATTERN, name)]
 
-    def _garbage(self, before: float) -> Iterator[tuple[str, list[str]]]:
-        """Yield what to remove: a file or folder, and the files to remove for it, in order."""
-        for object_id in self.object_ids():
-            home = _object_folder(object_id)
-            names = {f"{home}/{name}" for name in self._files.names(home)}
-            for folder in self._needless_folders(object_id):
-                inside = {name for name in names if name.startswith(f"{folder}/")}
-                if inside and all(self._is_older(name, before) for name in inside):
-                    # artifact.json goes first: it must not vouch for what is on its way out.
-                    yield folder, sorted(inside, key=lambda name: not name.endswith(f"/{METADATA_FILE}"))
-                    names -= inside
-            yield from self._leftovers(names, before)
-        yield from self._leftovers({f"{_RUNS}/{name}" for name in self._files.names(_RUNS)}, before)
+    def _sweep(self, object_id: str, *, before: float, dry_run: bool) -> list[str]:
+        """Remove an object's garbage; return its addresses."""
+        home = _object_folder(object_id)
+        files = self._files.files(home)
+        gone = [
+            digest
+            for digest in self._needless(object_id, files, before)
+            if dry_run or self._remove(object_id, digest, before)
+        ]
+        kept = {name: written for name, written in files.items() if name.partition("/")[0] not in gone}
+        addresses = [self.folder(object_id, digest) for digest in gone]
+        return addresses + self._remove_leftovers(home, kept, before, dry_run=dry_run)
 
-    def _needless_folders(self, object_id: str) -> list[str]:
+    def _needless(self, object_id: str, files: Mapping[str, float], before: float) -> list[str]:
+        """Return the digests of those artifacts of the object, and beginnings of artifacts, that can go.
+
+        Args:
+            object_id: the object.
+            files: all its files, with when they were written.
+            before: what was written since then stays.
+        """
+        if not _may_hold_garbage(files):
+            return []
         pointed = self._pointed(object_id)
-        # Without a good current artifact, a committed one may be just about to become it.
-        superseded = pointed is not None and self.has(object_id, pointed)
+        # Without a good current artifact, a committed one may be just about to become it. And readers may still be
+        # with one that is not the current one since a moment ago.
+        superseded = files.get(CURRENT_FILE, before) < before and pointed is not None and self.has(object_id, pointed)
         return [
-            _folder(object_id, digest)
-            for digest in self._digest_folders(object_id)
-            if digest != pointed and (superseded or not self.has(object_id, digest))
+            digest
+            for digest in _digests(files)
+            if digest != pointed
+            and all(files[name] < before for name in _inside(digest, files))
+            and (superseded or not self.has(object_id, digest))
         ]
 
-    def _leftovers(self, paths: Iterable[str], before: float) -> Iterator[tuple[str, list[str]]]:
-        for path in sorted(paths):
-            if _is_leftover(path) and self._is_older(path, before):
-                yield path, [path]
+    def _remove(self, object_id: str, digest: str, before: float) -> bool:
+        """Remove an artifact unless it is needed, now that nobody else can change it; whether it is gone."""
+        folder = _folder(object_id, digest)
+        claim = WriteClaim(self._files, folder, self._takeover_after)
+        if not claim.outbid(self._files.files(folder)):
+            return False
+        try:
+            files = self._files.files(_object_folder(object_id))
+            files.pop(f"{digest}/{claim.name}", None)
+            if digest not in self._needless(object_id, files, before):
+                return False
+            inside = [name.removeprefix(f"{digest}/") for name in _inside(digest, files)]
+            return _clear(claim, [name for name in inside if not name.startswith(CLAIM_PREFIX)])
+        finally:
+            claim.release()
+            self._files.prune(folder)
 
-    def _is_older(self, path: str, before: float) -> bool:
-        modified = self._files.modified(path)
-        return modified is not None and modified < before
+    def _sweep_leftovers(self, folder: str, *, before: float, dry_run: bool) -> list[str]:
+        return self._remove_leftovers(folder, self._files.files(folder), before, dry_run=dry_run)
+
+    def _remove_leftovers(self, folder: str, files: Mapping[str, float], before: float, *, dry_run: bool) -> list[str]:
+        leftovers = sorted(f"{folder}/{name}" for name in files if _is_leftover(name) and files[name] < before)
+        for path in leftovers:
+            if not dry_run:
+                self._files.remove(path)
+                self._files.prune(path.rpartition("/")[0])
+        return [f"{self.url}/{path}" for path in leftovers]
+
+
+def _pauses() -> Iterator[float]:
+    """Yield ever longer waits, in seconds."""
+    pause = _FIRST_POLL_SECONDS
+    while True:
+        yield pause
+        pause = min(2 * pause, _LAST_POLL_SECONDS)
+
+
+def _clear(claim: WriteClaim, names: Iterable[str]) -> bool:
+    """Remove an artifact's files from the folder that is held; False if it is not held to the end."""
+    # artifact.json goes first: what it vouches for must all be there all the time.
+    return all(claim.remove(name) for name in sorted(names, key=lambda name: name != METADATA_FILE))
+
+
+def _digests(names: Iterable[str]) -> list[str]:
+    """Return the digests whose folders hold these names of an object's files, sorted."""
+    heads = {head for head, slash, _ in (name.partition("/") for name in names) if slash}
+    return sorted(head for head in heads if re.fullmatch(DIGEST_PATTERN, head))
+
+
+def _inside(digest: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(f"{digest}/")]
+
+
+def _may_hold_garbage(names: Collection[str]) -> bool:
+    """Whether an object with these files can have any; the only artifact of an object never is."""
+    digests = _digests(names)
+    return (
+        len(digests) > 1
+        or any(f"{digest}/{METADATA_FILE}" not in names for digest in digests)
+        or any(map(_is_leftover, names))
+    )
 
 
 def _document(files: Mapping[str, bytes], metadata: ArtifactMetadata) -> bytes:
@@ -356,6 +470,10 @@ def _parse(document: bytes, object_id: str, digest: str) -> ArtifactMetadata:
             f"speaks of object {metadata.object_id!r}, digest {metadata.digest}; personalize the object again"
         )
     return metadata
+
+
+def _is_object_id(name: str) -> bool:
+    return re.fullmatch(OBJECT_ID_PATTERN, name) is not None
 
 
 def _is_leftover(path: str) -> bool:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import uuid
+from datetime import UTC, datetime, timedelta
 
 import fsspec
 import pytest
@@ -29,6 +30,7 @@ from objdrive.errors import CorruptArtifact, ObjdriveError, StoreError, UnknownO
 OBJECT = "mug-1"
 DIGEST = "0123456789abcdef" * 2
 OTHER_DIGEST = "fedcba9876543210" * 2
+s3_requests = []
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
 
 processes = multiprocessing.get_context("forkserver")
@@ -61,6 +63,12 @@ def metadata_of(object_id=OBJECT, digest=DIGEST, writer="one"):
 
 def commit(store, writer="one", object_id=OBJECT, digest=DIGEST, **options):
     return store.commit(files_of(writer), metadata_of(object_id, digest, writer), **options)
+
+
+def gc(store, older_than_seconds, **options):
+    """Collect garbage; all addresses that were removed."""
+    swept = store.gc(older_than_seconds, **options)
+    return [address for _, done in swept for address in done.result()]
 
 
 def assert_whole(store, writers, object_id=OBJECT):
@@ -107,6 +115,7 @@ def s3():
     moto, one_at_a_time = DomainDispatcherApplication(create_backend_app), threading.Lock()
 
     def serve(environ, start_response):
+        s3_requests.append(environ["REQUEST_METHOD"])
         # moto looks and then writes on If-None-Match; S3 does both at once.
         with one_at_a_time:
             return moto(environ, start_response)
@@ -215,12 +224,16 @@ class TestEveryStorage:
             store.point(OBJECT, "0" * 32)
         assert store.current(OBJECT).digest == DIGEST
 
-    def test_listing(self, store):
+    def test_listing(self, store, monkeypatch):
+        # Of the S3 server: keys in a page of a listing.
+        monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "2")
         assert list(store.object_ids()) == []
-        for object_id in ("b", "a.2", "c"):
+        for object_id in ("b", "a", "a.2", "c"):
             commit(store, object_id=object_id)
-        assert list(store.object_ids()) == ["a.2", "b", "c"]
-        assert list(store.object_ids(start_after="a.2")) == ["b", "c"]
+        filesystem, stray = raw(store, "objects/.not-an-id/file")
+        filesystem.makedirs(stray.rpartition("/")[0], exist_ok=True)
+        filesystem.pipe_file(stray, b"?")
+        assert list(store.object_ids()) == ["a.2", "a", "b", "c"]
         assert store.digests("b") == [DIGEST]
         assert store.digests("nobody") == []
 
@@ -229,9 +242,11 @@ class TestEveryStorage:
         new, existing = ArtifactStore(str(folder)), ArtifactStore(str(folder), must_exist=True, attempts=1)
         assert new.current(OBJECT) is None
         for store in (existing, pickle.loads(pickle.dumps(existing))):
-            for read in (store.current, store.read, store.object_ids):
+            for read in (store.current, store.read):
                 with pytest.raises(StoreError, match="mounted"):
-                    list(read(OBJECT))
+                    read(OBJECT)
+            with pytest.raises(StoreError, match="mounted"):
+                list(store.object_ids())
         new.commit(files_of("one"), metadata_of())
         assert existing.current(OBJECT).digest == DIGEST
         assert existing.current("mug-2") is None
@@ -336,7 +351,8 @@ class TestEveryStorage:
         assert_whole(store, {"two"})
         assert stored(store) == committed_paths()
 
-    def test_gc_removes_what_is_superseded_or_left_over(self, store):
+    def test_gc_removes_what_is_superseded_or_left_over(self, store, monkeypatch):
+        monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")
         third = "0" * 32
         for digest in (DIGEST, third, OTHER_DIGEST):
             commit(store, digest=digest)
@@ -348,8 +364,8 @@ class TestEveryStorage:
             filesystem.pipe_file(f"{objects}/{leftover}", b"?")
         kept = committed_paths(OBJECT, OTHER_DIGEST) | committed_paths("only")
         before = stored(store)
-        assert store.gc(3600) == []
-        named = store.gc(-60, dry_run=True)
+        assert gc(store, 3600) == []
+        named = gc(store, -60, dry_run=True)
         assert stored(store) == before
         assert sorted(named) == sorted(
             f"{store.url}/objects/{path}"
@@ -359,17 +375,31 @@ class TestEveryStorage:
                 f"only/{DIGEST}/.claim-0",
             )
         )
-        assert store.gc(-60) == named
+        assert gc(store, -60) == named
         assert stored(store) == kept
         assert_whole(store, {"one"})
         assert store.verify(OBJECT) == store.verify("only") == []
-        assert store.gc(-60) == []
+        assert gc(store, -60) == []
+
+    def test_calls_for_each_object_fail_alone_and_come_in_order(self, store):
+        for object_id in ("b", "a-b", "a", "c"):
+            commit(store, object_id=object_id)
+
+        def call(object_id):
+            if object_id == "a":
+                raise StoreError("lost")
+            return store.current(object_id).object_id
+
+        listed = list(store.for_each(call))
+        assert [object_id for object_id, _ in listed] == ["a-b", "a", "b", "c"]
+        assert [None if done.exception() else done.result() for _, done in listed] == ["a-b", None, "b", "c"]
+        assert [object_id for object_id, _ in store.for_each(call, ["c", "a"])] == ["c", "a"]
 
     def test_gc_keeps_committed_artifacts_of_an_object_without_a_current_one(self, store):
         commit(store)
         filesystem, path = raw(store, f"objects/{OBJECT}/current.json")
         filesystem.rm_file(path)
-        assert store.gc(-60) == []
+        assert gc(store, -60) == []
         assert store.has(OBJECT, DIGEST)
 
     def test_absent(self, store):
@@ -418,8 +448,8 @@ def commit_many_files(url, environment):
     ArtifactStore(url).commit(files, metadata_of(writer="dying"))
 
 
-def commit_until_step(url, step):
-    """Commit, but die by SIGKILL just before the `step`-th change to the filesystem."""
+def die_at_step(url, step):
+    """Die by SIGKILL just before the `step`-th change to the files under `url`."""
     changes = 0
 
     def count(event, args):
@@ -431,7 +461,16 @@ def commit_until_step(url, step):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
+
+
+def commit_until_step(url, step):
+    die_at_step(url, step)
     commit(ArtifactStore(url), "dying")
+
+
+def gc_until_step(url, step):
+    die_at_step(url, step)
+    gc(ArtifactStore(url), -60)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -478,7 +517,7 @@ class TestProcesses:
         with watched(store, {"heir"}):
             assert commit(store, "heir") is True
         assert store.verify(OBJECT) == []
-        store.gc(-60)
+        gc(store, -60)
         assert stored(store) == committed_paths()
 
     def test_a_writer_killed_at_any_step_leaves_nothing_half_there(self, tmp_path):
@@ -498,9 +537,32 @@ class TestProcesses:
             done = store.has(OBJECT, DIGEST)
             assert commit(store, "heir") is not done
             assert_whole(store, {"dying" if done else "heir"})
-            store.gc(-60)
+            gc(store, -60)
             assert stored(store) == committed_paths()
         assert step > 15
+
+    def test_a_gc_killed_at_any_step_takes_nothing_that_lives(self, tmp_path):
+        step, alive = 0, False
+        while not alive:
+            step += 1
+            url = f"{tmp_path}/{step}"
+            store = ArtifactStore(url, takeover_after=0.05)
+            commit(store, "old", digest=DIGEST)
+            commit(store, "new", digest=OTHER_DIGEST)
+            worker = processes.Process(target=gc_until_step, args=(url, step))
+            worker.start()
+            worker.join()
+            alive = worker.exitcode == 0
+            assert alive or worker.exitcode == -signal.SIGKILL
+            assert_whole(store, {"new"})
+            assert store.verify(OBJECT) == []
+            # What is half gone can be made again, and what is left is removed by the next one.
+            commit(store, "heir", digest=DIGEST)
+            assert store.current(OBJECT).digest == DIGEST
+            assert store.verify(OBJECT) == []
+            gc(store, -60)
+            assert stored(store) == committed_paths(OBJECT, DIGEST)
+        assert step > 5
 
 
 class FaultyFileSystem(fsspec.AbstractFileSystem):
@@ -643,7 +705,7 @@ class TestFailingStorage:
         assert results == [committed]
         assert_whole(store, {"sleeper" if committed else "heir"})
         assert store.verify(OBJECT) == []
-        store.gc(-60)
+        gc(store, -60)
         assert stored(store) == committed_paths()
 
     def test_a_writer_that_wakes_up_while_its_heir_writes_stops(self, faulty):
@@ -715,12 +777,79 @@ class TestFailingStorage:
         if cause == "gc":
             commit(store, digest=OTHER_DIGEST)
             faulty.hook = look
-            store.gc(-60)
+            gc(store, -60)
         else:
             faulty.inner.pipe_file(f"store/objects/{OBJECT}/{DIGEST}/{LORA_FILE}", b"garbage")
             faulty.hook = look
             commit(store, "two")
         assert len(removed) == len(files_of("")) + 1
+
+    def bring_back_during_gc(self, faulty, step, bring_back):
+        """Make a superseded artifact current again just before gc's `step`-th call to the storage.
+
+        Returns whether gc came so far, and what `bring_back` failed with.
+        """
+        faulty.inner.store.clear()
+        store = ArtifactStore(self.url)
+        commit(store, "old", digest=DIGEST)
+        commit(store, "new", digest=OTHER_DIGEST)
+        for file in faulty.inner.store.values():
+            file.modified = file.created = datetime.now(UTC) - timedelta(hours=48)
+        calls, failures, ended_or_waiting = [], [], threading.Event()
+
+        def work():
+            try:
+                bring_back(store, ended_or_waiting.set)
+            except ObjdriveError as error:
+                failures.append(error)
+            ended_or_waiting.set()
+
+        other = threading.Thread(target=work)
+
+        def interfere(when, call, path):
+            if when == "before" and threading.current_thread().name.startswith("objdrive-store"):
+                calls.append(call)
+                if len(calls) == step:
+                    other.start()
+                    assert ended_or_waiting.wait(30)
+
+        faulty.hook = interfere
+        gc(store, 3600)
+        faulty.hook = lambda *_: None
+        if len(calls) < step:
+            return False, failures
+        other.join()
+        return True, failures
+
+    def test_an_artifact_that_is_committed_again_survives_gc(self, faulty):
+        step, reached = 0, True
+        while reached:
+            step += 1
+            reached, failures = self.bring_back_during_gc(
+                faulty, step, lambda store, alive: commit(store, "old", alive=alive)
+            )
+            store = ArtifactStore(self.url)
+            assert not failures
+            assert_whole(store, {"old" if reached else "new"})
+            assert store.verify(OBJECT) == []
+            assert not [path for path in stored(store) if ".claim" in path]
+        assert step > 5
+
+    def test_an_artifact_that_is_pointed_to_again_survives_gc_or_is_refused(self, faulty):
+        def point(store, alive):
+            # It can't say that it waits.
+            alive()
+            store.point(OBJECT, DIGEST)
+
+        step, reached = 0, True
+        while reached:
+            step += 1
+            reached, failures = self.bring_back_during_gc(faulty, step, point)
+            store = ArtifactStore(self.url)
+            assert store.current(OBJECT).digest == (DIGEST if reached and not failures else OTHER_DIGEST)
+            assert_whole(store, {"old", "new"})
+            assert store.verify(OBJECT) == []
+        assert step > 5
 
 
 class TestLocalAddresses:
@@ -739,6 +868,14 @@ class TestLocalAddresses:
         (tmp_path / "store").write_text("a file")
         with pytest.raises(StoreError, match=f"{tmp_path}/store/objects"):
             commit(ArtifactStore(str(tmp_path / "store"), attempts=1))
+
+
+def test_a_look_at_an_object_on_s3_is_two_requests(s3):
+    store = ArtifactStore(f"{s3}/{uuid.uuid4().hex}")
+    commit(store)
+    s3_requests.clear()
+    assert store.current(OBJECT).digest == DIGEST
+    assert s3_requests == ["GET", "GET"]
 
 
 @pytest.mark.usefixtures("s3")

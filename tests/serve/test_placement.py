@@ -14,17 +14,32 @@ def rank(key, queues, choices=2, spill_at=4):
 def test_a_key_stays_at_its_first_home_while_it_is_calm():
     queues = idle(5)
     groups = rank("mug@1", queues)
-    [first], [second], homes, everyone = groups
-    assert homes == [first, second]
+    [first], *others, homes, everyone = groups
+    assert homes == [first, *others[0]]
+    assert sorted([[first], *others]) == sorted([replica] for replica in queues)
     assert set(everyone) == set(queues)
     assert rank("mug@1", queues | {first: 3}) == groups
 
 
-def test_a_busy_home_spills_to_the_next_and_then_to_the_least_busy():
+def test_a_busy_home_spills_to_the_next_that_is_calm():
     queues = idle(5)
-    first, second = rank("mug@1", queues)[2]
+    (first,), (second,), (third,), *_ = rank("mug@1", queues)
     assert rank("mug@1", queues | {first: 4})[0] == [second]
-    assert rank("mug@1", queues | {first: 4, second: 9})[0] == [first, second]
+    assert rank("mug@1", queues | {first: 4, second: 9})[0] == [third]
+
+
+def test_while_all_are_busy_keys_stay_at_home():
+    queues = dict.fromkeys(idle(5), 4)
+    homes, everyone = rank("mug@1", queues)
+    assert homes == rank("mug@1", idle(5))[-2]
+    assert set(everyone) == set(queues)
+
+
+def test_one_hot_key_waits_nowhere_while_others_are_idle():
+    queues = idle(10)
+    for _ in range(30):
+        queues[rank("mug@1", queues)[0][0]] += 1
+    assert max(queues.values()) == 4
 
 
 def test_keys_spread_evenly():
