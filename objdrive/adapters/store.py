@@ -324,7 +324,7 @@ class ArtifactStore:
         return metadata, damage
 
     def _point(self, claim: WriteClaim, object_id: str, digest: str, look: Look | None) -> bool:
-        """Make an artifact current, unless one outdoes it; False if its folder is not held any more: it may be going."""
+        """Make an artifact current, unless one outdoes it; False if its folder is not held any more: it may go."""
         if not claim.held():
             return False
         if look is None or not self._is_outdone(object_id, digest, look):
