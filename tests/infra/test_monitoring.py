@@ -86,7 +86,7 @@ def promtool(tmp_path):
 
     def run(*arguments):
         try:
-            return subprocess.run(["promtool", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+            return subprocess.run(["promtool", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=600)
         except FileNotFoundError:
             pytest.fail("promtool is not installed: apt-get install prometheus")
 
