@@ -83,8 +83,10 @@ def fan_out(
     """
     # Beside the driver, without which the run is over anyway: the loss of another node does not stop the queue.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = QueueActor.options(scheduling_strategy=here)
-    queue: ActorHandle[Any] = actor.remote(workers=workers.least, stall_seconds=stall_seconds)
+    actor: Any = QueueActor
+    queue: ActorHandle[Any] = actor.options(scheduling_strategy=here).remote(
+        workers=workers.least, stall_seconds=stall_seconds
+    )
     pump = _Pump(queue, iter(tasks), on_outcome, on_progress, window)
     filesystem, path = storage
     trainer = PerWorkerTrainer(
