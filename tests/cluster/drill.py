@@ -59,7 +59,12 @@ class Drill:
         self.address = str(head.address)
 
     def add(self, cpus: int = 1, gpus: int = 0) -> Node:
-        node = self._cluster.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=_STORE_BYTES)
+        size = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": _STORE_BYTES}
+        try:
+            node = self._cluster.add_node(**size)
+        except Exception:
+            # Ray waits half a minute for a node: too short on a busy machine.
+            node = self._cluster.add_node(**size)
         self._nodes.append(Node(node))
         return self._nodes[-1]
 
