@@ -173,23 +173,27 @@ def made_up_rows(rows: int) -> Iterator[Checked]:
 class Crew:
     """Some of the simulated workers."""
 
-    def work(self, queue: Any, ranks: Sequence[int], size: int, seconds: float) -> None:
+    def work(self, queue: Any, ranks: Sequence[int], size: int, seconds: float) -> int:
+        """Work until all is done; returns how many leases that took."""
         process = ray.get_runtime_context().current_actor
         with ThreadPoolExecutor(len(ranks)) as threads:
-            list(threads.map(lambda rank: self._work(queue, rank, size, seconds, process), ranks))
+            return sum(threads.map(lambda rank: self._work(queue, rank, size, seconds, process), ranks))
 
-    def _work(self, queue: Any, rank: int, size: int, seconds: float, process: Any) -> None:
+    def _work(self, queue: Any, rank: int, size: int, seconds: float, process: Any) -> int:
+        leases = 0
         outcome = cloudpickle.dumps([RowOutcome("committed", _DIGEST)])
         while (lease := ray.get(queue.lease.remote(rank, size, process))) != "done":
             if lease == "wait":
                 time.sleep(_POLL_SECONDS)
                 continue
+            leases += 1
             keys = [task.key for task in lease.tasks]
             ends = time.monotonic() + seconds
             while (left := ends - time.monotonic()) > 0:
                 time.sleep(min(left, _BEAT_SECONDS))
                 queue.beat.remote(lease.id, rank, keys, process, done=1, of=2)
             ray.get(queue.finish.remote(lease.id, dict.fromkeys(keys, outcome)))
+        return leases
 
 
 @dataclass
@@ -198,7 +202,6 @@ class Watch:
 
     rows: int
     ledger: Ledger
-    queue: psutil.Process
     started: float = field(default_factory=time.monotonic)
     first: float = 0.0
     memory: list[tuple[int, float]] = field(default_factory=list)
@@ -220,7 +223,7 @@ def simulate(rows: int, workers: int, size: int, seconds: float, plot: Path | No
     queue_process = psutil.Process(ray.get(queue.__ray_call__.remote(lambda self: os.getpid())))
     crews = [Crew.remote() for _ in range(min(_CREWS, workers))]
     with closing(Ledger()) as ledger:
-        watch = Watch(rows, ledger, queue_process)
+        watch = Watch(rows, ledger)
         tasks = plan(
             made_up_rows(rows),
             previews=0,
@@ -232,7 +235,7 @@ def simulate(rows: int, workers: int, size: int, seconds: float, plot: Path | No
         pump = _Pump(queue, tasks, watch, lambda leased: None, window=max(256, 64 * workers))
         began = sum(queue_process.cpu_times()[:2])
         pump.start()
-        ray.get(
+        by_crew = ray.get(
             [
                 crew.work.remote(queue, range(number, workers, len(crews)), size, seconds)
                 for number, crew in enumerate(crews)
@@ -244,7 +247,7 @@ def simulate(rows: int, workers: int, size: int, seconds: float, plot: Path | No
         ray.kill(queue)
         if pump.failure or ledger.counts["committed"] != rows:
             raise RuntimeError(f"rows are missing: {ledger.counts}, {pump.failure}")
-    leases = rows / size / took
+    leases = sum(by_crew) / took
     print("     rows   workers   leases/s   objects/s   first s   last s   queue's core   driver's MiB: at 5%   100%")
     print(
         f"{rows:9,}   {workers:7}   {leases:8.1f}   {rows / took:9.0f}   {watch.first:7.2f}   {took:6.1f}   "

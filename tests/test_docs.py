@@ -75,6 +75,8 @@ def test_every_function_is_where_a_document_says(path):
         assert name in defined | assigned, f"{module} defines no {name}"
 
 
+# Importing Ray Serve warns.
+@pytest.mark.filterwarnings("ignore")
 @each_block(*SHELL)
 def test_every_command_is_taken_by_its_parser(block):
     for words in block.commands:
