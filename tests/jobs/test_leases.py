@@ -404,7 +404,7 @@ class Call:
     answer: object = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Process:
     """A generator that yields numbers (seconds to sleep) and calls (to wait for)."""
 
