@@ -165,7 +165,7 @@ def measure(rows: int, *, commit: bool, dry: bool) -> None:
 def made_up_rows(rows: int) -> Iterator[Checked]:
     for number in range(rows):
         name = f"object-{number:07}"
-        row = Row(name, f"{name}.png", "", "teapot", "", f"manifest.parquet, row {number}", {"price": number})
+        row = Row(name, f"{name}.png", "", "teapot", "", {"price": number}, f"manifest.parquet, row {number}")
         yield Checked(row, SourceMark(row.image, 1000, "mark"), None)
 
 
