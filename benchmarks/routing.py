@@ -81,6 +81,7 @@ class OneAdapterStore:
     def read(self, object_id: str, digest: str, *, only: Any) -> tuple[Any, dict[str, bytes]]:
         base = SimpleNamespace(id="none", fingerprint="")
         return SimpleNamespace(
+            layout_noise=None,
             object_id=object_id,
             base=base,
             token=_TOKEN,
