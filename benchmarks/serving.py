@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from made_up import metadata_of
 from matplotlib import pyplot
 from transformers.utils import logging as transformers_logging
 
 from objdrive.adapters.adapter import Adapter, adapter_files
-from objdrive.adapters.artifact import ArtifactKey, ArtifactMetadata, BaseRef, SceneMember, SourceRecord, Sources
+from objdrive.adapters.artifact import ArtifactKey, BaseRef
 from objdrive.adapters.bank import AdapterBank
 from objdrive.adapters.store import ArtifactStore
 from objdrive.base.files import EMBEDDED
@@ -51,22 +52,8 @@ def fill_store(store: ArtifactStore, base: Base, count: int) -> list[ArtifactKey
         embeddings = {encoder: word + 0.02 * torch.randn_like(word) for encoder, word in words.items()}
         object_id = f"object-{number:03}"
         token = f"<{object_id}>"
-        metadata = ArtifactMetadata(
-            object_id=object_id,
-            class_name="mug",
-            token=token,
-            phrase=token,
-            digest=f"{number:032x}",
-            members=[SceneMember(object_id=object_id, class_name="mug", token=token)],
-            base=BaseRef(id=base.name, fingerprint=base.fingerprint),
-            recipe={},
-            recipe_digest="",
-            method_version=1,
-            metrics={},
-            sources=Sources(image=SourceRecord(uri="", size=0, mark="")),
-            versions={},
-            created="",
-        )
+        ref = BaseRef(id=base.name, fingerprint=base.fingerprint)
+        metadata = metadata_of(object_id, f"{number:032x}", token=token, class_name="mug", base=ref, method_version=1)
         store.commit(adapter_files(Adapter(lora, embeddings), token=token, family=base.family), metadata)
         keys.append(ArtifactKey(object_id, metadata.digest))
     return keys

@@ -15,9 +15,9 @@ import fsspec
 import torch
 from diffusers import UNet2DConditionModel
 from fsspec.implementations.memory import MemoryFileSystem
+from made_up import metadata_of
 
 from objdrive.adapters.adapter import Adapter, adapter_files
-from objdrive.adapters.artifact import ArtifactMetadata, BaseRef, SceneMember, SourceRecord, Sources
 from objdrive.adapters.bank import AdapterBank
 from objdrive.adapters.store import ArtifactStore
 from objdrive.base.family import STABLE_DIFFUSION
@@ -61,30 +61,12 @@ def files_of(unet: UNet2DConditionModel, width: int) -> dict[str, bytes]:
     return adapter_files(adapter, token="<object>", family=family)
 
 
-def metadata_of(object_id: str) -> ArtifactMetadata:
-    return ArtifactMetadata(
-        object_id=object_id,
-        class_name="teapot",
-        token="<object>",
-        phrase="<object>",
-        digest=_DIGEST,
-        members=[SceneMember(object_id=object_id, class_name="teapot", token="<object>")],
-        base=BaseRef(id="none", fingerprint=""),
-        recipe=make_recipe().model_dump(mode="json"),
-        recipe_digest="",
-        method_version=0,
-        metrics={},
-        sources=Sources(image=SourceRecord(uri="", size=0, mark="")),
-        versions={},
-        created="",
-    )
-
-
 def count_requests(files: dict[str, bytes]) -> None:
     """Of what an object goes through."""
     fsspec.register_implementation("counting", Counting, clobber=True)
     store = ArtifactStore("counting://store")
-    metadata = metadata_of("object-0")
+    recipe = make_recipe().model_dump(mode="json")
+    metadata = metadata_of("object-0", _DIGEST, token="<object>", recipe=recipe)
     steps: list[tuple[str, Callable[[], object]]] = [
         ("a row's look whether it is committed", lambda: store.current("object-0")),
         ("its commit", lambda: store.commit(files, metadata)),

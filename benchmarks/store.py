@@ -26,18 +26,10 @@ from unittest import mock
 import fsspec
 from aiohttp import web
 from fsspec import AbstractFileSystem
+from made_up import metadata_of
 
 from objdrive.adapters import parallel
-from objdrive.adapters.artifact import (
-    LORA_FILE,
-    METADATA_FILE,
-    ArtifactMetadata,
-    BaseRef,
-    FileRecord,
-    SceneMember,
-    SourceRecord,
-    Sources,
-)
+from objdrive.adapters.artifact import LORA_FILE, METADATA_FILE, FileRecord
 from objdrive.adapters.store import CURRENT_FILE, ArtifactStore
 
 CURRENT, SUPERSEDED = "c" * 32, "0" * 32
@@ -134,27 +126,8 @@ class StandIn(AbstractFileSystem):
 
 
 def _document(object_id: str, digest: str) -> bytes:
-    return (
-        ArtifactMetadata(
-            object_id=object_id,
-            class_name="teapot",
-            token="<t>",
-            phrase="<t>",
-            digest=digest,
-            members=[SceneMember(object_id=object_id, class_name="teapot", token="<t>")],
-            base=BaseRef(id="none", fingerprint=""),
-            recipe={},
-            recipe_digest="",
-            method_version=0,
-            metrics={},
-            sources=Sources(image=SourceRecord(uri="", size=0, mark="")),
-            versions={},
-            created="",
-            files={LORA_FILE: FileRecord(size=len(_WEIGHTS), sha256=hashlib.sha256(_WEIGHTS).hexdigest())},
-        )
-        .model_dump_json()
-        .encode()
-    )
+    weights = FileRecord(size=len(_WEIGHTS), sha256=hashlib.sha256(_WEIGHTS).hexdigest())
+    return metadata_of(object_id, digest, token="<t>", files={LORA_FILE: weights}).model_dump_json().encode()
 
 
 def ls(store: ArtifactStore) -> Iterator[Any]:

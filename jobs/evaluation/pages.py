@@ -89,6 +89,7 @@ def summarise(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     kinds = [None, *dict.fromkeys(row["kind"] for row in scores)]
     encoders = list(dict.fromkeys(row["encoder"] for row in scores))
     trades = choose_trades(scores)
+    bases = spread_per_object([row for row in scores if row["method"] == BASE_METHOD])
     for method, own in by_method(scores).items():
         for encoder in encoders:
             for metric in METRICS:
@@ -98,22 +99,21 @@ def summarise(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for trade in trades:
             figures = trade_figures(own, trade) or {}
             rows += [_row(method, "", f"{trade.name}, {name}", "all", found) for name, found in figures.items()]
-        rows += [_row(method, "", name, "all", found) for name, found in freedom_figures(own, scores, trades).items()]
+        rows += [_row(method, "", name, "all", found) for name, found in freedom_figures(own, bases, trades).items()]
     return rows
 
 
 def freedom_figures(
-    rows: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], trades: Sequence[Trade]
+    rows: Sequence[Mapping[str, Any]], bases: Mapping[str, float], trades: Sequence[Trade]
 ) -> dict[str, Figure]:
     """One method's variety, and the harmonic mean of identity, prompts and variety: no memorised picture has all three.
 
     Args:
         rows: the method's scores.
-        scores: those of all methods. Without the base alone among them, variety can't be told.
+        bases: spread of the base's own layouts by object id. Without it, variety can't be told.
         trades: that the scores allow; identity and prompts are those of ``recognition``.
     """
-    base = [row for row in scores if row["method"] == BASE_METHOD]
-    varieties = variety(spread_per_object(rows), spread_per_object(base))
+    varieties = variety(spread_per_object(rows), bases)
     found = {"variety": figure({one: np.array([value]) for one, value in varieties.items()})}
     for trade in trades:
         if trade.name == "recognition":

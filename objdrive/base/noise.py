@@ -115,7 +115,8 @@ class NoiseProcess:
 
     def level(self, timestep: int) -> float:
         """The noise level of a timestep, see `noise_level`."""
-        return float(noise_level(self.alphas[timestep]))
+        # The scheduler's are on the CPU: no step of a drawing waits for a GPU to tell.
+        return float(noise_level(self.scheduler.alphas_cumprod[timestep]))
 
     def timestep_odds(self, choice: TimestepChoice, *, most_noise: float = math.inf) -> Tensor:
         """(T,) on the CPU, in parts of any sum: how often each timestep is trained on; never above `most_noise`."""

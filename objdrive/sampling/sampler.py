@@ -229,7 +229,8 @@ def denoise(base: Base, samples: Sequence[Sample], bank: AdapterBank | None = No
     With classifier-free guidance (arXiv 2207.12598) a sample takes two rows of the batch for each of its regions.
     Each sample depends on itself alone, up to rounding.
     """
-    rows = [(index, row) for index, sample in enumerate(samples) for row in sample.batch]
+    batches = [sample.batch for sample in samples]
+    rows = [(index, row) for index, batch in enumerate(batches) for row in batch]
     # Equal slots side by side: they make larger and fewer matrix products.
     order = sorted(range(len(rows)), key=lambda place: sorted(rows[place][1].slots.items()))
     batch = [rows[place] for place in order]
@@ -242,15 +243,14 @@ def denoise(base: Base, samples: Sequence[Sample], bank: AdapterBank | None = No
             stack.enter_context(bank.active(_in_long_runs([row.slots for _, row in batch])))
         maps = stack.enter_context(watch_attention(base.unet)) if any(settling) else None
         outputs = base.predict(latents, timesteps, conditioning)
-    place_of = {row: place for place, row in enumerate(order)}
-    first = 0
-    for sample, settles in zip(samples, settling, strict=True):
-        places = [place_of[row] for row in range(first, first + len(sample.batch))]
-        first += len(places)
-        output = sample.together(outputs[places])
+    counts = [len(batch) for batch in batches]
+    back = torch.tensor(order).argsort()
+    ours = outputs[back.to(outputs.device)].split(counts)
+    for sample, output, places, settles in zip(samples, ours, back.split(counts), settling, strict=True):
+        whole = sample.together(output)
         if maps is not None and settles:
-            sample.settle(maps.of_row(places[-1]))
-        sample.latents = sample.stepper.step(output, sample.latents)
+            sample.settle(maps.of_row(int(places[-1])))
+        sample.latents = sample.stepper.step(whole, sample.latents)
 
 
 def _in_long_runs(rows: Sequence[Mapping[int, float]]) -> Sequence[Mapping[int, float]]:
