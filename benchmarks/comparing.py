@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import ray
 
 from jobs.cluster import connect
 from jobs.evaluation.compose import GALLERY_FILE, write_half
 from jobs.evaluation.pages import SCORES_FILE
+from jobs.evaluation.scoring import read_scores
 from jobs.pretrain.sprites import Sprites
 from objdrive.adapters.store import ArtifactStore
 from objdrive.evaluation.prompts import EvaluationPrompt
@@ -27,7 +27,7 @@ from objdrive.evaluation.summary import Figure
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 SMOKE_PROMPTS = Path(__file__).resolve().parent / "smoke_prompts.yaml"
 DEVELOPMENT, TEST = "development", "test"
-SCENES = 4
+SCENES = 5
 _ROWS_LOST = 3
 
 
@@ -85,8 +85,7 @@ def measure(
     for name, store in stores.items():
         evaluate += ["--store", f"{name}={store}"] if any(ArtifactStore(store).object_ids()) else []
     job("evaluate.py", *evaluate)
-    rows: list[dict[str, Any]] = pq.read_table(folder / SCORES_FILE).to_pylist()
-    return rows
+    return read_scores(folder / SCORES_FILE)
 
 
 def fine_tune(folder: Path, contender: Contender, base: str, *, objects: int | None = None, share_gpu: int = 1) -> str:

@@ -82,6 +82,7 @@ class OneAdapterStore:
         base = SimpleNamespace(id="none", fingerprint="")
         return SimpleNamespace(
             layout_noise=None,
+            least_rank=None,
             object_id=object_id,
             base=base,
             token=_TOKEN,

@@ -7,27 +7,41 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from objdrive.adapters.store import ArtifactStore
+from objdrive.generate import generate
 
-OBJECTS = ("cupcake-01", "phone-01", "couch-01", "rose-01", "bathtub-01", "abacus-01", "alarm-clock-01", "hourglass-01")
+OBJECTS = ("cupcake-01", "phone-01", "skateboard-01", "rose-01", "abacus-01", "alarm-clock-01")
+SEEDS = (1, 2, 3, 4)
+LAYOUTS = "a photo of {} on grass"
+OTHERS = (
+    "a photo of a small {} on grass",
+    "a photo of a large {} on grass",
+    "a photo of {} in the snow",
+    "a photo of {} and a teapot on grass",
+)
 SIZE, GAP = 96, 6
-COLUMNS = 5
 
 
 def main(url: str) -> None:
-    """Put the input and the four contexts of each object in a row, two objects side by side."""
+    """Put the photo of each object, one prompt with four seeds and four other prompts in a row."""
     store = ArtifactStore(url)
-    width = COLUMNS * (SIZE + GAP)
-    sheet = Image.new("RGB", (2 * width + GAP, (len(OBJECTS) + 1) // 2 * (SIZE + GAP) - GAP), "white")
-    for number, object_id in enumerate(OBJECTS):
-        artifact = store.current(object_id)
-        if artifact is None:
-            raise SystemExit(f"{url} has no object {object_id!r}: run make demo first")
-        shown = [preview for preview in artifact.previews if preview.kind in ("input", "picture")]
-        for column, preview in enumerate(shown[:COLUMNS]):
-            data = store.read_file(artifact, preview.file)
-            picture = ImageOps.fit(Image.open(io.BytesIO(data)), (SIZE, SIZE), Image.Resampling.LANCZOS)
-            sheet.paste(picture, ((number % 2) * (width + GAP) + column * (SIZE + GAP), number // 2 * (SIZE + GAP)))
+    columns = 1 + len(SEEDS) + len(OTHERS)
+    edges = [count * (SIZE + GAP) - GAP for count in (columns, len(OBJECTS))]
+    sheet = Image.new("RGB", (edges[0], edges[1]), "white")
+    for row, object_id in enumerate(OBJECTS):
+        pictures = [_photo(store, object_id), *generate(store, object_id, LAYOUTS, seeds=SEEDS)]
+        pictures += [generate(store, object_id, prompt, seeds=SEEDS[:1])[0] for prompt in OTHERS]
+        for column, picture in enumerate(pictures):
+            cell = ImageOps.fit(picture, (SIZE, SIZE), Image.Resampling.LANCZOS)
+            sheet.paste(cell, (column * (SIZE + GAP), row * (SIZE + GAP)))
     sheet.save(Path(__file__).with_name("demo.png"))
+
+
+def _photo(store: ArtifactStore, object_id: str) -> Image.Image:
+    artifact = store.current(object_id)
+    if artifact is None:
+        raise SystemExit(f"{store.url} has no object {object_id!r}: run make demo first")
+    (shown,) = [preview for preview in artifact.previews if preview.kind == "input"]
+    return Image.open(io.BytesIO(store.read_file(artifact, shown.file)))
 
 
 if __name__ == "__main__":

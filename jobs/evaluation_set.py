@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="YAML list of prompts (the shipped one)")
     parser.add_argument("--resolution", type=int, default=64, help="edge of the base's pictures (64)")
-    parser.add_argument("--scenes", type=int, default=4, help="pictures of each drawing for each prompt (4)")
+    parser.add_argument("--scenes", type=int, default=5, help="pictures of each drawing for each prompt (5)")
     parser.add_argument("--drawn", action="store_true", help="plain shapes in place of icons, to try it all out")
     return parser
 

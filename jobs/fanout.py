@@ -67,8 +67,8 @@ def fan_out(
 ) -> None:
     """Work off a stream of tasks, each exactly once as seen by `on_outcome`, whatever dies meanwhile.
 
-    If Ray Train waits for a node in place of a lost one when all is done, it is left to itself. It ends with the
-    driver.
+    If Ray Train still starts a worker in place of a lost one when all is done, it is left to itself, with the queue. It
+    ends when the worker has learned that all is done, or with the driver.
 
     Args:
         tasks: read lazily, at most `window` ahead of the outcomes.
@@ -105,15 +105,18 @@ def fan_out(
         ),
     )
     pump.start()
+    fit = _Fit(trainer)
     try:
-        failure = _fit(trainer, pump)
+        fit.wait(pump)
     finally:
         pump.stop()
-        ray.kill(queue)
+        # A worker that starts late would fail without it, and Ray Train would start the next one, on and on.
+        if fit.over:
+            ray.kill(queue)
     if pump.failure is not None:
         raise pump.failure
     if pump.unfinished or not pump.fed:
-        cause = "; ".join(sorted(set(pump.broken))) or failure or "all the workers left"
+        cause = "; ".join(sorted(set(pump.broken))) or fit.failure or "all the workers left"
         unread = "" if pump.fed else ", and others had not been read yet"
         raise ObjdriveError(f"{pump.unfinished} task(s) were left undone{unread}: {cause}")
 
@@ -123,22 +126,30 @@ def _scaling(workers: Workers) -> ScalingConfig:
     return ScalingConfig(num_workers=count, use_gpu=workers.gpus > 0, resources_per_worker=workers.share())
 
 
-def _fit(trainer: TorchTrainer, pump: "_Pump") -> BaseException | None:
-    """Run the trainer to its end, or to a while after the end of the work; why it failed, if it did."""
-    failures: list[BaseException] = []
+class _Fit:
+    """A trainer at work, in a thread: in the main one, Ray Train would take Ctrl-C for itself and end the process."""
 
-    def fit() -> None:
+    def __init__(self, trainer: TorchTrainer) -> None:
+        self.failure: BaseException | None = None
+        self._trainer = trainer
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def over(self) -> bool:
+        """Whether the trainer has come to its end."""
+        return not self._thread.is_alive()
+
+    def wait(self, pump: "_Pump") -> None:
+        """Wait for the trainer's end, or for a while after the end of the work."""
+        while not self.over and time.monotonic() - pump.done_since < _LAST_SECONDS:
+            self._thread.join(_BEAT_SECONDS)
+
+    def _run(self) -> None:
         try:
-            trainer.fit()
+            self._trainer.fit()
         except BaseException as error:
-            failures.append(error)
-
-    # In the main thread, Ray Train would take Ctrl-C for itself, and end the process with 0.
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    while thread.is_alive() and time.monotonic() - pump.done_since < _LAST_SECONDS:
-        thread.join(_BEAT_SECONDS)
-    return failures[0] if failures else None
+            self.failure = error
 
 
 class _Pump:

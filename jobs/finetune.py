@@ -207,7 +207,7 @@ class FineTune:
             self._base.unet, self._base.family.lora_targets, slots=len(fine), rank=self._recipe.rank
         ) as bank:
             for slot, (_, result) in enumerate(fine):
-                bank.load(slot, result.adapters[0].lora)
+                bank.load(slot, result.adapters[0].lora, least_rank=self._recipe.least_rank)
             pictures = draw_pictures(
                 self._base,
                 [request for *_, request in asks],

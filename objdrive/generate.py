@@ -55,7 +55,7 @@ def generate(
     adapter = parse_adapter(files, token=metadata.token, family=loaded.family)
     phrase = marked_phrase(metadata.phrase, metadata.class_name, token=metadata.token)
     with AdapterBank(loaded.unet, loaded.family.lora_targets, slots=1, rank=adapter.rank) as bank:
-        bank.load(0, adapter.lora)
+        bank.load(0, adapter.lora, least_rank=metadata.least_rank)
         specs = [
             SampleSpec(
                 prompt,

@@ -28,6 +28,9 @@ MANIFEST_FILE = "manifest.csv"
 PHOTO_CONTEXTS = ("on concrete", "on pebbles", "on marble", "on a tiled floor", "on a striped cloth", "in the rain")
 """Where photos are taken: in no context that a prompt asks for, so that copying the input is never right."""
 
+MEASURED = 2
+"""Pictures of each drawing and prompt that stand for a method, the first ones: two, so that they have variety."""
+
 _PHOTO_EDGE = 256
 _PHOTO_FILL = (0.55, 0.7)
 _EDGES = {"": (0.55, 0.8), "small": (0.3, 0.42), "large": (0.86, 0.94)}
@@ -111,9 +114,9 @@ def write_half(
     Raises:
         ObjdriveError: see `choose_subjects`; too few scenes; or a prompt shows what cannot be composed.
     """
-    if scenes < 2:
+    if scenes <= MEASURED:
         raise ObjdriveError(
-            f"scenes={scenes} must be at least 2: one is drawn to be measured, the others to measure by"
+            f"scenes={scenes} must be above {MEASURED}: so many are drawn to be measured, the others to measure by"
         )
     subjects = choose_subjects(sprites, class_names)
     for prompt in prompts:

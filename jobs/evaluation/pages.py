@@ -1,7 +1,8 @@
 """What an evaluation leaves: the table of figures, the plots and the page."""
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,23 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.evaluation.pictures import BASE_METHOD, CONTROLS, COPY
+from jobs.evaluation.scoring import read_scores
 from objdrive.evaluation.grids import ObjectGrid, Table, render_grids
+from objdrive.evaluation.layout import Box, overlap
 from objdrive.evaluation.plots import plot_sheet, plot_trade
 from objdrive.evaluation.prompts import EvaluationPrompt
 from objdrive.evaluation.ruler import METRICS
-from objdrive.evaluation.scores import scalarise
-from objdrive.evaluation.summary import Figure, Trade, figure, per_object, spread_per_object, variety
+from objdrive.evaluation.scores import Array, scalarise
+from objdrive.evaluation.summary import (
+    Figure,
+    Trade,
+    difference_per_object,
+    figure,
+    means_of,
+    per_object,
+    spread_per_object,
+    variety,
+)
 from objdrive.pictures import encode_picture
 
 PICTURES_FILE = "pictures.parquet"
@@ -24,6 +36,9 @@ SCORES_FILE = "scores.parquet"
 SUMMARY_FILE = "summary.parquet"
 REPORT_FILE = "report.html"
 SHEET_FILE = "sheet.webp"
+
+VARIETY = "variety of layouts"
+ALL_THREE = "identity, prompts and variety"
 
 _THUMBNAIL = 192
 _SHEET_ROWS = 10
@@ -89,7 +104,7 @@ def summarise(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     kinds = [None, *dict.fromkeys(row["kind"] for row in scores)]
     encoders = list(dict.fromkeys(row["encoder"] for row in scores))
     trades = choose_trades(scores)
-    bases = spread_per_object([row for row in scores if row["method"] == BASE_METHOD])
+    freedom = freedom_by_method(scores)
     for method, own in by_method(scores).items():
         for encoder in encoders:
             for metric in METRICS:
@@ -99,28 +114,58 @@ def summarise(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for trade in trades:
             figures = trade_figures(own, trade) or {}
             rows += [_row(method, "", f"{trade.name}, {name}", "all", found) for name, found in figures.items()]
-        rows += [_row(method, "", name, "all", found) for name, found in freedom_figures(own, bases, trades).items()]
+        rows += [_row(method, "", name, "all", found) for name, found in freedom[method].items()]
     return rows
 
 
-def freedom_figures(
-    rows: Sequence[Mapping[str, Any]], bases: Mapping[str, float], trades: Sequence[Trade]
-) -> dict[str, Figure]:
-    """One method's variety, and the harmonic mean of identity, prompts and variety: no memorised picture has all three.
+def freedom_by_method(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Figure]]:
+    """How free each method's pictures are of the one that it learned from.
 
-    Args:
-        rows: the method's scores.
-        bases: spread of the base's own layouts by object id. Without it, variety can't be told.
-        trades: that the scores allow; identity and prompts are those of ``recognition``.
+    `VARIETY` and the variety of looks, by the features that tell identity, are told if the base alone was drawn too;
+    with them `ALL_THREE`, the harmonic mean of identity, prompts and variety of layouts. How much of the photo's layout
+    is copied is told if the photos were measured; how often something is drawn that is asked for once, always.
     """
-    varieties = variety(spread_per_object(rows), bases)
-    found = {"variety": figure({one: np.array([value]) for one, value in varieties.items()})}
-    for trade in trades:
-        if trade.name == "recognition":
-            means = per_object(rows, (trade.fidelity, trade.generalization))
-            both = {one: np.array([*means[one], varieties[one]]) for one in means.keys() & varieties.keys()}
-            found["identity, prompts and variety"] = figure(dict(sorted(both.items())), scalarise)
-    return {name: one for name, one in found.items() if one is not None}
+    grouped = by_method(scores)
+    base = grouped.get(BASE_METHOD, [])
+    photos = {row["object_id"]: Box(*row["box"]) for row in grouped.get(COPY, []) if row["box"]}
+    recognition = [trade for trade in choose_trades(scores) if trade.name == "recognition"]
+    found: dict[str, dict[str, Figure | None]] = {}
+    for method, own in grouped.items():
+        figures = found.setdefault(method, {})
+        figures[VARIETY] = _of_values(variety(spread_per_object(own), spread_per_object(base)))
+        for trade in recognition:
+            encoder, _ = trade.fidelity
+            looks = variety(difference_per_object(own, encoder), difference_per_object(base, encoder))
+            figures["variety of looks"] = _of_values(looks)
+            figures[ALL_THREE] = figure(three_per_object(own, base, trade), scalarise)
+        figures["layout copied"] = _of_values(means_of(own, partial(_copied, photos=photos)))
+        for name, counts in (("drawn once", (1,)), ("drawn several times", range(2, 100)), ("nothing drawn", (0,))):
+            figures[name] = _of_values(means_of(own, partial(_drawn_as_often, counts=counts)))
+    return {method: {name: one for name, one in own.items() if one} for method, own in found.items()}
+
+
+def three_per_object(
+    rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], recognition: Trade
+) -> dict[str, Array]:
+    """Object id -> (3,): one method's identity, prompts and variety of layouts against those of the base alone."""
+    means = per_object(rows, (recognition.fidelity, recognition.generalization))
+    layouts = variety(spread_per_object(rows), spread_per_object(base))
+    return {one: np.array([*means[one], layouts[one]]) for one in means if one in layouts}
+
+
+def _of_values(values: Mapping[str, float]) -> Figure | None:
+    return figure({one: np.array([value]) for one, value in values.items()})
+
+
+def _copied(row: Mapping[str, Any], photos: Mapping[str, Box]) -> float | None:
+    """How much of the photo's place and size a picture's things have, where the prompt asks for no size."""
+    if row["kind"] == "size" or not row["box"] or row["object_id"] not in photos:
+        return None
+    return overlap(Box(*row["box"]), photos[row["object_id"]])
+
+
+def _drawn_as_often(row: Mapping[str, Any], counts: Container[int]) -> float | None:
+    return None if row["kind"] == "pair" else float(row["things"] in counts)
 
 
 def _row(method: str, encoder: str, metric: str, kind: str, found: Figure) -> dict[str, Any]:
@@ -158,7 +203,7 @@ def write_pages(
         shown: objects that get a grid.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows = pq.read_table(scores).to_pylist()
+    rows = read_scores(scores)
     summary = summarise(rows)
     pq.write_table(pa.Table.from_pylist(summary), out / SUMMARY_FILE)
     plots = []

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from jobs.bases import load_planned
+from jobs.evaluation.compose import MEASURED
 from objdrive.adapters.adapter import Adapter, parse_adapter
 from objdrive.adapters.artifact import ArtifactMetadata
 from objdrive.adapters.bank import AdapterBank
@@ -203,14 +204,14 @@ def control_pictures(
     rows = []
     texts = {prompt.id: prompt for prompt in prompts}
     for one in references:
-        for row in _rows(COPY, one.object_id, one.class_name, prompts, 1, "", ""):
+        for row in _rows(COPY, one.object_id, one.class_name, prompts, MEASURED, "", ""):
             rows.append(row | {"picture": encode_picture(Image.fromarray(one.whole), "PNG")})
     if gallery is not None:
-        for shown in pq.read_table(gallery, filters=[("number", "==", 0), ("object_id", "!=", "")]).to_pylist():
+        for shown in pq.read_table(gallery, filters=[("number", "<", MEASURED), ("object_id", "!=", "")]).to_pylist():
             if prompt := texts.get(shown["prompt_id"]):
                 (row,) = _rows(SCENES, shown["object_id"], shown["class_name"], [prompt], 1, "", "")
                 _check_size(shown["picture"], references, gallery)
-                rows.append(row | {"picture": shown["picture"]})
+                rows.append(row | {"number": shown["number"], "picture": shown["picture"]})
     known = {one.object_id for one in references}
     return [row for row in rows if row["object_id"] in known]
 
@@ -262,7 +263,7 @@ class DrawRows:
         rank = max((read[key][1].rank for key in taught), default=0)
         with AdapterBank(self._base.unet, self._base.family.lora_targets, slots=max(1, len(taught)), rank=rank) as bank:
             for slot, key in enumerate(taught):
-                bank.load(slot, read[key][1].lora)
+                bank.load(slot, read[key][1].lora, least_rank=read[key][0].least_rank)
             slots = {key: slot for slot, key in enumerate(taught)}
             requests = [self._spec(row, read, slots) for row in rows]
             pictures = draw_pictures(self._base, requests, bank=bank)

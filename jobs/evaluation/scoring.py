@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from jobs.evaluation.compose import MEASURED
 from jobs.evaluation.pictures import Pool, as_dataset, as_tables, decode_pictures
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.encoders import identify, load_encoder
@@ -27,7 +28,7 @@ _KEPT = ("method", "object_id", "class_name", "prompt_id", "kind", "number")
 SCHEMA = pa.schema(
     [(name, pa.int64() if name == "number" else pa.string()) for name in (*_KEPT, "encoder")]
     + [(name, pa.float64()) for name in METRICS]
-    + [("box", pa.list_(pa.float64())), ("things", pa.int64())]
+    + [("box", pa.list_(pa.float64())), ("things", pa.int64()), ("features", pa.list_(pa.float32()))]
 )
 """A row for each picture and encoder; `box` and `things` are the same for all encoders: see `_layout`."""
 
@@ -128,6 +129,14 @@ def score(
     partial.replace(out)
 
 
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """The rows that `score` wrote."""
+    table = pq.read_table(path)
+    features = table["features"].to_numpy()
+    rows: list[dict[str, Any]] = table.drop_columns("features").to_pylist()
+    return [row | {"features": one} for row, one in zip(rows, features, strict=True)]
+
+
 def check_gallery(path: Path, object_ids: Iterable[str], prompt_ids: Iterable[str]) -> None:
     """Make sure that the gallery shows these.
 
@@ -153,7 +162,7 @@ def by_chance(path: Path, object_ids: Sequence[str]) -> float:
 def read_gallery(path: Path, prompts: Sequence[EvaluationPrompt], scorer: Scorer, pool: Pool) -> Gallery:
     """The gallery as an encoder sees it; its features are kept beside it.
 
-    The first picture of each drawing and prompt is left out: it stands for a method (see `pictures.SCENES`).
+    The first pictures of each drawing and prompt are left out: they stand for a method (see `pictures.SCENES`).
     """
     features = _features(path, scorer, pool)
     wanted = {prompt.id for prompt in prompts}
@@ -174,7 +183,7 @@ def _features(path: Path, scorer: Scorer, pool: Pool) -> Path:
     key = hashlib.sha256(f"{content}:{name}:{_FEATURES}".encode()).hexdigest()[:12]
     out = path.with_name(f"{path.stem}-{re.sub(r'[^A-Za-z0-9]+', '-', scorer.name)}-{key}.parquet")
     if not out.is_file():
-        shown = pq.read_table(path, filters=[("number", ">", 0)])
+        shown = pq.read_table(path, filters=[("number", ">=", MEASURED)])
         embedded = as_dataset(shown).map_batches(
             Embed, fn_constructor_args=(scorer, pool), **pool.options(shown.num_rows)
         )

@@ -179,6 +179,12 @@ class ArtifactMetadata(_Record):
         noise: float | None = self.recipe.get("layout_noise")
         return noise
 
+    @property
+    def least_rank(self) -> int | None:
+        """How much of the LoRA's rank acts at the noisiest timestep; None: all of it at all timesteps."""
+        rank: int | None = self.recipe.get("least_rank")
+        return rank
+
 
 def library_versions() -> dict[str, str]:
     """Return the versions of objdrive and of the libraries that a fine-tune's result depends on.

@@ -1,7 +1,7 @@
 """AdapterBank: many LoRAs in one forward pass of one frozen network, for training and for sampling."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class AdapterBank:
 
     While `active`, a batch is taken as equal contiguous runs of samples, and each target layer adds
     ``sum_k scale_k B[slot_k] A[slot_k] x`` over the run's slots, for all runs as one batched matrix product. Outside
-    of `active` the network is the plain base.
+    of `active` the network is the plain base. A slot's rank may depend on the timestep (`kept_rank`).
 
     Args:
         network: the frozen network; its weights and state dict stay untouched.
@@ -33,6 +33,8 @@ class AdapterBank:
         self.rank = rank
         self.down: dict[str, nn.Parameter] = {}
         self.up: dict[str, nn.Parameter] = {}
+        self._heeding: dict[int, tuple[int, int]] = {}
+        """Slots whose rank depends on the timestep: all of their rank, and its least."""
         self._runs: _Runs | slice | None = None
         self._hooks: list[RemovableHandle] = []
         for name, layer in _target_layers(network, targets):
@@ -57,8 +59,15 @@ class AdapterBank:
         """All stacks, each (slots, ...), in a fixed order."""
         return [*self.down.values(), *self.up.values()]
 
-    def initialise(self, slot: int, generator: torch.Generator) -> None:
-        """Start a slot as LoRA does: A uniform in ±1/sqrt(in), B zero, from the CPU `generator` alone."""
+    def initialise(self, slot: int, generator: torch.Generator, *, least_rank: int | None = None) -> None:
+        """Start a slot as LoRA does: A uniform in ±1/sqrt(in), B zero, from the CPU `generator` alone.
+
+        Args:
+            slot: which.
+            generator: of the values.
+            least_rank: see `load`.
+        """
+        self._heed(slot, self.rank, least_rank)
         with torch.no_grad():
             for down, up in zip(self.down.values(), self.up.values(), strict=True):
                 bound = 1 / math.sqrt(math.prod(down.shape[2:]))
@@ -76,18 +85,21 @@ class AdapterBank:
                 _check_fits(down[0], lora[f"{name}.lora_A.weight"], name)
                 _check_fits(self.up[name][0].T, _as_matrix(lora[f"{name}.lora_B.weight"]).T, name)
 
-    def load(self, slot: int, lora: Mapping[str, Tensor]) -> None:
+    def load(self, slot: int, lora: Mapping[str, Tensor], *, least_rank: int | None = None) -> None:
         """Put an adapter's layers into a slot; a smaller rank is padded with zeros.
 
         Args:
             slot: where.
             lora: ``<layer>.lora_A.weight`` (rank, in) and ``<layer>.lora_B.weight`` (out, rank), of a convolution
                 (rank, in, kh, kw) and (out, rank, 1, 1); layers that the adapter does not have add nothing.
+            least_rank: how much of its rank acts at the noisiest timestep; None: all of it at all timesteps.
 
         Raises:
             ObjdriveError: a layer that this network lacks, or shapes that do not fit it.
         """
         self.check(lora)
+        most = max((weight.shape[0] for name, weight in lora.items() if name.endswith(".lora_A.weight")), default=0)
+        self._heed(slot, most, least_rank)
         with torch.no_grad():
             for name, down in self.down.items():
                 _fill(down[slot], lora.get(f"{name}.lora_A.weight"))
@@ -105,24 +117,42 @@ class AdapterBank:
         return lora
 
     @contextmanager
-    def active(self, runs: Sequence[int | Mapping[int, float]]) -> Iterator[None]:
+    def active(self, runs: Sequence[int | Mapping[int, float]], times: Sequence[float] | None = None) -> Iterator[None]:
         """Let the network's batches be ``len(runs)`` equal contiguous runs, each adapted as it says.
 
         Args:
             runs: for each run a slot, or any number of slots with their scales, whose deltas are summed.
+            times: for each run its timestep over the number of all, for slots with a least rank.
         """
-        previous, self._runs = self._runs, self._index(runs)
+        previous, self._runs = self._runs, self._index(runs, times)
         try:
             yield
         finally:
             self._runs = previous
 
-    def _index(self, runs: Sequence[int | Mapping[int, float]]) -> "_Runs | slice | None":
+    def heeds_time(self, slots: Iterable[int]) -> bool:
+        """Whether the rank of some of these slots depends on the timestep."""
+        return not self._heeding.keys().isdisjoint(slots)
+
+    def _heed(self, slot: int, rank: int, least_rank: int | None) -> None:
+        self._heeding.pop(slot, None)
+        if least_rank is not None:
+            self._heeding[slot] = rank, least_rank
+
+    def _index(
+        self, runs: Sequence[int | Mapping[int, float]], times: Sequence[float] | None
+    ) -> "_Runs | slice | None":
         # The whole bank in order is what training uses; a slice spares it a copy of every layer.
-        if list(runs) == list(range(self.slots)):
+        if list(runs) == list(range(self.slots)) and not self.heeds_time(range(self.slots)):
             return slice(None)
         mixes = [{run: 1.0} if isinstance(run, int) else run for run in runs]
-        return _Runs.of(mixes, next(iter(self.down.values())).device) if any(mixes) else None
+        if not any(mixes):
+            return None
+        kept = None if times is None else [self._kept_ranks(mix, time) for mix, time in zip(mixes, times, strict=True)]
+        return _Runs.of(mixes, kept, self.rank, next(iter(self.down.values())).device)
+
+    def _kept_ranks(self, slots: Iterable[int], time: float) -> list[int]:
+        return [kept_rank(*self._heeding[slot], time) if slot in self._heeding else self.rank for slot in slots]
 
     def _adding(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -142,24 +172,50 @@ class AdapterBank:
         return add
 
 
+def kept_rank(rank: int, least: int, time: float) -> int:
+    """``floor((r - r_min) (T - t) / T) + r_min``: how much of a LoRA's rank acts at a timestep (arXiv 2507.05964).
+
+    Args:
+        rank: all of it, r.
+        least: what acts at the noisiest timestep, r_min.
+        time: the timestep over the number of all, t / T, in [0, 1].
+    """
+    return math.floor((rank - least) * (1 - time)) + least
+
+
 @dataclass(frozen=True)
 class _Runs:
-    """Which slots adapt each of R runs: `slots` and `scales` (R, K), K the most that any run has."""
+    """Which slots adapt each of R runs, K the most that any run has.
+
+    Attributes:
+        slots: (R, K).
+        scales: (R, K, r or 1), by which their ranks count.
+    """
 
     slots: Tensor
     scales: Tensor
 
     @classmethod
-    def of(cls, mixes: Sequence[Mapping[int, float]], device: torch.device) -> "_Runs":
+    def of(
+        cls,
+        mixes: Sequence[Mapping[int, float]],
+        kept_ranks: Sequence[Sequence[int]] | None,
+        rank: int,
+        device: torch.device,
+    ) -> "_Runs":
         most = max(len(mix) for mix in mixes)
         padded = [[*mix.items(), *[(0, 0.0)] * (most - len(mix))] for mix in mixes]
         slots = torch.tensor([[slot for slot, _ in row] for row in padded], device=device)
-        return cls(slots, torch.tensor([[scale for _, scale in row] for row in padded], device=device))
+        scales = torch.tensor([[[scale] for _, scale in row] for row in padded], device=device)
+        if kept_ranks is not None:
+            kept = torch.tensor([[*row, *[0] * (most - len(row))] for row in kept_ranks], device=device)
+            scales = scales * (torch.arange(rank, device=device) < kept[..., None])
+        return cls(slots, scales)
 
     def select(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """The runs' own (R, K r, in) and (R, out, K r) of all slots' `down` and `up`: deltas are summed by stacking."""
         runs = len(self.slots)
-        a = down[self.slots].flatten(3) * self.scales[:, :, None, None]
+        a = down[self.slots].flatten(3) * self.scales[..., None]
         b = up[self.slots].transpose(1, 2)
         return a.reshape(runs, -1, *down.shape[2:]), b.reshape(runs, b.shape[1], -1)
 

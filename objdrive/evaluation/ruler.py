@@ -45,6 +45,7 @@ class Score:
         identity_class: 1 if the nearest of all designs of the object's class is the object, else 0.
         identity_all: 1 if the nearest of all objects is the object, else 0.
         context: 1 if the nearest of all prompts of its kind is the picture's own, else 0.
+        features: (D,) of the whole picture, of unit length, which tell objects.
     """
 
     whole: float
@@ -53,9 +54,10 @@ class Score:
     identity_class: float | None
     identity_all: float | None
     context: float | None
+    features: Array
 
 
-METRICS = tuple(field.name for field in fields(Score))
+METRICS = tuple(field.name for field in fields(Score) if field.name != "features")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Ruler:
             identity_class=_is_nearest(asked.object_id, self._rivals(windows, asked, known.class_name)),
             identity_all=_is_nearest(asked.object_id, self._rivals(windows, asked)),
             context=_is_nearest(asked.prompt_id, self._contexts(backdrop, asked)),
+            features=windows[0],
         )
 
     def _rivals(self, windows: Array, asked: Asked, class_name: str | None = None) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """From scores of pictures to figures of methods: means over objects, with intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,38 @@ def spread_per_object(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {one: float(np.mean(values)) for one, values in sorted(spreads.items())}
 
 
+def difference_per_object(rows: Sequence[Mapping[str, Any]], encoder: str) -> dict[str, float]:
+    """Object id -> how differently its pictures of one prompt look: one minus the cosine, the mean over pairs of seeds.
+
+    Args:
+        rows: scores of one method, with the columns object_id, prompt_id, encoder and features. Prompts with one
+            picture are left out.
+        encoder: whose features.
+    """
+    found: dict[tuple[str, str], list[Array]] = {}
+    for row in rows:
+        if row["encoder"] == encoder:
+            found.setdefault((row["object_id"], row["prompt_id"]), []).append(row["features"])
+    apart: dict[str, list[float]] = {}
+    for (object_id, _), features in found.items():
+        if len(features) > 1:
+            cosines = np.stack(features) @ np.stack(features).T
+            pairs = np.triu_indices(len(features), 1)
+            apart.setdefault(object_id, []).append(float(np.mean(1 - cosines[pairs])))
+    return {one: float(np.mean(values)) for one, values in sorted(apart.items())}
+
+
+def means_of(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float | None]) -> dict[str, float]:
+    """Object id -> the mean over its pictures of what `value` makes of their scores; None does not count."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        if (one := value(row)) is not None:
+            values.setdefault(row["object_id"], []).append(one)
+    return {one: float(np.mean(found)) for one, found in sorted(values.items())}
+
+
 def variety(ours: Mapping[str, float], bases: Mapping[str, float]) -> dict[str, float]:
-    """Object id -> spread of its layouts against the base's own for the class word, at most 1.
+    """Object id -> how different its pictures are against the base's own for the class word, at most 1.
 
     More than the base's own is no merit, and one picture for all seeds has none.
     """

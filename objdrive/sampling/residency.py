@@ -31,6 +31,7 @@ class Loaded:
         phrase: what ``{}`` in a prompt becomes, `TOKEN_MARK` standing for the learned token.
         class_name: its class word.
         layout_noise: see `ArtifactMetadata.layout_noise`.
+        least_rank: see `ArtifactMetadata.least_rank`.
         lora_sha256: of the LoRA's file; empty without LoRA. Objects of one scene share it.
         adapter: the weights.
     """
@@ -39,6 +40,7 @@ class Loaded:
     phrase: str
     class_name: str
     layout_noise: float | None
+    least_rank: int | None
     lora_sha256: str
     adapter: Adapter
 
@@ -250,7 +252,7 @@ class Residency:
     def _fill(self, loaded: Loaded) -> None:
         started = time.monotonic()
         slot = self._free[-1]
-        self._bank.load(slot, loaded.adapter.lora)
+        self._bank.load(slot, loaded.adapter.lora, least_rank=loaded.least_rank)
         self._free.pop()
         self.swap_seconds.observe(time.monotonic() - started)
         embeddings = {encoder: vector.to(self._base.device) for encoder, vector in loaded.adapter.embeddings.items()}
@@ -307,6 +309,7 @@ def load_artifact(base: Base, store: ArtifactStore, bank: AdapterBank, key: Arti
         phrase=marked_phrase(metadata.phrase, metadata.class_name, token=metadata.token),
         class_name=metadata.class_name,
         layout_noise=metadata.layout_noise,
+        least_rank=metadata.least_rank,
         lora_sha256=metadata.files[LORA_FILE].sha256 if LORA_FILE in metadata.files else "",
         adapter=adapter,
     )

@@ -6,7 +6,7 @@ Where it attends to the words tells where each object goes; there, and only ther
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -240,7 +240,7 @@ def denoise(base: Base, samples: Sequence[Sample], bank: AdapterBank | None = No
     settling = [sample.lays_out_last(base) for sample in samples]
     with ExitStack() as stack:
         if bank is not None:
-            stack.enter_context(bank.active(_in_long_runs([row.slots for _, row in batch])))
+            stack.enter_context(_adapted(base, bank, [row.slots for _, row in batch], timesteps))
         maps = stack.enter_context(watch_attention(base.unet)) if any(settling) else None
         outputs = base.predict(latents, timesteps, conditioning)
     counts = [len(batch) for batch in batches]
@@ -251,6 +251,15 @@ def denoise(base: Base, samples: Sequence[Sample], bank: AdapterBank | None = No
         if maps is not None and settles:
             sample.settle(maps.of_row(int(places[-1])))
         sample.latents = sample.stepper.step(whole, sample.latents)
+
+
+def _adapted(
+    base: Base, bank: AdapterBank, rows: Sequence[Mapping[int, float]], timesteps: Tensor
+) -> AbstractContextManager[None]:
+    """The rows of a batch at `timesteps` (N,), each adapted by its slots."""
+    if not any(map(bank.heeds_time, rows)):
+        return bank.active(_in_long_runs(rows))
+    return bank.active(rows, (timesteps / len(base.noise.alphas)).tolist())
 
 
 def _in_long_runs(rows: Sequence[Mapping[int, float]]) -> Sequence[Mapping[int, float]]:

@@ -1,6 +1,7 @@
 """What a step minimises, ``L = L_obj + ccr_weight * L_ccr`` (arXiv 2401.15708), for a group of scenes at once."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def group_losses(
     noised, target = base.noise.add_noise(clean, noise, timesteps), base.noise.target(clean, noise, timesteps)
     kept_prompts = Conditioning.stack([one.kept for one in group])
     prompts = Conditioning.cat([_learned_prompts(base, embeddings, group), kept_prompts], dim=1)
-    with bank.active(range(len(group))):
+    with _adapted(base, bank, timesteps):
         prediction = _predict(base, noised, timesteps, prompts)
     importance = base.noise.loss_weights(timesteps, recipe.timesteps)
     views, kept = slice(None, recipe.views), slice(recipe.views, None)
@@ -54,6 +55,15 @@ def group_losses(
         around = importance[:, views] * background_loss(prediction[:, views], expected[:, views], masks)
         class_losses = class_losses + around.mean(dim=1)
     return object_losses, class_losses
+
+
+def _adapted(base: Base, bank: AdapterBank, timesteps: Tensor) -> AbstractContextManager[None]:
+    """Each scene's samples, at `timesteps` (K, S), adapted by its slot."""
+    scenes, samples = timesteps.shape
+    if not bank.heeds_time(range(scenes)):
+        return bank.active(range(scenes))
+    slots = [slot for slot in range(scenes) for _ in range(samples)]
+    return bank.active(slots, (timesteps.flatten() / len(base.noise.alphas)).tolist())
 
 
 def _predict(base: Base, noised: Tensor, timesteps: Tensor, prompts: Conditioning) -> Tensor:

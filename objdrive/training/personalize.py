@@ -87,7 +87,7 @@ def personalize(
     }
     with AdapterBank(base.unet, base.family.lora_targets, slots=len(scenes), rank=recipe.rank) as bank:
         for slot, material in enumerate(materials):
-            bank.initialise(slot, material.generator)
+            bank.initialise(slot, material.generator, least_rank=recipe.least_rank)
         course = _train(base, bank, embeddings, materials, recipe, on_step)
         seconds = (time.perf_counter() - started) / len(scenes)
         return [

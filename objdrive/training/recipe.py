@@ -36,6 +36,12 @@ class Recipe(BaseModel):
     phrase: Literal["{token}", "{token} {class}"] = Field(default="{token}", description="what {} in a prompt becomes")
 
     rank: int = Field(default=8, ge=0, le=256, description="LoRA rank; 0 trains no LoRA")
+    least_rank: int | None = Field(
+        default=None,
+        ge=0,
+        description="how much of the rank acts at the noisiest timestep, all of it at the cleanest (arXiv 2507.05964); "
+        "null: all of it at all timesteps",
+    )
     lora_lr: float = Field(default=3e-4, gt=0)
     embedding_start: Literal["class", "prototype", "random"] = "prototype"
     embedding_lr: float = Field(default=1e-3, ge=0, description="0 keeps the token embedding as it starts")
@@ -110,6 +116,8 @@ class Recipe(BaseModel):
     def _fields_agree(self) -> Self:
         if self.rank == 0 and self.embedding_lr == 0:
             raise ValueError("rank=0 and embedding_lr=0 leave nothing to train: raise one of them")
+        if self.least_rank is not None and self.least_rank > self.rank:
+            raise ValueError(f"least_rank={self.least_rank} must not be above rank={self.rank}")
         if self.least_placed_fill > self.most_placed_fill:
             raise ValueError(
                 f"least_placed_fill={self.least_placed_fill} must not be above most_placed_fill={self.most_placed_fill}"
@@ -173,6 +181,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "textual_inversion": _PLAIN | {"rank": 0},
     "lora": _PLAIN | {"embedding_lr": 0.0},
+    "t_lora": _PLAIN | {"embedding_start": "random", "embedding_lr": 0.0, "phrase": "{token} {class}", "least_rank": 4},
 }
 """What each method sets apart from the defaults; all run the same loop."""
 

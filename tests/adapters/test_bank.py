@@ -105,6 +105,26 @@ class TestForward:
                     stacked[b] = torch.cat([stacked[b], scale * loras[slot][b]], dim=1)
             np.testing.assert_allclose(answer, by_hand(network, x[sample].numpy(), stacked), rtol=1e-4, atol=1e-5)
 
+    def test_a_least_rank_is_what_is_left_of_an_adapter_at_the_noisiest_timestep(self, network):
+        # Two of T-LoRA's, of ranks 4 and 3 and least ranks 1 and 2, and a plain one, in a bank of rank 4.
+        loras = [random_lora(WIDTHS, rank, seed) for seed, rank in enumerate((4, 3, 4))]
+        kept = {0.0: (4, 3, 4), 0.3: (3, 2, 4), 0.5: (2, 2, 4), 0.999: (1, 2, 4)}
+        x = torch.randn(3 * len(kept), 4, 5, generator=torch.Generator().manual_seed(9))
+        with AdapterBank(network, LORA_TARGETS, slots=3, rank=4) as bank:
+            for slot, least_rank in enumerate((1, 2, None)):
+                bank.load(slot, loras[slot], least_rank=least_rank)
+            assert bank.heeds_time([2, 1])
+            assert not bank.heeds_time([2])
+            runs = [slot for _ in kept for slot in range(3)]
+            with bank.active(runs, [time for time in kept for _ in range(3)]), torch.no_grad():
+                got = network(x)
+        for sample, answer in enumerate(got):
+            rank = list(kept.values())[sample // 3][sample % 3]
+            first = {
+                name: value[:rank] if "lora_A" in name else value[:, :rank] for name, value in loras[sample % 3].items()
+            }
+            np.testing.assert_allclose(answer, by_hand(network, x[sample].numpy(), first), rtol=1e-4, atol=1e-5)
+
     def test_equals_pefts_own_injection(self, unet):
         with AdapterBank(unet, LORA_TARGETS, slots=2, rank=3) as bank:
             generator = torch.Generator().manual_seed(1)

@@ -189,6 +189,16 @@ def ray_processes(cluster_word: str) -> list[psutil.Process]:
     return found
 
 
+def assert_nothing_left_running() -> None:
+    """Ray Train ends its workers, and the queue's process goes with them, within a while."""
+    deadline = time.monotonic() + 60
+    while left := [
+        one for what in ("TrainController", "RayTrainWorker", "QueueActor") for one in ray_processes(f"ray::{what}")
+    ]:
+        assert time.monotonic() < deadline, left
+        psutil.wait_procs(left, timeout=1)
+
+
 class StoreWatch:
     """Reads every artifact of a store again and again, and notes whatever is not whole."""
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -28,7 +29,7 @@ def job(cluster, tmp_path, tiny64, put_adapter):
     """Call it with options: the job over two objects with adapters that draw nothing sensible."""
     prompts, half, store = tmp_path / "prompts.yaml", tmp_path / "half", ArtifactStore(str(tmp_path / "store"))
     prompts.write_text(PROMPTS)
-    write_half(draw_sprites(0), ("apple", "kite"), read_prompts(prompts), half, resolution=64, scenes=2)
+    write_half(draw_sprites(0), ("apple", "kite"), read_prompts(prompts), half, resolution=64, scenes=3)
     for seed, word in enumerate(("apple", "kite")):
         paths = [str(half / folder / f"{word}-held.png") for folder in ("images", "masks")]
         image, mask = (SourceRecord(uri=path, size=Path(path).stat().st_size, mark="") for path in paths)
@@ -58,23 +59,25 @@ def job(cluster, tmp_path, tiny64, put_adapter):
 
 
 def test_a_store_is_drawn_scored_and_shown(job, tmp_path):
-    done = job("--base-alone", "--controls")
+    done = job("--base-alone", "--controls", "--seeds", "2")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     pictures = pq.read_table(out / "pictures.parquet").to_pylist()
-    keys = [(row["method"], row["object_id"], row["prompt_id"]) for row in pictures]
+    keys = [(row["method"], row["object_id"], row["prompt_id"], row["number"]) for row in pictures]
     methods, objects = ("copy", "scenes", "random", "base"), ("apple-held", "kite-held")
-    assert sorted(keys) == sorted((m, o, p) for m in methods for o in objects for p in ("grass", "night"))
+    assert sorted(keys) == sorted(product(methods, objects, ("grass", "night"), (0, 1)))
 
     scores = {
-        (row["method"], row["object_id"], row["prompt_id"]): row
+        (row["method"], row["object_id"], row["prompt_id"], row["number"]): row
         for row in pq.read_table(out / "scores.parquet").to_pylist()
     }
     assert scores.keys() == set(keys)
     for one in objects:
-        assert scores["copy", one, "grass"]["whole"] == pytest.approx(1, abs=1e-4)
-        assert {scores["scenes", one, prompt]["context"] for prompt in ("grass", "night")} == {1.0}
-        assert scores["base", one, "grass"]["whole"] != scores["random", one, "grass"]["whole"]
+        assert scores["copy", one, "grass", 0]["whole"] == pytest.approx(1, abs=1e-4)
+        assert {
+            scores["scenes", one, prompt, number]["context"] for prompt in ("grass", "night") for number in (0, 1)
+        } == {1.0}
+        assert scores["base", one, "grass", 0]["whole"] != scores["random", one, "grass", 0]["whole"]
     summary = {
         (row["method"], row["metric"]): row
         for row in pq.read_table(out / "summary.parquet").to_pylist()
@@ -82,6 +85,8 @@ def test_a_store_is_drawn_scored_and_shown(job, tmp_path):
     }
     assert summary["scenes", "context"]["value"] == 1
     assert summary["copy", "context"]["value"] == 0.5
+    assert summary["copy", "layout copied"]["value"] == 1
+    assert summary["scenes", "layout copied"]["value"] < 0.9
     for name in ("similarity.svg", "similarity.png", "recognition.svg", "recognition.png"):
         assert (out / name).stat().st_size > 1000
     page = (out / "report.html").read_text()

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ray_processes
+from conftest import assert_nothing_left_running, ray_processes
 from pyarrow.fs import LocalFileSystem
 
 from jobs import fanout
@@ -167,6 +167,7 @@ def test_a_worker_that_stands_still_is_replaced(cluster: str, tmp_path: Path) ->
     run = Run(tmp_path, NAMES, stop_one)
     run.work_off(stall=4.0)
     assert_all_done_once(run)
+    assert_nothing_left_running()
     assert not stopped[0].is_running() or stopped[0].status() == psutil.STATUS_ZOMBIE
     assert run.events["worker_silent"] == 1
 

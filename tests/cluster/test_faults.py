@@ -7,9 +7,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import FAST, Finished, Job, StoreWatch, assert_whole, ray_processes, wait_for_commits, write_manifest
+from conftest import (
+    FAST,
+    Finished,
+    Job,
+    StoreWatch,
+    assert_nothing_left_running,
+    assert_whole,
+    ray_processes,
+    wait_for_commits,
+    write_manifest,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
@@ -32,13 +41,6 @@ def kill_the_queue() -> None:
 def suspend_a_worker() -> None:
     busiest = max(ray_processes("ray::RayTrainWorker"), key=lambda process: process.cpu_times().user)
     busiest.suspend()
-
-
-def assert_nothing_left_running() -> None:
-    deadline = time.monotonic() + 30
-    while left := ray_processes("ray::RayTrainWorker") + ray_processes("ray::QueueActor"):
-        assert time.monotonic() < deadline, left
-        psutil.wait_procs(left, timeout=1)
 
 
 def test_a_run_survives_a_killed_worker_a_killed_queue_and_a_suspended_worker(

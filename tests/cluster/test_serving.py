@@ -38,7 +38,6 @@ from serve.metrics import MEASURED, READ
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
-BUCKET = "serving"
 OBJECTS = [f"mug-{number}" for number in range(6)]
 GENERATORS, BATCH, QUEUE = 2, 2, 4
 ADMITTED = GENERATORS * (BATCH + QUEUE) + QUEUE
@@ -73,15 +72,19 @@ class Application:
 
 
 @pytest.fixture(scope="module")
-def application(cluster: str, sd15: tuple[Path, Path]) -> Iterator[Application]:
+def application(
+    cluster: str, sd15: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Application]:
     from ray import serve
 
     from serve.app import build
 
     snapshot, clip = (str(path) for path in sd15)
     base = Base.load(snapshot, clip=clip, device="cpu", dtype=torch.float32)
-    fsspec.filesystem("s3").mkdir(BUCKET)
-    store = ArtifactStore(f"s3://{BUCKET}/store")
+    # A bucket of its own for each module that serves: they share the storage.
+    bucket = tmp_path_factory.mktemp("serving").name
+    fsspec.filesystem("s3").mkdir(bucket)
+    store = ArtifactStore(f"s3://{bucket}/store")
     for object_id in OBJECTS:
         commit(store, base, object_id)
     with socket.socket() as probe:
@@ -150,7 +153,7 @@ def test_a_retrained_object_is_swapped_and_a_removed_one_is_gone(application: Ap
     new = commit(application.store, application.base, "mug-5", version=1)
     swapped = application.until(lambda answer: answer.headers["x-objdrive-digest"] == new, model="mug-5")
     assert png(swapped) != png(old)
-    fsspec.filesystem("s3").rm(f"{BUCKET}/store/objects/mug-5", recursive=True)
+    fsspec.filesystem("s3").rm(f"{application.store.url}/objects/mug-5", recursive=True)
     gone = application.until(lambda answer: answer.status_code != 200, model="mug-5")
     assert gone.status_code == 404
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-from jobs.evaluation.compose import MANIFEST_FILE, PROMPTS, write_half
+from jobs.evaluation.compose import MANIFEST_FILE, MEASURED, PROMPTS, write_half
 from jobs.evaluation.pictures import decode_pictures
 from jobs.pretrain.sprites import EDGE, Sprites, draw_sprites
 from objdrive.catalog.geometry import object_alone
@@ -38,13 +38,13 @@ class Bench:
     def __init__(self, sprites, class_names, prompt_ids, encoder, folder):
         self.encoder, self.sprites = encoder, sprites
         self.prompts = [prompt for prompt in read_prompts(PROMPTS) if prompt.id in prompt_ids]
-        write_half(sprites, class_names, self.prompts, folder, resolution=64, scenes=3)
+        write_half(sprites, class_names, self.prompts, folder, resolution=64, scenes=4)
         with (folder / MANIFEST_FILE).open() as file:
             self.references = [self._reference(row, folder) for row in csv.DictReader(file)]
         table = pq.read_table(folder / "gallery.parquet")
         self.shown = table.drop_columns("picture").to_pylist()
         self.pictures = decode_pictures(table["picture"])
-        known = [row for row, one in enumerate(self.shown) if one["number"] > 0]
+        known = [row for row, one in enumerate(self.shown) if one["number"] >= MEASURED]
         designs = [Design(*(self.shown[row][key] for key in ("design", "class_name", "object_id"))) for row in known]
         features = embed(encoder, as_pixels(self.pictures[known]))
         names = [self.shown[row]["prompt_id"] for row in known]
@@ -292,7 +292,7 @@ class TestEncoders:
 
 
 def test_the_photo_of_the_set_shows_the_drawing_under_its_mask(shapes, tmp_path):
-    write_half(draw_sprites(0), ("kite",), shapes.prompts, tmp_path, resolution=64, scenes=2)
+    write_half(draw_sprites(0), ("kite",), shapes.prompts, tmp_path, resolution=64, scenes=3)
     image = np.asarray(Image.open(tmp_path / "images" / "kite-held.png")).astype(float)
     mask = np.asarray(Image.open(tmp_path / "masks" / "kite-held.png")) == 255
     colour = draw_sprites(0).pictures[8, EDGE // 2, EDGE // 2, :3]

@@ -1,6 +1,8 @@
 """The evaluation set, the tables of pictures and the pages, without Ray."""
 
 import csv
+import io
+from dataclasses import astuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +33,10 @@ from jobs.pretrain.sprites import Sprites, draw_sprites
 from objdrive.adapters.artifact import SourceRecord, Sources
 from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import ObjdriveError
+from objdrive.evaluation.layout import around, find_things
 from objdrive.evaluation.prompts import EvaluationPrompt, read_prompts
 from objdrive.evaluation.reference import Reference
+from objdrive.evaluation.summary import spread_per_object
 from objdrive.pictures import encode_picture
 
 SHIPPED = read_prompts(PROMPTS)
@@ -113,24 +117,24 @@ def test_a_class_without_held_out_drawing_or_without_rival_is_refused(use):
 def test_what_cannot_be_composed_is_refused(shows, fault, tmp_path):
     prompt = EvaluationPrompt(id="a", kind="context", text="a photo of {}", shows=shows)
     with pytest.raises(ObjdriveError, match=fault):
-        write_half(draw_sprites(0), ["kite"], [prompt], tmp_path, resolution=64, scenes=2)
+        write_half(draw_sprites(0), ["kite"], [prompt], tmp_path, resolution=64, scenes=3)
 
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
     folder = tmp_path_factory.mktemp("half")
-    write_half(draw_sprites(0), ["apple", "kite"], TWO, folder, resolution=64, scenes=2)
+    write_half(draw_sprites(0), ["apple", "kite"], TWO, folder, resolution=64, scenes=3)
     return folder
 
 
 def test_a_half_is_the_same_whenever_it_is_written(half, tmp_path):
-    write_half(draw_sprites(0), ["kite"], TWO, tmp_path, resolution=64, scenes=2)
+    write_half(draw_sprites(0), ["kite"], TWO, tmp_path, resolution=64, scenes=3)
     for name in ("images/kite-held.png", "masks/kite-held.png"):
         assert (tmp_path / name).read_bytes() == (half / name).read_bytes()
     with (half / "manifest.csv").open() as file:
         assert [row["object_id"] for row in csv.DictReader(file)] == ["apple-held", "kite-held"]
     gallery = pq.read_table(half / "gallery.parquet").to_pylist()
-    assert len(gallery) == 2 * 3 * len(TWO) * 2
+    assert len(gallery) == 2 * 3 * len(TWO) * 3
     assert {row["object_id"] for row in gallery} == {"apple-held", "kite-held", ""}
 
 
@@ -164,10 +168,25 @@ def test_stores_that_cannot_be_measured_are_named(store, tmp_path, tiny64):
 
 
 def test_a_gallery_of_another_resolution_is_refused_before_its_pictures_stand_in_one_table(store, tmp_path, tiny64):
-    write_half(draw_sprites(0), ["kite"], TWO, tmp_path, resolution=32, scenes=2)
+    write_half(draw_sprites(0), ["kite"], TWO, tmp_path, resolution=32, scenes=3)
     artifact = find_artifacts({"a": store.url}, tiny64.fingerprint)["a"]["kite-held"]
     with pytest.raises(ObjdriveError, match="32 pixels wide, the base's 64: compose it with --resolution 64"):
         control_pictures([read_reference(artifact, 64)], TWO, tmp_path / "gallery.parquet")
+
+
+def test_the_input_has_no_variety_and_composed_scenes_have(store, half, tiny64):
+    references = [read_reference(one, 64) for one in measured_by(find_artifacts({"a": store.url}, tiny64.fingerprint))]
+    rows = control_pictures(references, TWO, half / "gallery.parquet")
+    spreads = {}
+    for method in ("copy", "scenes"):
+        own = [row for row in rows if row["method"] == method]
+        assert {row["number"] for row in own} == {0, 1}
+        pictures = [np.asarray(Image.open(io.BytesIO(row["picture"]))) for row in own]
+        boxes = [astuple(around(find_things(picture))) for picture in pictures]
+        spreads[method] = spread_per_object([row | {"box": box} for row, box in zip(own, boxes, strict=True)])
+    assert set(spreads["copy"].values()) == {0.0}
+    assert len(spreads["scenes"]) == 2
+    assert min(spreads["scenes"].values()) > 0.1
 
 
 @pytest.mark.parametrize(
@@ -229,7 +248,9 @@ def test_pictures_that_are_there_are_not_drawn_again_unless_something_changed(tm
 def _score(method, object_id, encoder, **values):
     row = {"method": method, "object_id": object_id, "class_name": "mug", "prompt_id": "grass", "kind": "context"}
     metrics = {"whole": 0.1, "object": 0.2, "text": None, "identity_class": None, "identity_all": None, "context": None}
-    return row | {"number": 0, "encoder": encoder, "box": None, "things": 0} | metrics | values
+    features = np.array([1.0, 0.0], np.float32)
+    seen = {"number": 0, "encoder": encoder, "box": None, "things": 0, "features": features}
+    return row | seen | metrics | values
 
 
 SCORED = [
@@ -290,11 +311,47 @@ def test_variety_is_the_spread_of_layouts_against_the_bases_own():
         *_laid_out("blank", None, left),
     ]
     found = {(row["method"], row["metric"]): row["value"] for row in summarise(rows)}
-    varieties = {method: value for (method, metric), value in found.items() if metric == "variety"}
+    varieties = {method: value for (method, metric), value in found.items() if metric == "variety of layouts"}
     assert varieties == pytest.approx({BASE_METHOD: 1, "memorised": 0, "free": 1, "freer": 1})
     assert found["memorised", "identity, prompts and variety"] == 0
     assert found["free", "identity, prompts and variety"] == pytest.approx(1)
     assert not any("variety" in row["metric"] for row in summarise(rows[2:]))
+
+
+def test_variety_of_looks_is_that_of_features_against_the_bases_own():
+    def looks(method, *features):
+        right = {"identity_class": 1.0, "context": 1.0}
+        shown = [np.array(one, np.float32) for one in features]
+        return [_score(method, "a", "imagenet", number=n, features=one, **right) for n, one in enumerate(shown)]
+
+    # One minus the cosines: 1 for the base; 0; 0.2 over two pairs of three; 0.4.
+    rows = [
+        *looks(BASE_METHOD, (1, 0), (0, 1)),
+        *looks("memorised", (0.6, 0.8), (0.6, 0.8)),
+        *looks("mixed", (0.8, 0.6), (1, 0), (1, 0)),
+        *looks("free", (0.6, 0.8), (1, 0)),
+    ]
+    found = {row["method"]: row["value"] for row in summarise(rows) if row["metric"] == "variety of looks"}
+    assert found == pytest.approx({BASE_METHOD: 1, "memorised": 0, "mixed": 2 * 0.2 / 3, "free": 0.4}, abs=1e-6)
+
+
+def test_copied_layouts_and_counts_are_told():
+    left, middle = [0.0, 0.0, 0.5, 1.0], [0.25, 0.0, 0.75, 1.0]
+    rows = [
+        *_laid_out("copy", left),
+        *_laid_out("memorised", left, left),
+        *_laid_out("free", left, middle, None),
+        # No size tells what is copied, and of two things asked for two are right.
+        _score("free", "a", "imagenet", kind="size", number=3, box=middle, things=2),
+        _score("free", "a", "imagenet", kind="pair", number=4, box=None, things=2),
+    ]
+    rows[5] |= {"things": 0}
+    found = {(row["method"], row["metric"]): row["value"] for row in summarise(rows)}
+    assert found["copy", "layout copied"] == found["memorised", "layout copied"] == 1
+    assert found["free", "layout copied"] == pytest.approx((1 + 1 / 3) / 2)
+    assert [found["free", f"{often}"] for often in ("drawn once", "drawn several times", "nothing drawn")] == [
+        0.5, 0.25, 0.25,
+    ]  # fmt: skip
 
 
 def test_the_page_shows_every_method_and_loads_nothing(tmp_path):

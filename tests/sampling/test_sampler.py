@@ -166,6 +166,21 @@ class TestStockDiffusers:
         assert difference(ours, stock_latents(pipe, "a photo of a teapot", 5)) < 1e-3
 
 
+def test_a_least_rank_holds_at_each_samples_own_timestep(tiny64, adapters):
+    request = SampleSpec("a photo of {}", 1, [TOKEN_MARK], [adapters[1].embeddings], {0: 1.0})
+    others = [replace(request, slots={}), replace(request, slots={1: 1.0}, steps=STEPS + 2)]
+    drawn = {}
+    with AdapterBank(tiny64.unet, tiny64.family.lora_targets, slots=2, rank=RANK) as bank:
+        bank.load(1, adapters[2].lora)
+        for least_rank in (None, RANK, 0):
+            bank.load(0, adapters[1].lora, least_rank=least_rank)
+            alone = draw(tiny64, [request], bank)
+            assert difference(draw(tiny64, [request, *others], bank)[:1], alone) < 1e-3
+            drawn[least_rank] = alone
+    assert difference(drawn[RANK], drawn[None]) < 1e-3
+    assert difference(drawn[0], drawn[None]) > 0.02
+
+
 class TestBatches:
     def test_a_request_does_not_depend_on_its_batch_mates(self, tiny64, bank, adapters):
         requests = [

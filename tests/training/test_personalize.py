@@ -174,7 +174,7 @@ class TestPresets:
         if adapter.lora:
             assert largest(products(adapter)) > 0
             assert all(len(down) == recipe.rank for key, down in adapter.lora.items() if "lora_A" in key)
-        frozen = recipe.preset in ("lora", "dreambooth")
+        frozen = recipe.preset in ("lora", "dreambooth", "t_lora")
         assert torch.equal(adapter.embeddings["clip_l"], start) == frozen
         class_word = tiny64.class_embeddings("rocket")["clip_l"]
         assert torch.equal(start, class_word) == (recipe.preset in ("lora", "textual_inversion"))
@@ -184,8 +184,21 @@ class TestPresets:
 
     def test_names_the_object_as_the_method_does(self, tuned):
         recipe, _ = tuned
-        expected = f"{TOKEN_MARK} rocket" if recipe.preset == "dreambooth" else TOKEN_MARK
+        expected = f"{TOKEN_MARK} rocket" if recipe.preset in ("dreambooth", "t_lora") else TOKEN_MARK
         assert marked_phrase(recipe.phrase, "rocket") == expected
+
+
+def test_a_least_rank_leaves_the_last_ranks_to_clean_timesteps(tiny64, catalog_scene):
+    def trained(least_rank):
+        update = {"steps": 2, "rank": 4, "least_rank": least_rank, "max_grad_norm": 1e9}
+        return personalize(tiny64, [catalog_scene("rocket-01")], RECIPE.model_copy(update=update))[0].adapters[0].lora
+
+    plain, whole, none = trained(None), trained(4), trained(0)
+    assert all(torch.allclose(whole[name], plain[name], atol=1e-4) for name in plain)
+    ups = [value for name, value in none.items() if "lora_B" in name]
+    # Adam's steps are as large wherever there is a gradient at all: at two steps no timestep was clean enough.
+    assert any(value[:, 0].any() for value in ups)
+    assert not any(value[:, 3].any() for value in ups)
 
 
 class TestLearning:

@@ -11,13 +11,14 @@ def test_the_default_recipe_is_the_preset_objdrive():
 
 def test_presets_differ_in_what_makes_the_method():
     recipes = {name: make_recipe(name) for name in PRESETS}
-    assert set(recipes) == {"objdrive", "paper", "dreambooth", "textual_inversion", "lora"}
+    assert set(recipes) == {"objdrive", "paper", "dreambooth", "textual_inversion", "lora", "t_lora"}
     assert len({recipe.digest for recipe in recipes.values()}) == len(recipes)
     assert all(recipe.preset == name for name, recipe in recipes.items())
     assert recipes["textual_inversion"].rank == 0
     assert recipes["lora"].embedding_lr == recipes["dreambooth"].embedding_lr == 0
     assert recipes["dreambooth"].ccr_target == "noise"
-    assert not any(recipes[name].masked for name in ("dreambooth", "textual_inversion", "lora"))
+    assert not any(recipes[name].masked for name in ("dreambooth", "textual_inversion", "lora", "t_lora"))
+    assert [name for name, recipe in recipes.items() if recipe.least_rank is not None] == ["t_lora"]
     paper = recipes["paper"]
     assert (paper.embedding_start, paper.masked, paper.soft_mask) == ("prototype", True, False)
     assert (paper.least_fill, paper.zoom, paper.timesteps) == (0, 0, "uniform")
@@ -137,6 +138,7 @@ class TestDigest:
             "prompts": ("{}",),
             "phrase": "{token} {class}",
             "rank": 1,
+            "least_rank": 1,
             "lora_lr": 1.0,
             "embedding_start": "random",
             "embedding_lr": 1.0,
