@@ -10,6 +10,7 @@ import psutil
 import pytest
 from conftest import ENVIRONMENT
 from ray.cluster_utils import Cluster
+from ray.experimental import internal_kv
 
 _STORE_BYTES = 100 * 2**20
 # A node that gives no sign of life for half a minute is dead; one that refuses connections, in seconds.
@@ -86,6 +87,8 @@ def drill_cluster(home: Path) -> Iterator[Drill]:
         # In the default folder it would leave its address behind, for which other clusters' processes would take it.
         for name, value in (ENVIRONMENT | {"HOME": str(home), "RAY_TMPDIR": folder}).items():
             patch.setenv(name, value)
+        # A head that is started makes its own keys this process's, which other clusters' tests still need.
+        patch.setattr(internal_kv, "global_gcs_client", internal_kv.global_gcs_client)
         head = Cluster(
             initialize_head=True,
             head_node_args={
