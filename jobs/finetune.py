@@ -110,7 +110,7 @@ class FineTune:
         rows = [record.row for unit in units for record in unit.rows]
         previewed = sum(len(unit.rows) for unit in units if unit.previews)
         pictures = math.ceil(previewed * (1 + len(PREVIEW_PROMPTS)) / fitting_batch_size(self._base))
-        classes = {row.class_name for row in rows} if self._recipe.ccr_weight else set()
+        classes = {row.class_name for row in rows} if self._recipe.keeps_classes else set()
         mended = len(units) if self._recipe.mend_masks else 0
         prepared = len(units) + mended + 1 + self._class_pictures.steps_to_draw(classes) + len(units)
         return prepared + self._recipe.steps + pictures * (self._recipe.sample_steps + 1) + len(rows)

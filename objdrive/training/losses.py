@@ -31,7 +31,10 @@ def prototype_loss(text: Tensor, targets: Tensor) -> Tensor:
 
 
 def object_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Object-specific loss L_obj, ``||M * (eps - eps_theta)||^2 / sum M`` for each sample.
+    """Object-specific loss L_obj, ``sum M (eps - eps_theta)^2 / sum M`` for each sample.
+
+    With masks of zeros and ones this is the paper's ``||M * (eps - eps_theta)||^2 / sum M``. That counts a cell that is
+    a quarter object as a sixteenth, so that thin parts hardly learn.
 
     Each sample is normalised by its own mask, so that small objects learn as fast as large ones and no sample's
     loss depends on its neighbours in the batch.
@@ -61,7 +64,7 @@ def class_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def background_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error around objects, ``||(1 - M) * (eps_theta - eps_base)||^2 / sum (1 - M)`` for each sample.
+    """Mean squared error around objects, ``sum (1 - M) (eps_theta - eps_base)^2 / sum (1 - M)`` for each sample.
 
     Args:
         prediction: (..., C, H, W), the adapted network on views, with prompts that name the object.
@@ -95,4 +98,4 @@ def latent_mask(mask: Tensor, size: int, *, soft: bool = True) -> Tensor:
 
 
 def _masked_square(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    return (mask * (prediction - target)).square().sum(dim=_SAMPLE)
+    return (mask * (prediction - target).square()).sum(dim=_SAMPLE)

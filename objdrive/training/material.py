@@ -49,7 +49,7 @@ class SceneMaterial:
         generator: on the CPU.
         views: encoded cuts of the scene's picture.
         phrases: for each object what ``{}`` in a training prompt becomes.
-        class_latents: for each object (class_pool, C, h, h) pictures of its class; none without the regularization.
+        class_latents: for each object (class_pool, C, h, h) pictures of its class; none unless classes are kept.
         class_prompts: for each object its encoded class prompt.
         worded: for each view the encoded class prompt of all that it shows.
         no_prompt: the encoded empty prompt, without a batch axis.
@@ -80,7 +80,7 @@ class SceneMaterial:
             generator=generator,
             views=views,
             phrases=[marked_phrase(recipe.phrase, name) for name in names],
-            class_latents=[class_pictures[name] for name in names] if recipe.ccr_weight else [],
+            class_latents=[class_pictures[name] for name in names] if recipe.keeps_classes else [],
             class_prompts=class_prompts,
             worded=worded,
             no_prompt=no_prompt[0],

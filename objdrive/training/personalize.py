@@ -74,7 +74,7 @@ def personalize(
     prototypes = starting_embeddings(base, scenes, recipe)
     on_step()
     class_pictures = class_pictures or ClassPictures(base, recipe)
-    if recipe.ccr_weight:
+    if recipe.keeps_classes:
         class_pictures.draw({o.class_name for scene in scenes for o in scene.objects}, on_step=on_step)
     materials = []
     for scene in scenes:

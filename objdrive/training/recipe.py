@@ -88,10 +88,11 @@ class Recipe(BaseModel):
         description="base: the base's own prediction (CCR); noise: prior preservation (DreamBooth)",
     )
     ccr_unconditional: float = Field(
-        default=0.5,
+        default=1.0,
         ge=0,
         le=1,
-        description="share of the regularization on views without a prompt, whose prediction guidance leads away from",
+        description="share of the regularization on views without a prompt, whose prediction guidance leads away from; "
+        "the rest is on class pictures",
     )
     ccr_background: bool = Field(
         default=True, description="the regularization also keeps what the base predicts around the object for the class"
@@ -133,6 +134,11 @@ class Recipe(BaseModel):
                     f"or set {name}={off}"
                 )
         return self
+
+    @property
+    def keeps_classes(self) -> bool:
+        """Whether pictures of classes are drawn, and what the base makes of them is kept."""
+        return self.ccr_weight > 0 and self.ccr_unconditional < 1
 
     @property
     def digest(self) -> str:

@@ -223,11 +223,11 @@ def test_objects_are_measured_by_the_photos_of_the_first_method_that_has_them(
 def test_controls_are_the_photo_and_a_scene_that_no_features_come_from(store, half, tiny64):
     artifact = find_artifacts({"a": store.url}, tiny64.fingerprint)["a"]["kite-held"]
     rows = control_pictures([read_reference(artifact, 64)], TWO, half / "gallery.parquet")
-    assert sorted((row["method"], row["prompt_id"]) for row in rows) == [
-        (method, prompt) for method in ("copy", "scenes") for prompt in ("grass", "night")
+    assert sorted((row["method"], row["prompt_id"], row["number"]) for row in rows) == [
+        (method, prompt, number) for method in ("copy", "scenes") for prompt in ("grass", "night") for number in (0, 1)
     ]
     gallery = pq.read_table(half / "gallery.parquet").to_pylist()
-    first = {row["picture"] for row in gallery if row["number"] == 0 and row["object_id"] == "kite-held"}
+    first = {row["picture"] for row in gallery if row["number"] < 2 and row["object_id"] == "kite-held"}
     assert {row["picture"] for row in rows if row["method"] == "scenes"} == first
 
 
@@ -236,7 +236,7 @@ def test_pictures_that_are_there_are_not_drawn_again_unless_something_changed(tm
     controls = control_pictures([Reference("a", "mug", blank, blank, blank[None])], TWO, None)
     out, pool = tmp_path / "pictures.parquet", Pool(1, 0.0)
     draw([], controls, DRAWING, pool, out)
-    assert [row["prompt_id"] for row in pq.read_table(out).to_pylist()] == ["grass", "night"]
+    assert [row["prompt_id"] for row in pq.read_table(out).to_pylist()] == ["grass", "grass", "night", "night"]
     # Whoever opens it to write replaces the file.
     first = out.stat().st_ino, out.stat().st_mtime_ns
     draw([], controls, DRAWING, pool, out)

@@ -58,7 +58,7 @@ class TestLatentMask:
 
 
 class TestObjectLoss:
-    def test_is_the_papers_sum(self):
+    def test_is_a_mean_of_squares_by_the_mask(self):
         prediction, target = normal(3, 4, 5, 5), normal(3, 4, 5, 5, seed=1)
         mask = torch.rand(3, 1, 5, 5, generator=torch.Generator().manual_seed(2))
         for n, loss in enumerate(object_loss(prediction, target, mask).tolist()):
@@ -67,8 +67,15 @@ class TestObjectLoss:
                 for x in range(5):
                     m = float(mask[n, 0, y, x])
                     weight += m
-                    error += sum((m * float(target[n, c, y, x] - prediction[n, c, y, x])) ** 2 for c in range(4))
+                    error += m * sum(float(target[n, c, y, x] - prediction[n, c, y, x]) ** 2 for c in range(4))
             assert loss == pytest.approx(error / (4 * weight), rel=1e-5)
+
+    def test_with_hard_masks_is_the_papers(self):
+        prediction, target = normal(3, 4, 5, 5), normal(3, 4, 5, 5, seed=1)
+        mask = (torch.rand(3, 1, 5, 5, generator=torch.Generator().manual_seed(2)) > 0.5).float()
+        norms = [np.linalg.norm(one) ** 2 for one in (mask * (target - prediction)).numpy()]
+        expected = np.array(norms) / (4 * mask.numpy().sum(axis=(1, 2, 3)))
+        np.testing.assert_allclose(object_loss(prediction, target, mask), expected, rtol=1e-5)
 
     def test_with_a_full_mask_is_the_mean_squared_error(self):
         prediction, target = normal(2, 4, 6, 6), normal(2, 4, 6, 6, seed=1)

@@ -27,6 +27,7 @@ RECIPE = Recipe(
     views=2,
     zoom=0.5,
     ccr_weight=1.0,
+    ccr_unconditional=0.5,
     class_samples=1,
     class_pool=1,
     sample_steps=2,

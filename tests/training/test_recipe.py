@@ -94,7 +94,7 @@ def test_overrides_read_as_people_write_them(override, field, value):
         (["prompts=[no place]"], r"'no place' must hold {} exactly once"),
         (["prompts=['{} and {}']"], r"'{} and {}' must hold {} exactly once"),
         (["rank=0", "embedding_lr=0"], "nothing to train: raise one of them"),
-        (["ccr_target=noise"], "ccr_unconditional=0.5 keeps what the base predicts and needs ccr_target=base"),
+        (["ccr_target=noise"], "ccr_unconditional=1.0 keeps what the base predicts and needs ccr_target=base"),
         (
             ["ccr_target=noise", "ccr_unconditional=0"],
             "ccr_background=True keeps what the base predicts and needs ccr_target=base, or set ccr_background=false",
