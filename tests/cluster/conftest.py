@@ -24,6 +24,8 @@ from objdrive.errors import ObjdriveError
 
 ROOT = Path(__file__).parents[2]
 CATALOG = ROOT / "examples" / "catalog"
+LIGHT = ("steps=10", "mend_masks=false", "ccr_weight=0")
+"""For `light_job.py`."""
 FAST = ("steps=3", "prototype_steps=2", "class_pool=1", "sample_steps=2")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -124,6 +126,13 @@ def start_job(cluster: str, tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Start the job on a manifest: ``start_job(manifest, *options)``; the store is ``tmp_path / "store"``."""
     with started_jobs(cluster, tmp_path, ROOT / "jobs" / "batch_personalize.py") as start:
         yield start
+
+
+@pytest.fixture
+def start_light_job(cluster: str, tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """As `start_job`, but that a fine-tune sleeps a tenth of a second for each of its steps (`light_job.py`)."""
+    with started_jobs(cluster, tmp_path, Path(__file__).with_name("light_job.py")) as start:
+        yield lambda manifest, *options, **where: start(manifest, "--previews", "0", *options, fast=LIGHT, **where)
 
 
 @contextmanager

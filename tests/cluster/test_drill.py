@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Job, assert_whole, commits, started_jobs, wait_for_commits, write_manifest
+from conftest import LIGHT, Job, assert_whole, commits, started_jobs, wait_for_commits, write_manifest
 from drill import Drill, drill_cluster
 
 from jobs.ingest import Target, check_row, digest_inputs, read_photo
@@ -20,7 +20,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
 StartJob = Callable[..., Job]
 IDS = [f"object-{number:02}" for number in range(8)]
-LIGHT = ("steps=10", "mend_masks=false", "ccr_weight=0")
 ALONE = ("--group-size", "1", "--previews", "0")
 PATIENCE = 300
 

@@ -1,4 +1,7 @@
-"""Faults, injected for real into whole runs: afterwards every good object is committed exactly once."""
+"""Faults, injected for real into whole runs: afterwards every good object is committed exactly once.
+
+Where a fault does not strike the training, the training is light.
+"""
 
 import json
 import re
@@ -62,10 +65,10 @@ def test_a_run_survives_a_killed_worker_a_killed_queue_and_a_suspended_worker(
     assert_nothing_left_running()
 
 
-def test_a_killed_driver_is_a_rerun(start_job: StartJob, tmp_path: Path) -> None:
+def test_a_killed_driver_is_a_rerun(start_light_job: StartJob, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path, IDS)
     with StoreWatch(tmp_path / "store") as watch:
-        job = start_job(manifest, "--group-size", "2", "--workers", "2", fast=SLOW)
+        job = start_light_job(manifest, "--group-size", "2", "--workers", "2")
         wait_for_commits(job, 2)
         job.process.send_signal(signal.SIGKILL)
         job.process.wait()
@@ -75,7 +78,7 @@ def test_a_killed_driver_is_a_rerun(start_job: StartJob, tmp_path: Path) -> None
             time.sleep(0.2)
         first = {path: path.stat().st_mtime_ns for path in job.store.glob("objects/*/*/artifact.json")}
         assert 0 < len(first) < len(IDS)
-        done = start_job(manifest, "--group-size", "2", "--workers", "2", fast=SLOW).finish()
+        done = start_light_job(manifest, "--group-size", "2", "--workers", "2").finish()
     assert done.status == 0, done.output
     assert_whole(job.store, IDS)
     assert {path: path.stat().st_mtime_ns for path in first} == first
@@ -84,10 +87,10 @@ def test_a_killed_driver_is_a_rerun(start_job: StartJob, tmp_path: Path) -> None
     assert watch.faults == []
 
 
-def test_two_runs_at_once_commit_every_object_once(start_job: StartJob, tmp_path: Path) -> None:
+def test_two_runs_at_once_commit_every_object_once(start_light_job: StartJob, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path, IDS[:6])
     with StoreWatch(tmp_path / "store") as watch:
-        jobs = [start_job(manifest, "--group-size", "3", "--workers", "1") for _ in range(2)]
+        jobs = [start_light_job(manifest, "--group-size", "3", "--workers", "1") for _ in range(2)]
         runs = [job.finish() for job in jobs]
     assert [run.status for run in runs] == [0, 0], runs[0].output + runs[1].output
     assert_whole(tmp_path / "store", IDS[:6])
@@ -96,7 +99,7 @@ def test_two_runs_at_once_commit_every_object_once(start_job: StartJob, tmp_path
     assert watch.faults == []
 
 
-def test_failing_writes_are_tried_again_and_then_reported(start_job: StartJob, tmp_path: Path) -> None:
+def test_failing_writes_are_tried_again_and_then_reported(start_light_job: StartJob, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path, IDS[:4])
     faults = tmp_path / "store.faults"
     faults.mkdir()
@@ -105,7 +108,7 @@ def test_failing_writes_are_tried_again_and_then_reported(start_job: StartJob, t
         {"match": "objects/object-02/", "times": 10_000},
     ]
     (faults / "rules.json").write_text(json.dumps(rules))
-    job = start_job(manifest, "--workers", "1", store=f"flaky://{tmp_path}/store")
+    job = start_light_job(manifest, "--workers", "1", store=f"flaky://{tmp_path}/store")
     done = job.finish()
     assert done.status == 3, done.output
     assert [(line["object_id"], line["code"]) for line in done.rejects] == [("object-02", "store_failed")]
@@ -125,14 +128,14 @@ def assert_told(done: Finished, status: int) -> None:
     assert "object-00" in done.report
 
 
-def test_a_terminated_run_says_how_far_it_is_and_is_a_rerun(start_job: StartJob, tmp_path: Path) -> None:
+def test_a_terminated_run_says_how_far_it_is_and_is_a_rerun(start_light_job: StartJob, tmp_path: Path) -> None:
     manifest, options = write_manifest(tmp_path, IDS[:6]), ("--group-size", "2", "--workers", "1")
-    job = start_job(manifest, *options, fast=SLOW)
+    job = start_light_job(manifest, *options)
     wait_for_commits(job, 2)
     job.process.send_signal(signal.SIGTERM)
     assert_told(job.finish(), 143)
     assert_nothing_left_running()
-    again = start_job(manifest, *options, fast=SLOW).finish()
+    again = start_light_job(manifest, *options).finish()
     assert again.status == 0, again.output
     assert_whole(job.store, IDS[:6])
 

@@ -16,7 +16,7 @@ from objdrive.sampling.requests import DrawRequest
 pytestmark = pytest.mark.cluster
 
 OBJECTS, SLOTS, CLIENTS = 40, 6, 16
-REQUESTS = 2 * 63 * CLIENTS
+REQUESTS = 2 * 32 * CLIENTS
 CANCELLED_SHARE = 0.05
 RETRAINED_EVERY = 25
 RANK = 4
