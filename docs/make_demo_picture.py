@@ -40,7 +40,9 @@ def _photo(store: ArtifactStore, object_id: str) -> Image.Image:
     artifact = store.current(object_id)
     if artifact is None:
         raise SystemExit(f"{store.url} has no object {object_id!r}: run make demo first")
-    (shown,) = [preview for preview in artifact.previews if preview.kind == "input"]
+    shown = next((preview for preview in artifact.previews if preview.kind == "input"), None)
+    if shown is None:
+        raise SystemExit(f"{store.url} has no picture of {object_id!r}'s photo: run make demo, which keeps previews")
     return Image.open(io.BytesIO(store.read_file(artifact, shown.file)))
 
 

@@ -1,7 +1,7 @@
 """What an evaluation leaves: the table of figures, the plots and the page."""
 
 import io
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from objdrive.evaluation.summary import (
     Trade,
     difference_per_object,
     figure,
-    means_of,
+    mean_per_object,
     per_object,
     spread_per_object,
     variety,
@@ -138,9 +138,9 @@ def freedom_by_method(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str
             looks = variety(difference_per_object(own, encoder), difference_per_object(base, encoder))
             figures["variety of looks"] = _of_values(looks)
             figures[ALL_THREE] = figure(three_per_object(own, base, trade), scalarise)
-        figures["layout copied"] = _of_values(means_of(own, partial(_copied, photos=photos)))
-        for name, counts in (("drawn once", (1,)), ("drawn several times", range(2, 100)), ("nothing drawn", (0,))):
-            figures[name] = _of_values(means_of(own, partial(_drawn_as_often, counts=counts)))
+        figures["layout copied"] = _of_values(mean_per_object(own, partial(_copied, photos=photos)))
+        for often, name in enumerate(("nothing drawn", "drawn once", "drawn several times")):
+            figures[name] = _of_values(mean_per_object(own, partial(_drawn_as_often, often=often)))
     return {method: {name: one for name, one in own.items() if one} for method, own in found.items()}
 
 
@@ -158,14 +158,15 @@ def _of_values(values: Mapping[str, float]) -> Figure | None:
 
 
 def _copied(row: Mapping[str, Any], photos: Mapping[str, Box]) -> float | None:
-    """How much of the photo's place and size a picture's things have, where the prompt asks for no size."""
-    if row["kind"] == "size" or not row["box"] or row["object_id"] not in photos:
+    """How much of the photo's place and size a picture's things have, where a prompt leaves these to the method."""
+    if row["kind"] in ("size", "pair") or not row["box"] or row["object_id"] not in photos:
         return None
     return overlap(Box(*row["box"]), photos[row["object_id"]])
 
 
-def _drawn_as_often(row: Mapping[str, Any], counts: Container[int]) -> float | None:
-    return None if row["kind"] == "pair" else float(row["things"] in counts)
+def _drawn_as_often(row: Mapping[str, Any], often: int) -> float | None:
+    """1 if a picture has so many things, two standing for any more, else 0; None if the prompt asks for two."""
+    return None if row["kind"] == "pair" else float(min(row["things"], 2) == often)
 
 
 def _row(method: str, encoder: str, metric: str, kind: str, found: Figure) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def _features(path: Path, scorer: Scorer, pool: Pool) -> Path:
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     name = identify(scorer.name, scorer.fingerprint)
-    key = hashlib.sha256(f"{content}:{name}:{_FEATURES}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{content}:{name}:{_FEATURES}:{MEASURED}".encode()).hexdigest()[:12]
     out = path.with_name(f"{path.stem}-{re.sub(r'[^A-Za-z0-9]+', '-', scorer.name)}-{key}.parquet")
     if not out.is_file():
         shown = pq.read_table(path, filters=[("number", ">=", MEASURED)])

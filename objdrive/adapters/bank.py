@@ -33,7 +33,7 @@ class AdapterBank:
         self.rank = rank
         self.down: dict[str, nn.Parameter] = {}
         self.up: dict[str, nn.Parameter] = {}
-        self._heeding: dict[int, tuple[int, int]] = {}
+        self._varying: dict[int, tuple[int, int]] = {}
         """Slots whose rank depends on the timestep: all of their rank, and its least."""
         self._runs: _Runs | slice | None = None
         self._hooks: list[RemovableHandle] = []
@@ -67,7 +67,7 @@ class AdapterBank:
             generator: of the values.
             least_rank: see `load`.
         """
-        self._heed(slot, self.rank, least_rank)
+        self._set_least_rank(slot, self.rank, least_rank)
         with torch.no_grad():
             for down, up in zip(self.down.values(), self.up.values(), strict=True):
                 bound = 1 / math.sqrt(math.prod(down.shape[2:]))
@@ -99,7 +99,7 @@ class AdapterBank:
         """
         self.check(lora)
         most = max((weight.shape[0] for name, weight in lora.items() if name.endswith(".lora_A.weight")), default=0)
-        self._heed(slot, most, least_rank)
+        self._set_least_rank(slot, most, least_rank)
         with torch.no_grad():
             for name, down in self.down.items():
                 _fill(down[slot], lora.get(f"{name}.lora_A.weight"))
@@ -117,42 +117,55 @@ class AdapterBank:
         return lora
 
     @contextmanager
-    def active(self, runs: Sequence[int | Mapping[int, float]], times: Sequence[float] | None = None) -> Iterator[None]:
+    def active(
+        self, runs: Sequence[int | Mapping[int, float]], timesteps: tuple[Sequence[int], int] | None = None
+    ) -> Iterator[None]:
         """Let the network's batches be ``len(runs)`` equal contiguous runs, each adapted as it says.
 
         Args:
             runs: for each run a slot, or any number of slots with their scales, whose deltas are summed.
-            times: for each run its timestep over the number of all, for slots with a least rank.
+            timesteps: of each run, and how many there are at all; slots with a least rank need them.
+
+        Raises:
+            ValueError: there are none, and a slot needs them.
         """
-        previous, self._runs = self._runs, self._index(runs, times)
+        previous, self._runs = self._runs, self._index(runs, timesteps)
         try:
             yield
         finally:
             self._runs = previous
 
-    def heeds_time(self, slots: Iterable[int]) -> bool:
+    def rank_varies(self, slots: Iterable[int]) -> bool:
         """Whether the rank of some of these slots depends on the timestep."""
-        return not self._heeding.keys().isdisjoint(slots)
+        return not self._varying.keys().isdisjoint(slots)
 
-    def _heed(self, slot: int, rank: int, least_rank: int | None) -> None:
-        self._heeding.pop(slot, None)
+    def _set_least_rank(self, slot: int, rank: int, least_rank: int | None) -> None:
+        self._varying.pop(slot, None)
         if least_rank is not None:
-            self._heeding[slot] = rank, least_rank
+            self._varying[slot] = rank, least_rank
 
     def _index(
-        self, runs: Sequence[int | Mapping[int, float]], times: Sequence[float] | None
+        self, runs: Sequence[int | Mapping[int, float]], timesteps: tuple[Sequence[int], int] | None
     ) -> "_Runs | slice | None":
-        # The whole bank in order is what training uses; a slice spares it a copy of every layer.
-        if list(runs) == list(range(self.slots)) and not self.heeds_time(range(self.slots)):
-            return slice(None)
         mixes = [{run: 1.0} if isinstance(run, int) else run for run in runs]
+        varies = self.rank_varies(slot for mix in mixes for slot in mix)
+        # The whole bank in order is what training uses; a slice spares it a copy of every layer.
+        if list(runs) == list(range(self.slots)) and not varies:
+            return slice(None)
         if not any(mixes):
             return None
-        kept = None if times is None else [self._kept_ranks(mix, time) for mix, time in zip(mixes, times, strict=True)]
+        if varies and timesteps is None:
+            raise ValueError("the rank of some slots depends on the timestep: pass timesteps")
+        kept = None
+        if timesteps is not None:
+            each, count = timesteps
+            kept = [self._kept_ranks(mix, timestep, count) for mix, timestep in zip(mixes, each, strict=True)]
         return _Runs.of(mixes, kept, self.rank, next(iter(self.down.values())).device)
 
-    def _kept_ranks(self, slots: Iterable[int], time: float) -> list[int]:
-        return [kept_rank(*self._heeding[slot], time) if slot in self._heeding else self.rank for slot in slots]
+    def _kept_ranks(self, slots: Iterable[int], timestep: int, count: int) -> list[int]:
+        return [
+            kept_rank(*self._varying[slot], timestep, count) if slot in self._varying else self.rank for slot in slots
+        ]
 
     def _adding(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -172,15 +185,16 @@ class AdapterBank:
         return add
 
 
-def kept_rank(rank: int, least: int, time: float) -> int:
+def kept_rank(rank: int, least: int, timestep: int, count: int) -> int:
     """``floor((r - r_min) (T - t) / T) + r_min``: how much of a LoRA's rank acts at a timestep (arXiv 2507.05964).
 
     Args:
         rank: all of it, r.
         least: what acts at the noisiest timestep, r_min.
-        time: the timestep over the number of all, t / T, in [0, 1].
+        timestep: t.
+        count: of all timesteps, T.
     """
-    return math.floor((rank - least) * (1 - time)) + least
+    return (rank - least) * (count - timestep) // count + least
 
 
 @dataclass(frozen=True)

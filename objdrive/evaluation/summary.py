@@ -93,7 +93,9 @@ def difference_per_object(rows: Sequence[Mapping[str, Any]], encoder: str) -> di
     return {one: float(np.mean(values)) for one, values in sorted(apart.items())}
 
 
-def means_of(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float | None]) -> dict[str, float]:
+def mean_per_object(
+    rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float | None]
+) -> dict[str, float]:
     """Object id -> the mean over its pictures of what `value` makes of their scores; None does not count."""
     values: dict[str, list[float]] = {}
     for row in rows:

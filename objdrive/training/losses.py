@@ -33,8 +33,8 @@ def prototype_loss(text: Tensor, targets: Tensor) -> Tensor:
 def object_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Object-specific loss L_obj, ``sum M (eps - eps_theta)^2 / sum M`` for each sample.
 
-    With masks of zeros and ones this is the paper's ``||M * (eps - eps_theta)||^2 / sum M``. That counts a cell that is
-    a quarter object as a sixteenth, so that thin parts hardly learn.
+    With masks of zeros and ones this is the paper's ``||M * (eps - eps_theta)||^2 / sum M``. With soft ones the paper's
+    would count a cell that is a quarter object as a sixteenth, and thin parts would hardly learn.
 
     Each sample is normalised by its own mask, so that small objects learn as fast as large ones and no sample's
     loss depends on its neighbours in the batch.
@@ -47,14 +47,15 @@ def object_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (...) losses, averaged over channels.
     """
-    return _masked_square(prediction, target, mask) / (mask.sum(dim=_SAMPLE) * prediction.shape[-3])
+    return _weighted_squares(prediction, target, mask) / (mask.sum(dim=_SAMPLE) * prediction.shape[-3])
 
 
 def class_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Class-characterizing regularization L_ccr, ``||eps_theta(z', t, T(c_c)) - eps_base(z', t, T(c_c))||^2``.
 
     Args:
-        prediction: (..., C, H, W), the adapted network on class pictures with the class prompt.
+        prediction: (..., C, H, W), the adapted network on what is kept: class pictures with the class prompt, or views
+            without a prompt.
         target: (..., C, H, W), the base's prediction for the same input.
 
     Returns:
@@ -76,7 +77,7 @@ def background_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """
     around = 1 - mask
     weight = around.sum(dim=_SAMPLE).clamp(min=1)
-    return _masked_square(prediction, target, around) / (weight * prediction.shape[-3])
+    return _weighted_squares(prediction, target, around) / (weight * prediction.shape[-3])
 
 
 def latent_mask(mask: Tensor, size: int, *, soft: bool = True) -> Tensor:
@@ -97,5 +98,5 @@ def latent_mask(mask: Tensor, size: int, *, soft: bool = True) -> Tensor:
     return ((area >= torch.clamp(peak, max=0.5)) & (area > 0)).to(mask.dtype)
 
 
-def _masked_square(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+def _weighted_squares(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (mask * (prediction - target).square()).sum(dim=_SAMPLE)

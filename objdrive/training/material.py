@@ -1,4 +1,4 @@
-"""What one scene brings to its fine-tune: views, prompts and class pictures, drawn anew at every step."""
+"""What one scene brings to its fine-tune: views, prompts, and class pictures where they are kept."""
 
 import math
 from dataclasses import dataclass

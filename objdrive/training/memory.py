@@ -8,6 +8,7 @@ from torch import Tensor
 
 from objdrive.adapters.bank import AdapterBank
 from objdrive.base.stable_diffusion import Base
+from objdrive.training.objective import adapted
 from objdrive.training.recipe import Recipe
 
 LARGEST_GROUP = 16
@@ -42,10 +43,11 @@ def _bytes_per_scene(base: Base, recipe: Recipe) -> int:
     prompts = base.encode_text([base.tokenize("")] * samples).as_leaf()
     with (
         AdapterBank(base.unet, base.family.lora_targets, slots=1, rank=recipe.rank) as bank,
-        bank.active([0]),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
+        bank.initialise(0, torch.Generator(), least_rank=recipe.least_rank)
         timesteps = torch.zeros(samples, dtype=torch.long, device=base.device)
-        output = base.predict(latents.to(base.device), timesteps, prompts)
+        with adapted(base, bank, timesteps[None]):
+            output = base.predict(latents.to(base.device), timesteps, prompts)
     del output
     return sum(kept.values())

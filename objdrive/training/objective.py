@@ -36,7 +36,7 @@ def group_losses(
     noised, target = base.noise.add_noise(clean, noise, timesteps), base.noise.target(clean, noise, timesteps)
     kept_prompts = Conditioning.stack([one.kept for one in group])
     prompts = Conditioning.cat([_learned_prompts(base, embeddings, group), kept_prompts], dim=1)
-    with _adapted(base, bank, timesteps):
+    with adapted(base, bank, timesteps):
         prediction = _predict(base, noised, timesteps, prompts)
     importance = base.noise.loss_weights(timesteps, recipe.timesteps)
     views, kept = slice(None, recipe.views), slice(recipe.views, None)
@@ -57,13 +57,13 @@ def group_losses(
     return object_losses, class_losses
 
 
-def _adapted(base: Base, bank: AdapterBank, timesteps: Tensor) -> AbstractContextManager[None]:
+def adapted(base: Base, bank: AdapterBank, timesteps: Tensor) -> AbstractContextManager[None]:
     """Each scene's samples, at `timesteps` (K, S), adapted by its slot."""
     scenes, samples = timesteps.shape
-    if not bank.heeds_time(range(scenes)):
+    if not bank.rank_varies(range(scenes)):
         return bank.active(range(scenes))
     slots = [slot for slot in range(scenes) for _ in range(samples)]
-    return bank.active(slots, (timesteps.flatten() / len(base.noise.alphas)).tolist())
+    return bank.active(slots, (timesteps.flatten().tolist(), len(base.noise.alphas)))
 
 
 def _predict(base: Base, noised: Tensor, timesteps: Tensor, prompts: Conditioning) -> Tensor:

@@ -97,8 +97,8 @@ class Recipe(BaseModel):
     ccr_background: bool = Field(
         default=True, description="the regularization also keeps what the base predicts around the object for the class"
     )
-    class_samples: int = Field(default=1, ge=1, description="noised class pictures per scene and step")
-    class_pool: int = Field(default=4, ge=1, description="class pictures drawn per class and base")
+    class_samples: int = Field(default=1, ge=1, description="samples of the regularization per scene and step")
+    class_pool: int = Field(default=4, ge=1, description="class pictures drawn per class and base, where they are kept")
 
     sample_steps: int = Field(default=25, ge=1, le=1000, description="DDIM steps of class pictures and previews")
     guidance_scale: float = Field(default=7.5, ge=1)
@@ -118,7 +118,9 @@ class Recipe(BaseModel):
         if self.rank == 0 and self.embedding_lr == 0:
             raise ValueError("rank=0 and embedding_lr=0 leave nothing to train: raise one of them")
         if self.least_rank is not None and self.least_rank > self.rank:
-            raise ValueError(f"least_rank={self.least_rank} must not be above rank={self.rank}")
+            raise ValueError(
+                f"least_rank={self.least_rank} must not be above rank={self.rank}: lower it, or raise rank"
+            )
         if self.least_placed_fill > self.most_placed_fill:
             raise ValueError(
                 f"least_placed_fill={self.least_placed_fill} must not be above most_placed_fill={self.most_placed_fill}"

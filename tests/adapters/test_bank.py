@@ -108,15 +108,17 @@ class TestForward:
     def test_a_least_rank_is_what_is_left_of_an_adapter_at_the_noisiest_timestep(self, network):
         # Two of T-LoRA's, of ranks 4 and 3 and least ranks 1 and 2, and a plain one, in a bank of rank 4.
         loras = [random_lora(WIDTHS, rank, seed) for seed, rank in enumerate((4, 3, 4))]
-        kept = {0.0: (4, 3, 4), 0.3: (3, 2, 4), 0.5: (2, 2, 4), 0.999: (1, 2, 4)}
+        kept = {0: (4, 3, 4), 3: (3, 2, 4), 5: (2, 2, 4), 9: (1, 2, 4)}
         x = torch.randn(3 * len(kept), 4, 5, generator=torch.Generator().manual_seed(9))
         with AdapterBank(network, LORA_TARGETS, slots=3, rank=4) as bank:
             for slot, least_rank in enumerate((1, 2, None)):
                 bank.load(slot, loras[slot], least_rank=least_rank)
-            assert bank.heeds_time([2, 1])
-            assert not bank.heeds_time([2])
+            assert bank.rank_varies([2, 1])
+            assert not bank.rank_varies([2])
             runs = [slot for _ in kept for slot in range(3)]
-            with bank.active(runs, [time for time in kept for _ in range(3)]), torch.no_grad():
+            with pytest.raises(ValueError, match="pass timesteps"), bank.active(runs):
+                pass
+            with bank.active(runs, ([timestep for timestep in kept for _ in range(3)], 10)), torch.no_grad():
                 got = network(x)
         for sample, answer in enumerate(got):
             rank = list(kept.values())[sample // 3][sample % 3]

@@ -11,7 +11,6 @@ GRACE = 10.0
 
 
 @serve.deployment(
-    num_replicas=2,
     max_replicas_per_node=1,
     ray_actor_options={"num_cpus": 1},
     graceful_shutdown_timeout_s=GRACE,

@@ -4,11 +4,15 @@ import os
 import re
 import shutil
 import struct
+import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +33,7 @@ GOOD = sorted(
         *("good", "half-the-size", "last", "ones-and-zeros", "unknown-class"),
         *("tiff", "avif", "bmp", "gif", "jp2", "webp"),
         *("looks-inverted", "red-on-black", "auto", "no-mask-plain", "stored-pixels"),
+        *("own-transparency", "sixteen-bits", "signed"),
     ]
 )
 
@@ -53,8 +58,22 @@ def write_mask(path: Path, size: tuple[int, int], box: tuple[int, int, int, int]
     return path
 
 
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
 @pytest.fixture
-def bad_manifest(tmp_path: Path) -> tuple[Path, list[tuple[str, str]]]:
+def shop(tmp_path: Path) -> Iterator[str]:
+    """The test's folder, by HTTP; its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def bad_manifest(tmp_path: Path, shop: str) -> tuple[Path, list[tuple[str, str]]]:
     """A manifest with good rows among bad ones of every kind; object ids and reason codes."""
     image, good_mask = tmp_path / "drum.jpg", tmp_path / "drum.png"
     shutil.copy(CATALOG / "images" / "drum-01.jpg", image)
@@ -90,6 +109,10 @@ def bad_manifest(tmp_path: Path) -> tuple[Path, list[tuple[str, str]]]:
         tmp_path / "stored.png"
     )
     write_mask(tmp_path / "six.png", (width, height), (40, 40, 43, 42))
+    colours = np.array(Image.open(image).convert("RGB"))
+    Image.fromarray(np.dstack([colours, np.where(binary, 255, 0).astype(np.uint8)])).save(tmp_path / "cutout.png")
+    cv2.imwrite(str(tmp_path / "deep.png"), colours[..., ::-1].astype(np.uint16) * 257)
+    Image.open(image).resize((8, 8)).save(tmp_path / "tiny.png")
     rows = [
         ("good", "drum.jpg", "drum.png", "drum", ""),
         ("unknown-class", "drum.jpg", "drum.png", "zither", ""),
@@ -101,6 +124,13 @@ def bad_manifest(tmp_path: Path) -> tuple[Path, list[tuple[str, str]]]:
         ("auto", "packshot.png", "auto", "drum", ""),
         ("no-mask-plain", "packshot.png", "", "drum", ""),
         ("stored-pixels", "turned.jpg", "stored.png", "drum", ""),
+        ("own-transparency", "cutout.png", "", "drum", ""),
+        ("sixteen-bits", "deep.png", "drum.png", "drum", ""),
+        ("signed", f"{shop}/drum.jpg?X-Amz-Signature=SECRET", f"{shop}/drum.png?sig=SECRET", "drum", ""),
+        ("signed-away", f"{shop}/nowhere.jpg?token=SECRET", "drum.png", "drum", "image_missing"),
+        ("folder", ".", "drum.png", "drum", "source_not_file"),
+        ("tiny", "tiny.png", "drum.png", "drum", "image_too_small"),
+        ("braces", "drum.jpg", "drum.png", "mug {}", "class_invalid"),
         ("labels", "drum.jpg", "labels.png", "drum", "mask_labels"),
         ("windows", "photos\\drum.jpg", "drum.png", "drum", "image_missing"),
         ("metadata", "http://169.254.169.254/latest/drum.jpg", "drum.png", "drum", "source_forbidden"),
@@ -123,6 +153,7 @@ def bad_manifest(tmp_path: Path) -> tuple[Path, list[tuple[str, str]]]:
     lines = [f"{object_id},{picture},{mask},{name},," for object_id, picture, mask, name, _ in rows]
     lines += ["good,drum.jpg,drum.png,drum,,", "good,drum.jpg,drum.png,guitar,,"]
     lines += ["twin-a,drum.jpg,drum.png,drum,twins,", "twin-b,drum.jpg,drum.png,guitar,twins,"]
+    lines += ["far-a,drum.jpg,drum.png,drum,far,", "far-b,drum.bmp,drum.png,guitar,far,"]
     text = "object_id,image,mask,class_name,scene,price\n" + "\n".join(lines) + "\n"
     path = tmp_path / "manifest.csv"
     path.write_bytes(text.encode() + b"latin-1,drum.jpg,drum.png,caf\xe9,,3\nlast,drum.jpg,drum.png,drum,,7\n")
@@ -142,6 +173,7 @@ def test_every_bad_row_is_rejected_with_its_reason_and_the_good_ones_are_committ
     assert_whole(job.store, GOOD)
     assert "worker_lost" not in {line["code"] for line in done.rejects}
     expected = [*reasons, ("good", "duplicate_id"), ("twin-a", "scene_overlap"), ("twin-b", "scene_overlap")]
+    expected += [("far-a", "scene_image_differs"), ("far-b", "scene_image_differs")]
     assert sorted((line["object_id"], line["code"]) for line in done.rejects) == sorted(expected)
     assert all(line["where"].startswith("manifest.csv:") and line["where"] in line["message"] for line in done.rejects)
     statuses = {(line["object_id"], line["status"]) for line in done.results}
@@ -156,6 +188,8 @@ def test_every_bad_row_is_rejected_with_its_reason_and_the_good_ones_are_committ
     assert by_id["last"]["price"] == "7"
     assert "mask_size_mismatch" in done.report
     assert done.report.count("data:image/webp;base64") >= len(GOOD) * 7
+    written = [path.read_bytes() for path in job.store.rglob("*") if path.is_file()]
+    assert not any(b"SECRET" in content for content in [*written, done.output.encode()])
     assert_measured(done)
 
 
@@ -181,6 +215,8 @@ def assert_measured(done: Finished) -> None:
     )
     events = values("events", "event")
     assert 2 <= events["leased"] == events["finished"]
+    # No worker died, stood still or failed.
+    assert {event for event, count in events.items() if count} == {"leased", "finished"}
     [buckets] = [
         value
         for labels, value in exported["ray_objdrive_run_object_seconds_bucket"]

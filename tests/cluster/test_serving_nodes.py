@@ -8,7 +8,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -50,7 +49,7 @@ def start_node(tmp_path: Path) -> Iterator[StartNode]:
 
 def kill(node: subprocess.Popen[bytes]) -> None:
     """Kill all the processes of a node at once, as the loss of its pod does."""
-    with contextlib.suppress(psutil.NoSuchProcess):
+    if node.poll() is None:
         for process in [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -174,11 +173,13 @@ def test_a_node_that_is_told_to_stop_drops_no_request(start_node: StartNode, tmp
 
 
 def test_a_service_answers_while_its_head_is_dead_and_is_in_hand_again_afterwards(
-    start_node: StartNode, redis: str, tmp_path: Path
+    redis: str, start_node: StartNode, tmp_path: Path
 ) -> None:
     service = Service(tmp_path, start_node)
     on_worker = free_port()
     environment = {"RAY_REDIS_ADDRESS": redis, "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(on_worker)}
+    # As long as KubeRay has workers wait for their head.
+    environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "600"
     head = service.start_head(**environment)
     service.deploy(proxies="EveryNode", replicas=1)
     service.start_worker(**environment)

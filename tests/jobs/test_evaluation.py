@@ -341,15 +341,15 @@ def test_copied_layouts_and_counts_are_told():
         *_laid_out("copy", left),
         *_laid_out("memorised", left, left),
         *_laid_out("free", left, middle, None),
-        # No size tells what is copied, and of two things asked for two are right.
+        # Neither a size nor a second object tells what is copied, and of two things asked for two are right.
         _score("free", "a", "imagenet", kind="size", number=3, box=middle, things=2),
-        _score("free", "a", "imagenet", kind="pair", number=4, box=None, things=2),
+        _score("free", "a", "imagenet", kind="pair", number=4, box=middle, things=2),
     ]
     rows[5] |= {"things": 0}
     found = {(row["method"], row["metric"]): row["value"] for row in summarise(rows)}
     assert found["copy", "layout copied"] == found["memorised", "layout copied"] == 1
     assert found["free", "layout copied"] == pytest.approx((1 + 1 / 3) / 2)
-    assert [found["free", f"{often}"] for often in ("drawn once", "drawn several times", "nothing drawn")] == [
+    assert [found["free", often] for often in ("drawn once", "drawn several times", "nothing drawn")] == [
         0.5, 0.25, 0.25,
     ]  # fmt: skip
 
