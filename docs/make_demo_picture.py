@@ -1,4 +1,4 @@
-"""Make docs/demo.png from the store that ``make demo`` filled: ``python docs/make_demo_picture.py demo-store``."""
+"""Make docs/demo.webp from the store that ``make demo`` filled: ``python docs/make_demo_picture.py demo-store``."""
 
 import io
 import sys
@@ -33,7 +33,7 @@ def main(url: str) -> None:
         for column, picture in enumerate(pictures):
             cell = ImageOps.fit(picture, (SIZE, SIZE), Image.Resampling.LANCZOS)
             sheet.paste(cell, (column * (SIZE + GAP), row * (SIZE + GAP)))
-    sheet.save(Path(__file__).with_name("demo.png"))
+    sheet.save(Path(__file__).with_name("demo.webp"), quality=90)
 
 
 def _photo(store: ArtifactStore, object_id: str) -> Image.Image:
