@@ -291,7 +291,9 @@ def _residency(load: Load) -> Residency:
         vocabularies={STABLE_DIFFUSION.text_encoder: torch.zeros(1, _WIDTH)},
         device="cpu",
     )
-    bank: Any = SimpleNamespace(slots=load.slots, rank=0, check=lambda lora: None, load=lambda slot, lora: None)
+    bank: Any = SimpleNamespace(
+        slots=load.slots, rank=0, check=lambda lora: None, load=lambda slot, lora, least_rank: None
+    )
     store: Any = OneAdapterStore()
     host_bytes = load.hosted * _WIDTH * torch.zeros(1).element_size()
     return Residency(base, store, bank, host_bytes=host_bytes, loaders=_LOADERS)
