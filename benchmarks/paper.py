@@ -26,6 +26,7 @@ from jobs.evaluation.pages import (
     by_method,
     choose_trades,
     freedom_by_method,
+    recognition_trade,
     three_per_object,
     trade_figures,
 )
@@ -33,7 +34,15 @@ from jobs.evaluation.pictures import BASE_METHOD, CONTROLS
 from objdrive.base.files import BaseFiles, find_base
 from objdrive.base.stable_diffusion import Base
 from objdrive.evaluation.scores import Array, pareto_front, scalarise
-from objdrive.evaluation.summary import Figure, Trade, difference, figure, per_object
+from objdrive.evaluation.summary import (
+    Figure,
+    Trade,
+    difference,
+    figure,
+    per_object,
+    spread_per_object,
+    variety,
+)
 from objdrive.training.recipe import make_recipe
 
 FACTORS = (0.3, 1.0, 3.0)
@@ -264,8 +273,11 @@ def _freedom(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for one in freedom.values() for name in one))
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     grouped = by_method(rows)
-    base = grouped[BASE_METHOD]
-    three = {method: three_per_object(own, base, trade) for method, own in grouped.items()}
+    spreads = {method: spread_per_object(own) for method, own in grouped.items()}
+    three = {
+        method: three_per_object(own, variety(spreads[method], spreads[BASE_METHOD]), trade)
+        for method, own in grouped.items()
+    }
     ours = three.get(SHIPPED, {})
     heads = [*names, *(f"prompts of the kind {kind}" for kind in kinds), f"more of {ALL_THREE} by {SHIPPED}"]
     lines = ["**freedom**", "", f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
@@ -339,7 +351,9 @@ def _trial_table(
 
 def _recognition(rows: Sequence[Mapping[str, Any]]) -> Trade:
     """The trade that trials are judged by, and whose two figures `ALL_THREE` takes."""
-    return next(trade for trade in choose_trades(rows) if trade.name == "recognition")
+    trade = recognition_trade(rows)
+    assert trade is not None
+    return trade
 
 
 def _second(values: Array) -> Array:

@@ -17,6 +17,7 @@ from jobs.pretrain.scenes import STYLES, Thing, put, render
 from jobs.pretrain.sprites import Sprites
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.prompts import EvaluationPrompt, Shown
+from objdrive.evaluation.reference import MEASURED
 from objdrive.pictures import encode_picture
 from objdrive.seeds import seed_of
 
@@ -27,9 +28,6 @@ MANIFEST_FILE = "manifest.csv"
 
 PHOTO_CONTEXTS = ("on concrete", "on pebbles", "on marble", "on a tiled floor", "on a striped cloth", "in the rain")
 """Where photos are taken: in no context that a prompt asks for, so that copying the input is never right."""
-
-MEASURED = 2
-"""Pictures of each drawing and prompt that stand for a method, the first ones: two, so that they have variety."""
 
 _PHOTO_EDGE = 256
 _PHOTO_FILL = (0.55, 0.7)

@@ -84,6 +84,11 @@ def choose_trades(scores: Sequence[Mapping[str, Any]]) -> list[Trade]:
     return trades
 
 
+def recognition_trade(scores: Sequence[Mapping[str, Any]]) -> Trade | None:
+    """The trade of recognitions, where these scores allow it."""
+    return next((trade for trade in choose_trades(scores) if trade.name == "recognition"), None)
+
+
 def trade_figures(rows: Sequence[Mapping[str, Any]], trade: Trade) -> dict[str, Figure] | None:
     """One method's fidelity, generalization and their harmonic mean; None if it has no pictures with both."""
     axes = (trade.fidelity, trade.generalization)
@@ -127,17 +132,19 @@ def freedom_by_method(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str
     """
     grouped = by_method(scores)
     base = grouped.get(BASE_METHOD, [])
+    base_layouts = spread_per_object(base)
     photos = {row["object_id"]: Box(*row["box"]) for row in grouped.get(COPY, []) if row["box"]}
-    recognition = [trade for trade in choose_trades(scores) if trade.name == "recognition"]
+    recognition = recognition_trade(scores)
+    base_looks = difference_per_object(base, recognition.fidelity[0]) if recognition else {}
     found: dict[str, dict[str, Figure | None]] = {}
     for method, own in grouped.items():
         figures = found.setdefault(method, {})
-        figures[VARIETY] = _of_values(variety(spread_per_object(own), spread_per_object(base)))
-        for trade in recognition:
-            encoder, _ = trade.fidelity
-            looks = variety(difference_per_object(own, encoder), difference_per_object(base, encoder))
+        layouts = variety(spread_per_object(own), base_layouts)
+        figures[VARIETY] = _of_values(layouts)
+        if recognition:
+            looks = variety(difference_per_object(own, recognition.fidelity[0]), base_looks)
             figures["variety of looks"] = _of_values(looks)
-            figures[ALL_THREE] = figure(three_per_object(own, base, trade), scalarise)
+            figures[ALL_THREE] = figure(three_per_object(own, layouts, recognition), scalarise)
         figures["layout copied"] = _of_values(mean_per_object(own, partial(_copied, photos=photos)))
         for often, name in enumerate(("nothing drawn", "drawn once", "drawn several times")):
             figures[name] = _of_values(mean_per_object(own, partial(_drawn_as_often, often=often)))
@@ -145,11 +152,10 @@ def freedom_by_method(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str
 
 
 def three_per_object(
-    rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], recognition: Trade
+    rows: Sequence[Mapping[str, Any]], layouts: Mapping[str, float], recognition: Trade
 ) -> dict[str, Array]:
-    """Object id -> (3,): one method's identity, prompts and variety of layouts against those of the base alone."""
+    """Object id -> (3,): one method's identity, prompts, and variety of its `layouts` (see `summary.variety`)."""
     means = per_object(rows, (recognition.fidelity, recognition.generalization))
-    layouts = variety(spread_per_object(rows), spread_per_object(base))
     return {one: np.array([*means[one], layouts[one]]) for one in means if one in layouts}
 
 

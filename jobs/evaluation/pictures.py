@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from jobs.bases import load_planned
-from jobs.evaluation.compose import MEASURED
 from objdrive.adapters.adapter import Adapter, parse_adapter
 from objdrive.adapters.artifact import ArtifactMetadata
 from objdrive.adapters.bank import AdapterBank
@@ -29,7 +28,7 @@ from objdrive.catalog.rows import AUTO_MASK
 from objdrive.catalog.sources import SourceMark, read_source
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.prompts import EvaluationPrompt
-from objdrive.evaluation.reference import Reference
+from objdrive.evaluation.reference import MEASURED, Reference
 from objdrive.pictures import encode_picture
 from objdrive.sampling.sampler import Layout, SampleSpec, draw_pictures
 from objdrive.seeds import seed_of

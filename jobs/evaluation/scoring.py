@@ -13,13 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from jobs.evaluation.compose import MEASURED
 from jobs.evaluation.pictures import Pool, as_dataset, as_tables, decode_pictures
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.encoders import identify, load_encoder
 from objdrive.evaluation.layout import around, find_things
 from objdrive.evaluation.prompts import EvaluationPrompt
-from objdrive.evaluation.reference import Design, Gallery, Reference, check_shown
+from objdrive.evaluation.reference import MEASURED, Design, Gallery, Reference, check_shown
 from objdrive.evaluation.ruler import METRICS, Asked, Ruler, embed
 from objdrive.pictures import as_pixels
 

@@ -154,10 +154,10 @@ class AdapterBank:
             return slice(None)
         if not any(mixes):
             return None
-        if varies and timesteps is None:
-            raise ValueError("the rank of some slots depends on the timestep: pass timesteps")
         kept = None
-        if timesteps is not None:
+        if varies:
+            if timesteps is None:
+                raise ValueError("the rank of some slots depends on the timestep: pass timesteps")
             each, count = timesteps
             kept = [self._kept_ranks(mix, timestep, count) for mix, timestep in zip(mixes, each, strict=True)]
         return _Runs.of(mixes, kept, self.rank, next(iter(self.down.values())).device)

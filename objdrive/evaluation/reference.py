@@ -11,6 +11,9 @@ from objdrive.catalog.photos import Photo
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.scores import Array, centres
 
+MEASURED = 2
+"""A gallery's pictures of each drawing and prompt that stand for a method, the first ones: two, to have variety."""
+
 _CROP_FILL = 0.8
 _GROUNDS = (255, 140, 25)
 

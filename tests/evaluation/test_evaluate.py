@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-from jobs.evaluation.compose import MANIFEST_FILE, MEASURED, PROMPTS, write_half
+from jobs.evaluation.compose import MANIFEST_FILE, PROMPTS, write_half
 from jobs.evaluation.pictures import decode_pictures
 from jobs.pretrain.sprites import EDGE, Sprites, draw_sprites
 from objdrive.catalog.geometry import object_alone
@@ -21,7 +21,7 @@ from objdrive.catalog.photos import decode_photo
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.encoders import identify, load_encoder
 from objdrive.evaluation.prompts import read_prompts
-from objdrive.evaluation.reference import Design, Gallery, Reference
+from objdrive.evaluation.reference import MEASURED, Design, Gallery, Reference
 from objdrive.evaluation.ruler import WINDOWS, Asked, Ruler, cut_windows, embed
 from objdrive.pictures import as_pixels
 from objdrive.sampling.sampler import SampleSpec, draw_pictures
