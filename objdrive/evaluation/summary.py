@@ -1,6 +1,6 @@
 """From scores of pictures to figures of methods: means over objects, with intervals."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,11 +65,7 @@ def spread_per_object(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for row in rows:
         if row["box"]:
             boxes.setdefault((row["object_id"], row["prompt_id"]), {})[row["number"]] = Box(*row["box"])
-    spreads: dict[str, list[float]] = {}
-    for (object_id, _), found in boxes.items():
-        if len(found) > 1:
-            spreads.setdefault(object_id, []).append(spread(list(found.values())))
-    return {one: float(np.mean(values)) for one, values in sorted(spreads.items())}
+    return _means((one, spread(list(found.values()))) for (one, _), found in boxes.items() if len(found) > 1)
 
 
 def difference_per_object(rows: Sequence[Mapping[str, Any]], encoder: str) -> dict[str, float]:
@@ -84,24 +80,28 @@ def difference_per_object(rows: Sequence[Mapping[str, Any]], encoder: str) -> di
     for row in rows:
         if row["encoder"] == encoder:
             found.setdefault((row["object_id"], row["prompt_id"]), []).append(row["features"])
-    apart: dict[str, list[float]] = {}
-    for (object_id, _), features in found.items():
-        if len(features) > 1:
-            cosines = np.stack(features) @ np.stack(features).T
-            pairs = np.triu_indices(len(features), 1)
-            apart.setdefault(object_id, []).append(float(np.mean(1 - cosines[pairs])))
-    return {one: float(np.mean(values)) for one, values in sorted(apart.items())}
+    return _means((one, _apart(np.stack(features))) for (one, _), features in found.items() if len(features) > 1)
+
+
+def _apart(features: Array) -> float:
+    """The mean of one minus the cosine over all pairs of features (N, D) of unit length."""
+    cosines = features @ features.T
+    return float(np.mean(1 - cosines[np.triu_indices(len(features), 1)]))
 
 
 def mean_per_object(
     rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float | None]
 ) -> dict[str, float]:
     """Object id -> the mean over its pictures of what `value` makes of their scores; None does not count."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        if (one := value(row)) is not None:
-            values.setdefault(row["object_id"], []).append(one)
-    return {one: float(np.mean(found)) for one, found in sorted(values.items())}
+    return _means((row["object_id"], one) for row in rows if (one := value(row)) is not None)
+
+
+def _means(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Object id -> the mean of its values."""
+    found: dict[str, list[float]] = {}
+    for object_id, value in values:
+        found.setdefault(object_id, []).append(value)
+    return {one: float(np.mean(own)) for one, own in sorted(found.items())}
 
 
 def variety(ours: Mapping[str, float], bases: Mapping[str, float]) -> dict[str, float]:
