@@ -33,6 +33,7 @@ _PHOTO_EDGE = 256
 _PHOTO_FILL = (0.55, 0.7)
 _EDGES = {"": (0.55, 0.8), "small": (0.3, 0.42), "large": (0.86, 0.94)}
 _SIDE_BY_SIDE = {2: ((0.26, 0.74), (0.4, 0.48)), 3: ((0.19, 0.5, 0.81), (0.27, 0.31))}
+_ORDERS: dict[str, tuple[int, int] | None] = {"": None, "left": (0, 1), "right": (1, 0)}
 _TURN = 6
 _FAMILIES = {pack.name: pack.family for pack in PACKS}
 
@@ -201,7 +202,7 @@ def compose_prompt(
     canvas = _canvas(shown.context, rng, resolution)
     if shown.beside:
         other = beside[int(rng.integers(len(beside)))]
-        things = _side_by_side((sprite, other), rng)
+        things = _side_by_side((sprite, other), rng, _ORDERS[shown.side])
     else:
         edge = rng.uniform(*_EDGES[shown.size])
         reach = 0.2 * (1 - edge)
@@ -212,10 +213,11 @@ def compose_prompt(
     return render(canvas, STYLES.index(shown.style) if shown.style else 0)
 
 
-def _side_by_side(sprites: Sequence[Image.Image], rng: Rng) -> list[Thing]:
-    """Two or three drawings next to each other, in any order."""
+def _side_by_side(sprites: Sequence[Image.Image], rng: Rng, order: Sequence[int] | None = None) -> list[Thing]:
+    """Two or three drawings next to each other, in a certain order (the places from the left) or in any."""
     places, edges = _SIDE_BY_SIDE[len(sprites)]
-    return [_beside(sprite, place, edges, rng) for sprite, place in zip(sprites, rng.permutation(places), strict=True)]
+    taken = rng.permutation(places) if order is None else [places[one] for one in order]
+    return [_beside(sprite, place, edges, rng) for sprite, place in zip(sprites, taken, strict=True)]
 
 
 def _beside(sprite: Image.Image, across: float, edges: tuple[float, float], rng: Rng) -> Thing:

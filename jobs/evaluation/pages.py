@@ -16,7 +16,7 @@ from jobs.evaluation.scoring import read_scores
 from objdrive.evaluation.grids import ObjectGrid, Table, render_grids
 from objdrive.evaluation.layout import Box, overlap
 from objdrive.evaluation.plots import plot_sheet, plot_trade
-from objdrive.evaluation.prompts import EvaluationPrompt
+from objdrive.evaluation.prompts import WITH_COMPANY, EvaluationPrompt
 from objdrive.evaluation.ruler import METRICS
 from objdrive.evaluation.scores import Array, scalarise
 from objdrive.evaluation.summary import (
@@ -165,14 +165,14 @@ def _of_values(values: Mapping[str, float]) -> Figure | None:
 
 def _copied(row: Mapping[str, Any], photos: Mapping[str, Box]) -> float | None:
     """How much of the photo's place and size a picture's things have, where a prompt leaves these to the method."""
-    if row["kind"] in ("size", "pair") or not row["box"] or row["object_id"] not in photos:
+    if row["kind"] in ("size", *WITH_COMPANY) or not row["box"] or row["object_id"] not in photos:
         return None
     return overlap(Box(*row["box"]), photos[row["object_id"]])
 
 
 def _drawn_as_often(row: Mapping[str, Any], often: int) -> float | None:
     """1 if a picture has so many things, two standing for any more, else 0; None if the prompt asks for two."""
-    return None if row["kind"] == "pair" else float(min(row["things"], 2) == often)
+    return None if row["kind"] in WITH_COMPANY else float(min(row["things"], 2) == often)
 
 
 def _row(method: str, encoder: str, metric: str, kind: str, found: Figure) -> dict[str, Any]:

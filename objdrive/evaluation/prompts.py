@@ -1,18 +1,23 @@
 """Prompts to evaluate with."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from objdrive.errors import ObjdriveError
 
-Kind = Literal["context", "size", "style", "pair"]
+Kind = Literal["context", "size", "style", "pair", "side"]
+WITH_COMPANY = ("pair", "side")
+"""Kinds of prompts that ask for a second thing."""
 
 
 class Shown(BaseModel):
-    """What a prompt asks to be seen, as far as an evaluation set composes it: words of the base's captions."""
+    """What a prompt asks to be seen, as far as an evaluation set composes it: words of the base's captions.
+
+    `side` is where the object stands beside the second thing.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -20,6 +25,13 @@ class Shown(BaseModel):
     size: Literal["", "small", "large"] = ""
     style: str = ""
     beside: str = ""
+    side: Literal["", "left", "right"] = ""
+
+    @model_validator(mode="after")
+    def _side_of_something(self) -> Self:
+        if self.side and not self.beside:
+            raise ValueError(f"side={self.side} needs `beside`: say what the object stands to the {self.side} of")
+        return self
 
 
 class EvaluationPrompt(BaseModel):
@@ -27,7 +39,8 @@ class EvaluationPrompt(BaseModel):
 
     Attributes:
         id: names it in tables.
-        kind: what it tries; a picture's prompt is recognised among the prompts of its kind.
+        kind: what it tries; a picture's prompt is recognised among the prompts of its kind, but for the kind ``side``:
+            there the object must be on the side that `shows` names.
         text: with ``{}`` where the object stands.
         shows: how an evaluation set composes reference pictures for it; none needs any.
     """
@@ -45,6 +58,12 @@ class EvaluationPrompt(BaseModel):
         if text.count("{}") != 1:
             raise ValueError(f"the prompt {text!r} must hold {{}} exactly once: it stands for the object")
         return text
+
+    @model_validator(mode="after")
+    def _sides_are_shown(self) -> Self:
+        if self.kind == "side" and not (self.shows and self.shows.side):
+            raise ValueError(f"the prompt {self.id!r} is of the kind side: say in `shows` which side it asks for")
+        return self
 
     def naming(self, class_name: str) -> str:
         """The text with the class word in the object's place."""

@@ -22,6 +22,8 @@ from objdrive.pictures import as_pixels
 
 WINDOWS = ((0.0, 0.0, 1.0), (0.1, 0.1, 0.8), (0.2, 0.2, 0.6), (0.0, 0.2, 0.6), (0.4, 0.2, 0.6))
 """Where an object may be in a drawn picture: (left, top, side) in parts of its edge; the first is all of it."""
+_SIDES = {"left": 3, "right": 4}
+"""Of `WINDOWS`, those that show the two sides."""
 _CHUNK = 8
 """Inputs of an encoder at once: on a processor the maps of 64 pictures take twice the time of eight times eight."""
 
@@ -44,7 +46,8 @@ class Score:
         text: generalization, cosine of the picture and the prompt with the class word (encoders that read text).
         identity_class: 1 if the nearest of all designs of the object's class is the object, else 0.
         identity_all: 1 if the nearest of all objects is the object, else 0.
-        context: 1 if the nearest of all prompts of its kind is the picture's own, else 0.
+        context: 1 if the nearest of all prompts of its kind is the picture's own, else 0; of a prompt that asks for a
+            side, 1 if the object's views agree more with that side of the picture than with the other, else 0.
         features: (D,) of the whole picture, of unit length, which tell objects.
     """
 
@@ -117,9 +120,17 @@ class Ruler:
             text=None if text is None else float(windows[0] @ text),
             identity_class=_is_nearest(asked.object_id, self._rivals(windows, asked, known.class_name)),
             identity_all=_is_nearest(asked.object_id, self._rivals(windows, asked)),
-            context=_is_nearest(asked.prompt_id, self._contexts(backdrop, asked)),
+            context=self._context(windows, backdrop, asked),
             features=windows[0],
         )
+
+    def _context(self, windows: Array, backdrop: Array, asked: Asked) -> float | None:
+        shows = self._prompts[asked.prompt_id].shows
+        if not (shows and shows.side):
+            return _is_nearest(asked.prompt_id, self._contexts(backdrop, asked))
+        views = self._known[asked.object_id].views
+        sides = {side: float(best_match(windows[[index]], views)) for side, index in _SIDES.items()}
+        return _is_nearest(shows.side, sides)
 
     def _rivals(self, windows: Array, asked: Asked, class_name: str | None = None) -> dict[str, float]:
         """How near the designs of a class are, or all objects, by object id or, for what is no object, by name."""

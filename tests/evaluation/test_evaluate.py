@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-from jobs.evaluation.compose import MANIFEST_FILE, PROMPTS, write_half
+from jobs.evaluation.compose import MANIFEST_FILE, PROMPTS, compose_prompt, write_half
 from jobs.evaluation.pictures import decode_pictures
 from jobs.pretrain.sprites import EDGE, Sprites, draw_sprites
 from objdrive.catalog.geometry import object_alone
 from objdrive.catalog.photos import decode_photo
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.encoders import identify, load_encoder
-from objdrive.evaluation.prompts import read_prompts
+from objdrive.evaluation.prompts import EvaluationPrompt, Shown, read_prompts
 from objdrive.evaluation.reference import MEASURED, Design, Gallery, Reference
 from objdrive.evaluation.ruler import WINDOWS, Asked, Ruler, cut_windows, embed
 from objdrive.pictures import as_pixels
@@ -222,6 +222,28 @@ def test_windows_find_an_object_at_the_side():
     assert np.array_equal((windows[0] * 255).round().permute(1, 2, 0).numpy(), picture)
 
 
+@pytest.mark.parametrize("bench", ["toys"], indirect=True)
+def test_an_object_on_the_asked_side_is_told_from_one_on_the_other(bench):
+    sides = {
+        side: EvaluationPrompt(
+            id=side,
+            kind="side",
+            text=f"a photo of {{}} to the {side} of a ride",
+            shows=Shown(context="on grass", beside="ride", side=side),
+        )
+        for side in ("left", "right")
+    }
+    toy = next(one for one in bench.references if one.class_name == "toy")
+    sprite, other = (Image.fromarray(bench.sprites.pictures[row]) for row in (0, 1))
+    ruler = Ruler(bench.encoder, [toy], list(sides.values()))
+    for asked in sides:
+        for shown, prompt in sides.items():
+            rng = np.random.default_rng(0)
+            pictures = np.stack([compose_prompt(sprite, prompt.shows, rng, 64, [other]) for _ in range(4)])
+            scores = ruler.measure(bench.encoder, as_pixels(pictures), [Asked(toy.object_id, asked)] * 4)
+            assert {score.context for score in scores} == {float(asked == shown)}
+
+
 def test_a_gallery_that_lacks_what_is_asked_is_refused(shapes):
     prompts = list(read_prompts(PROMPTS))
     with pytest.raises(ObjdriveError, match=r"lacks and-apple, .*wall, water"):
@@ -237,6 +259,8 @@ def test_a_gallery_that_lacks_what_is_asked_is_refused(shapes):
         ("[]", "it lists none"),
         ("- {id: a, kind: context, text: on grass}", "exactly once"),
         ("- {id: a, kind: mood, text: 'sad {}'}", "kind"),
+        ("- {id: a, kind: side, text: 'left, {}'}", "say in `shows` which side"),
+        ("- {id: a, kind: side, text: '{}', shows: {context: on sand, side: left}}", "side=left needs `beside`"),
         ("- {id: a, kind: style, text: '{}'}\n- {id: a, kind: style, text: 'a {}'}", "a stand there more than once"),
         ("a: b: c", "can't be read"),
         ("7", "can't be read"),

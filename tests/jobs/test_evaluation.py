@@ -60,9 +60,9 @@ def test_a_class_in_both_halves_is_refused(tmp_path):
         read_halves(path)
 
 
-def test_shipped_prompts_try_contexts_sizes_styles_and_pairs_and_say_what_they_show():
+def test_shipped_prompts_try_contexts_sizes_styles_pairs_and_sides_and_say_what_they_show():
     kinds = {prompt.kind for prompt in SHIPPED}
-    assert kinds == {"context", "size", "style", "pair"}
+    assert kinds == {"context", "size", "style", "pair", "side"}
     for kind in kinds:
         assert sum(prompt.kind == kind for prompt in SHIPPED) >= 2
     for prompt in SHIPPED:
@@ -71,6 +71,7 @@ def test_shipped_prompts_try_contexts_sizes_styles_and_pairs_and_say_what_they_s
         assert not prompt.shows.style or said.startswith(prompt.shows.style)
         assert prompt.shows.style in ("", *STYLES)
         assert not prompt.shows.beside or prompt.shows.beside in said
+        assert not prompt.shows.side or f"to the {prompt.shows.side} of" in said
 
 
 def test_second_things_are_of_no_class_of_the_set():
