@@ -58,6 +58,11 @@ def phrase_places(tokenizer: "CLIPTokenizer", prompt: str, phrases: Sequence[str
     return [tuple(place for one in places for place in one)] if len(phrases) == 1 else places
 
 
+def text_places(tokenizer: "CLIPTokenizer", text: str) -> range:
+    """Where the tokens of a whole prompt stand, the start being place 0."""
+    return range(1, 1 + _count_tokens(tokenizer, text))
+
+
 def _count_tokens(tokenizer: "CLIPTokenizer", text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 

@@ -11,8 +11,11 @@ from torch import Tensor
 _FINER = 4
 """Maps are taken this much finer, so that things a cell apart are two."""
 _BLUR = 2.0
-_HALF = 0.5
-_LEAST_OF_LARGEST = 0.3
+_LEVELS = (0.5, 0.6, 0.7)
+"""Parts of the peak: things that touch at the first level may be apart at the last."""
+_LEAST_OF_LARGEST = 0.15
+_ALIKE = 0.3
+"""How much (Pearson's correlation) a word's attention goes where the objects' does, if it is about things too."""
 _SOFTNESS = 1.0
 """Over how many of the latents' cells one region becomes the next."""
 _SEVERAL = re.compile(
@@ -29,34 +32,44 @@ def asks_for_several(prompt: str) -> bool:
     return any(_SEVERAL.search(before.rstrip()) for before in pieces[:-1])
 
 
-def find_regions(attention: Tensor, edge: int) -> Tensor:
+def find_regions(attention: Tensor, others: Tensor, edge: int) -> Tensor:
     """Split a picture between its objects and, last, whatever else stands in it.
 
-    Things are the blobs of the objects' attention together. Each object gets the blob that has most of its own
-    attention, and what is nearer to that than to the others; blobs that are left over belong to nobody: the base
-    draws them. Where blobs are fewer than objects, space is divided among the objects (k-means, started along the
-    attention's longest axis).
+    Things are the blobs of the attention to the objects' words and to whatever other words go along with them: those
+    of a second thing do ("teapot"), those of a backdrop go where no thing is ("grass"). Each object gets the blob that
+    its own words mean most against all of these, and what is nearer to that than to the other blobs. Blobs that are
+    left over belong to nobody: the base draws them. Where blobs are fewer than objects, space is divided among the
+    objects (k-means, started along the attention's longest axis).
 
     Args:
         attention: (N, e, e), how much each place attends to the class word of each of N objects.
+        others: (W, e, e), how much it attends to each of the prompt's other words; W may be 0.
         edge: of the regions.
 
     Returns:
         (N + 1, edge, edge) shares, the last of the base; at every place they add up to 1.
     """
     maps = np.stack([_finer(one) for one in attention.double().cpu().numpy()])
-    together = maps.sum(axis=0)
+    together = maps.sum(axis=0) + _of_things(attention, others)
     centres = _blobs(together)
     if len(centres) < len(maps):
         centres = _divided(together, len(maps))
     if len(centres) == 1:
         return torch.cat([torch.ones(1, edge, edge), torch.zeros(1, edge, edge)])
     cells = _nearest(_places(maps.shape[1]), centres).reshape(maps.shape[1:])
-    owners = _assign(maps, cells, len(centres))
+    owners = _assign(maps, together, cells, len(centres))
     distances = np.linalg.norm(_places(edge)[:, None] - centres, axis=-1) * edge
     shares = torch.softmax(torch.from_numpy(-distances / _SOFTNESS), dim=1).T.reshape(-1, edge, edge).float()
     owned = [shares[owner] for owner in owners]
     return torch.stack([*owned, 1 - torch.stack(owned).sum(dim=0)])
+
+
+def _of_things(attention: Tensor, others: Tensor) -> Array:
+    """The maps of those other words that are about things, added up, as `_finer` has them."""
+    objects = attention.double().sum(dim=0).flatten().cpu().numpy()
+    alike = [one for one in others.double().cpu().numpy() if np.corrcoef(objects, one.ravel())[0, 1] > _ALIKE]
+    found: Array = np.sum([_finer(one) for one in alike], axis=0) if alike else np.zeros(1)
+    return found
 
 
 def _finer(attention: Array) -> Array:
@@ -68,13 +81,18 @@ def _finer(attention: Array) -> Array:
 
 
 def _blobs(attention: Array) -> Array:
-    """(B, 2) centres (down, across, in parts of the edge) of what is above half of the peak, the heaviest first."""
-    count, labels = cv2.connectedComponents((attention > _HALF * attention.max()).astype(np.uint8))
+    """(B, 2) centres (down, across, in parts of the edge) of blobs, at the lowest level that tells most of them."""
+    return max((_blobs_above(level, attention) for level in _LEVELS), key=len)
+
+
+def _blobs_above(level: float, attention: Array) -> Array:
+    """(B, 2) centres of what is above a part of the peak."""
+    count, labels = cv2.connectedComponents((attention > level * attention.max()).astype(np.uint8))
     weights = [np.where(labels == label, attention, 0) for label in range(1, count)]
     masses = [float(one.sum()) for one in weights]
-    kept = sorted((-mass, index) for index, mass in enumerate(masses) if mass > _LEAST_OF_LARGEST * max(masses))
+    kept = [index for index, mass in enumerate(masses) if mass > _LEAST_OF_LARGEST * max(masses)]
     places = _places(len(attention))
-    return np.array([(places * weights[index].reshape(-1, 1)).sum(axis=0) / -mass for mass, index in kept])
+    return np.array([(places * weights[index].reshape(-1, 1)).sum(axis=0) / masses[index] for index in kept])
 
 
 def _divided(attention: Array, count: int) -> Array:
@@ -93,9 +111,10 @@ def _divided(attention: Array, count: int) -> Array:
     return found
 
 
-def _assign(maps: Array, cells: NDArray[np.intp], count: int) -> list[int]:
-    """The cell of each object: the best matches first, none twice."""
-    shares = np.array([[one[cells == cell].sum() / one.sum() for cell in range(count)] for one in maps])
+def _assign(maps: Array, together: Array, cells: NDArray[np.intp], count: int) -> list[int]:
+    """The cell of each object: where its share of `together` is largest; the best matches first, none twice."""
+    inside = [cells == cell for cell in range(count)]
+    shares = np.array([[one[cell].sum() / one.sum() / together[cell].sum() for cell in inside] for one in maps])
     owners = [0] * len(maps)
     for _ in maps:
         one, cell = np.unravel_index(int(shares.argmax()), shares.shape)

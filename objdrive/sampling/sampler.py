@@ -17,7 +17,7 @@ from torch import Tensor
 from objdrive.adapters.bank import AdapterBank
 from objdrive.base.attention import watch_attention
 from objdrive.base.conditioning import Conditioning
-from objdrive.base.prompts import fill_prompt, phrase_places, refuse_mark
+from objdrive.base.prompts import fill_prompt, phrase_places, refuse_mark, text_places
 from objdrive.base.stable_diffusion import Base
 from objdrive.base.steppers import SchedulerName, Stepper
 from objdrive.pictures import to_pictures
@@ -92,11 +92,12 @@ class Row:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A layout on its way: the base's own row, and where its prompt names each object."""
+    """A layout on its way: the base's own row, where its prompt names each object, and where its other words are."""
 
     noise: float
     worded: Row
     places: Sequence[Sequence[int]]
+    others: Sequence[int]
 
 
 @dataclass
@@ -140,7 +141,7 @@ class Sample:
         assert self.plan is not None
         if self.plan.places:
             words = torch.stack([maps[list(places)].mean(dim=0) for places in self.plan.places])
-            shares = find_regions(words, self.latents.shape[-1]).to(self.latents)
+            shares = find_regions(words, maps[list(self.plan.others)], self.latents.shape[-1]).to(self.latents)
             rows = [*self.rows, self.plan.worded]
             taken = [index for index, share in enumerate(shares) if share.any()]
             self.rows = [rows[index] for index in taken]
@@ -186,7 +187,8 @@ def begin(base: Base, spec: SampleSpec) -> Sample:
     # Of one object that is asked for more than once, no place belongs to the base.
     alone = len(spec.phrases) == 1 and asks_for_several(spec.prompt)
     places = [] if alone else phrase_places(base.tokenizer, spec.prompt, spec.layout.class_names)
-    plan = _Plan(spec.layout.noise, rows.pop(), places)
+    others = set(text_places(base.tokenizer, texts[-1])).difference(*places)
+    plan = _Plan(spec.layout.noise, rows.pop(), places, sorted(others))
     return Sample(latents, negative, rows, spec.guidance_scale, stepper, plan)
 
 
