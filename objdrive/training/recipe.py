@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from objdrive.errors import ObjdriveError
 
-METHOD_VERSION = 11
+METHOD_VERSION = 12
 """Part of every artifact's digest: raise it when the same recipe no longer yields the same adapter."""
 
 
@@ -66,6 +66,10 @@ class Recipe(BaseModel):
         default=0.45, gt=0, le=1, description="least share of the frame that the longer side of a placed object takes"
     )
     most_placed_fill: float = Field(default=0.8, gt=0, le=1, description="the largest such share")
+    mirrored: bool = Field(
+        default=True,
+        description="half of the placed objects are shown as in a mirror: layouts of the base face either way",
+    )
     zoom: float = Field(default=0.6, ge=0, le=1, description="share of views that show one of several objects alone")
     masked: bool = Field(default=True, description="object-specific loss; False: plain loss on the whole picture")
     soft_mask: bool = Field(default=True, description="area-averaged masks; False: cut at one half")

@@ -85,7 +85,8 @@ def make_views(base: Base, scene: Scene, recipe: Recipe) -> list[View]:
 
     The picture is cropped if the objects are small in it (`least_fill`): they are shown at a size that the latents can
     hold. With `plain_ground`, and in close-ups, what is around them is grey: a view on dark grey, and one on light.
-    With `placements` they are shown at so many places and sizes, so that no one layout is learned with them.
+    With `placements` they are shown at so many places and sizes, so that no one layout is learned with them; every
+    other pair of these views is `mirrored`.
     """
     cuts = list(_cuts(base, scene, recipe))
     # Large pictures go through the autoencoder one by one: its activations are the largest of all.
@@ -133,7 +134,13 @@ def _placed_views(base: Base, scene: Scene, shown: tuple[int, ...], recipe: Reci
         fill = rng.uniform(recipe.least_placed_fill, recipe.most_placed_fill)
         across, down = _REACH * rng.uniform(-1, 1, size=2)
         window = placed_window(mask, fill, across, down)
-        yield from _cut_views(base, scene, shown, window, recipe, [_GROUNDS[number % len(_GROUNDS)]])
+        turned = recipe.mirrored and number // len(_GROUNDS) % 2
+        for view in _cut_views(base, scene, shown, window, recipe, [_GROUNDS[number % len(_GROUNDS)]]):
+            yield _mirrored(view) if turned else view
+
+
+def _mirrored(view: _Cut) -> _Cut:
+    return _Cut(view.shown, view.picture[:, ::-1], view.weights.flip(-1))
 
 
 def _cut_views(

@@ -98,6 +98,18 @@ class TestPlacements:
         greys = [float(tiny64.decode_latents(view.latents[None])[..., :3, :3].mean()) for view in views]
         assert greys == pytest.approx([0.25, 0.75] * 2, abs=0.08)
 
+    @pytest.mark.parametrize("mirrored", [True, False])
+    def test_half_of_them_show_the_object_as_in_a_mirror(self, tiny64, mirrored):
+        heavy_on_the_left = np.maximum(square(0.2, 0.2, 0.3), square(0.65, 0.6, 0.15))
+        views = placed(tiny64, heavy_on_the_left, overrides=["placements=4", f"mirrored={mirrored}"])
+        sides = []
+        for view in views:
+            left, _, right, _ = box_of(view)
+            columns = view.weights[0].sum(dim=0)
+            middle = round((left + right) / 2 * len(columns))
+            sides.append("left" if columns[:middle].sum() > columns[middle:].sum() else "right")
+        assert sides == ["left", "left", *(["right"] * 2 if mirrored else ["left"] * 2)]
+
     def test_the_sizes_are_the_recipes(self, tiny64):
         overrides = ["placements=6", "least_placed_fill=0.3", "most_placed_fill=0.35"]
         for view in placed(tiny64, square(0.3, 0.3, 0.5), overrides=overrides):
