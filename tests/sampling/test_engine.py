@@ -36,7 +36,7 @@ STEPS = 4
 LONG = 400
 WAIT = 60
 
-ask = partial(DrawRequest, steps=STEPS)
+ask = partial(DrawRequest, steps=STEPS, guidance_scale=4.0)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def difference(one, other):
 
 def running(engine, *objects, **fields):
     """A drawing that goes on for long, of which a first step is taken."""
-    drawing = engine.submit(DrawRequest("a photo of {}" if objects else "a mug", 1, objects, LONG, **fields))
+    drawing = engine.submit(ask("a photo of {}" if objects else "a mug", 1, objects, **{"steps": LONG} | fields))
     assert isinstance(next(drawing.events()), Partial)
     return drawing
 
@@ -92,7 +92,7 @@ def stock(small, filled):
         snapshot = small.files.snapshot
         pipe = StableDiffusionPipeline(
             vae=small.vae,
-            text_encoder=copy.deepcopy(small.text_encoder),
+            text_encoder=copy.deepcopy(small.towers[0].encoder),
             tokenizer=copy.deepcopy(small.tokenizer),
             unet=copy.deepcopy(small.unet),
             scheduler=scheduler.from_pretrained(snapshot / "scheduler"),
@@ -355,7 +355,7 @@ class TestLimits:
     )
     def test_what_can_never_be_drawn_is_refused_at_once(self, engine, fields, error, message):
         with pytest.raises(error, match=message) as refusal:
-            engine().submit(DrawRequest(**{"prompt": "a mug", "seed": 1} | fields))
+            engine().submit(ask(**{"prompt": "a mug", "seed": 1} | fields))
         assert type(refusal.value) is error
 
     @pytest.mark.parametrize(
