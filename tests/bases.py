@@ -25,6 +25,7 @@ from objdrive.base.files import EMBEDDED
 from objdrive.base.single_file import CONFIGS
 
 _SMALL_UNET = {
+    "sd15": {"block_out_channels": [16, 16], "attention_head_dim": 2, "cross_attention_dim": 32},
     "sd21": {"block_out_channels": [16, 16], "attention_head_dim": [2, 2], "cross_attention_dim": 32},
     "sdxl": {
         "block_out_channels": [16, 32],
@@ -36,6 +37,7 @@ _SMALL_UNET = {
     },
 }
 _BLOCKS = {
+    "sd15": (["CrossAttnDownBlock2D", "DownBlock2D"], ["UpBlock2D", "CrossAttnUpBlock2D"]),
     "sd21": (["CrossAttnDownBlock2D", "DownBlock2D"], ["UpBlock2D", "CrossAttnUpBlock2D"]),
     "sdxl": (["DownBlock2D", "CrossAttnDownBlock2D"], ["CrossAttnUpBlock2D", "UpBlock2D"]),
 }
@@ -103,6 +105,23 @@ def write_clip(folder, text):
 
 def scheduler(kind, **changes):
     return DDIMScheduler.from_config(full_config(kind, "scheduler") | changes)
+
+
+def write_sd15(snapshot, clip):
+    whole = write_clip(clip, small_text_config("sd15", projection_dim=24))
+    encoder = CLIPTextModel(small_text_config("sd15"))
+    encoder.load_state_dict(whole.text_model.state_dict())
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_config(small_vae_config("sd15")),
+        text_encoder=encoder,
+        tokenizer=tokenizer(),
+        unet=UNet2DConditionModel.from_config(small_unet_config("sd15")),
+        scheduler=scheduler("sd15"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(snapshot)
 
 
 def write_sd21(snapshot, clip):
