@@ -35,8 +35,8 @@ class GenerationRequest(BaseModel):
     )
     size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None = Field(
         None,
-        description="`auto`, the square that the base was trained on, or WIDTHxHEIGHT in steps of 8 (64 for SDXL), of at "
-        "most twice its pixels.",
+        description="`auto`, the square that the base was trained on, or WIDTHxHEIGHT in steps of 8 (64 for SDXL), of "
+        "at most twice its pixels.",
     )
     response_format: Literal["b64_json", "url"] | None = Field(
         None, description="`b64_json` (the default), or `url`: a signed link, valid for an hour."

@@ -1,4 +1,4 @@
-"""Snapshots in diffusers' layout as single files in A1111's, by the names of the original code (CompVis, Stability AI)."""
+"""Snapshots in diffusers' layout as single files, by the names of the original code (CompVis, Stability AI)."""
 
 import re
 

@@ -67,8 +67,8 @@ def bytes_per_scene(config: Mapping[str, Any], family: Family, recipe: Recipe, d
 class _Kept:
     """Counts what is saved for the backward pass, without the network's own weights, which all scenes share.
 
-    Of a checkpointed block it counts the inputs; while the backward pass goes through it, what the block itself keeps is
-    there too, but only of one block at a time.
+    Of a checkpointed block it counts the inputs. What the block itself keeps is there too while the backward pass goes
+    through it, but only of one block at a time.
     """
 
     def __init__(self, network: nn.Module) -> None:

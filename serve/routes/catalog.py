@@ -6,8 +6,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
-from objdrive.base.family import STABLE_DIFFUSION
 from objdrive.adapters.artifact import ArtifactMetadata, PreviewKind
+from objdrive.base.family import STABLE_DIFFUSION
 from serve.dependencies import After, Asking, Limit, ObjectIdPath, Serving, media, visible, visible_page
 from serve.draw_requests import Defaults, defaults
 from serve.errors import ApiError, error_responses

@@ -107,7 +107,7 @@ def test_half_precision_is_taken_where_there_is_no_other(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["model.ckpt", "weights/pytorch_model.bin", "model.PT"])
 def test_pickles_are_refused_with_how_to_convert_them(tmp_path, name):
-    with pytest.raises(ObjdriveError, match="is a pickle, .* never read: have it as .safetensors"):
+    with pytest.raises(ObjdriveError, match=r"is a pickle, .* never read: have it as \.safetensors"):
         find_base(str(tmp_path / name))
 
 

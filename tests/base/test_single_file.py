@@ -1,4 +1,4 @@
-"""Bases in one .safetensors file: what they are is read off it, and they draw as the snapshot that they were made of."""
+"""Bases in one .safetensors file: what they are is read off it, and they draw as the snapshot they were made of."""
 
 import json
 import shutil
@@ -23,7 +23,10 @@ def small_configs(tmp_path, monkeypatch):
     """The configs that come with the package, of the small bases; and a cache of one's own."""
     for kind in WRITERS:
         shutil.copytree(bases.CONFIGS / kind, tmp_path / "configs" / kind)
-        parts = {"unet": bases.small_unet_config(kind, 32 if kind == "sdxl" else 8), "vae": bases.small_vae_config(kind)}
+        parts = {
+            "unet": bases.small_unet_config(kind, 32 if kind == "sdxl" else 8),
+            "vae": bases.small_vae_config(kind),
+        }
         parts["text_encoder"] = bases.small_text_config(kind).to_dict()
         if kind == "sdxl":
             parts["text_encoder_2"] = bases.small_text_config(kind, "text_encoder_2").to_dict()
@@ -91,7 +94,9 @@ def test_what_it_predicts_is_told_by_marks_or_by_a_file_beside_it(made, options,
     path, _, clip = made("sd15", **options)
     if beside:
         path.with_suffix(".yaml").write_text(beside)
-    scheduler = json.loads((find_base(str(path), clip=str(clip)).snapshot / "scheduler/scheduler_config.json").read_text())
+    scheduler = json.loads(
+        (find_base(str(path), clip=str(clip)).snapshot / "scheduler/scheduler_config.json").read_text()
+    )
     assert (scheduler["prediction_type"] == "v_prediction") is velocity
     assert bool(scheduler["rescale_betas_zero_snr"]) is ("extra" in options)
 
