@@ -44,7 +44,7 @@ def test_text_encoders_have_as_many_parameters_as_published():
     assert count(text_encoder("sdxl", "text_encoder_2", CLIPTextModelWithProjection)) == 694_659_840
 
 
-@pytest.mark.parametrize(("kind", "layers", "megabytes"), [("sd15", 0, 0), ("sd21", 0, 0), ("sdxl", 0, 0)])
+@pytest.mark.parametrize(("kind", "layers", "megabytes"), [("sd15", 250, 3.8), ("sd21", 250, 3.9), ("sdxl", 767, 12.2)])
 def test_an_adapter_has_so_many_layers_and_bytes(unets, kind, layers, megabytes):
     family, unet = FAMILIES[kind], unets[kind]
     with AdapterBank(unet, family.lora_targets, slots=1, rank=1) as bank:
@@ -55,5 +55,5 @@ def test_an_adapter_has_so_many_layers_and_bytes(unets, kind, layers, megabytes)
             lora[f"{name}.lora_B.weight"] = torch.zeros(*bank.up[name].shape[1:], *([1, 1] if down.dim() == 5 else []))
         vectors = {name: torch.zeros(width) for name, width in WIDTHS[kind].items()}
         files = adapter_files(Adapter(lora, vectors), token="<mug-1>", family=family)
-        assert sum(map(len, files.values())) / 1e6 == pytest.approx(megabytes, rel=0.01)
+        assert sum(map(len, files.values())) / 1e6 == pytest.approx(megabytes, rel=0.03)
         bank.check(parse_adapter(files, token="<mug-1>", family=family).lora)
