@@ -92,7 +92,7 @@ class NoOp:
             versions={},
             created="",
         )
-        adapter = Adapter({}, {STABLE_DIFFUSION.text_encoder: torch.zeros(128)})
+        adapter = Adapter({}, {STABLE_DIFFUSION.text_encoders[0]: torch.zeros(128)})
         self.store.commit(adapter_files(adapter, token=token, family=STABLE_DIFFUSION), metadata)
         return RowOutcome("committed", _DIGEST)
 

@@ -75,7 +75,7 @@ class OneAdapterStore:
     """Every object's adapter, at once."""
 
     def __init__(self) -> None:
-        adapter = Adapter({}, {STABLE_DIFFUSION.text_encoder: torch.zeros(_WIDTH)})
+        adapter = Adapter({}, {STABLE_DIFFUSION.text_encoders[0]: torch.zeros(_WIDTH)})
         self._files = adapter_files(adapter, token=_TOKEN, family=STABLE_DIFFUSION)
 
     def read(self, object_id: str, digest: str, *, only: Any) -> tuple[Any, dict[str, bytes]]:
@@ -288,7 +288,7 @@ def _residency(load: Load) -> Residency:
         name="none",
         fingerprint="",
         family=STABLE_DIFFUSION,
-        vocabularies={STABLE_DIFFUSION.text_encoder: torch.zeros(1, _WIDTH)},
+        vocabularies={STABLE_DIFFUSION.text_encoders[0]: torch.zeros(1, _WIDTH)},
         device="cpu",
     )
     bank: Any = SimpleNamespace(

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 from jobs.cluster import connect
@@ -103,7 +104,8 @@ def _run(arguments: argparse.Namespace) -> int:
     for note in (note for piece in manifest_pieces for note in piece.notes):
         print(f"note        {note}")
     request = WorkersRequest.of(arguments.workers, arguments.gpus_per_worker)
-    base = find_base(arguments.base, clip=arguments.clip)
+    base = find_base(arguments.base, clip=arguments.clip, vae=arguments.vae)
+    request = replace(request, memory=base.worker_bytes)
     recipe = make_recipe(arguments.recipe, tuning=base.tuning, overrides=arguments.set)
     store = ArtifactStore(_shared(absolute(arguments.store)))
     target = Target(store.url, recipe.digest, base.fingerprint(), arguments.allow_hosts)
@@ -166,6 +168,7 @@ def _settings(arguments: argparse.Namespace, recipe: Recipe, target: Target) -> 
         target=target,
         group_size=arguments.group_size,
         cpu_threads=1,
+        vae=arguments.vae,
     )
 
 

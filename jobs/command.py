@@ -26,9 +26,9 @@ def absolute(address: str) -> str:
 
 
 def absolute_model(name: str) -> str:
-    """A base or CLIP that means the same to workers: a folder's address; a name or hub id as it is."""
-    # As `find_base` looks for it: an embedded base, else a folder, else a hub id, which may look like one.
-    return absolute(name) if Path(name).is_dir() and not (EMBEDDED / name).is_dir() else name
+    """A base or part of one that means the same to workers: a folder's or file's address; a name or hub id as it is."""
+    # As `find_base` looks for it: an embedded base, else a folder or file, else a hub id, which may look like one.
+    return absolute(name) if Path(name).exists() and not (EMBEDDED / name).is_dir() else name
 
 
 def positive(text: str) -> int:
@@ -50,9 +50,15 @@ def number(text: str, least: float = 0.0) -> float:
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """``--base`` and ``--clip``, as workers find them."""
+    """``--base``, ``--clip`` and ``--vae``, as workers find them."""
     parser.add_argument(
-        "--base", type=absolute_model, default="tiny64", help="embedded base, folder or hub id (%(default)s)"
+        "--base",
+        type=absolute_model,
+        default="tiny64",
+        help="embedded base, folder, .safetensors file or hub id (%(default)s)",
+    )
+    parser.add_argument(
+        "--vae", type=absolute_model, help="folder or hub id of an autoencoder in place of the base's own"
     )
     parser.add_argument(
         "--clip", type=absolute_model, help="folder or hub id of the CLIP with the image tower, for bases without one"

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     stores = _stores(options.store)
     prompts = read_prompts(options.prompts)
-    base = Base.load(options.base, clip=options.clip, device="cpu")
+    base = Base.load(options.base, clip=options.clip, vae=options.vae, device="cpu")
     artifacts = find_artifacts(stores, base.fingerprint)
     references = [read_reference(artifact, base.resolution) for artifact in measured_by(artifacts)]
     recipe = make_recipe(tuning=base.files.tuning)
@@ -67,6 +67,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         base.fingerprint,
         options.steps or recipe.sample_steps,
         options.guidance_scale or recipe.guidance_scale,
+        options.vae,
     )
     request = WorkersRequest.of(str(options.workers) if options.workers else None, options.gpus_per_worker)
     connect()

@@ -95,7 +95,7 @@ class FineTune:
 
     def __init__(self, settings: FineTuneSettings) -> None:
         self._target = settings.target
-        self._base = load_planned(settings.base, self._target.base_fingerprint, clip=settings.clip)
+        self._base = load_planned(settings.base, self._target.base_fingerprint, clip=settings.clip, vae=settings.vae)
         self._recipe = settings.recipe
         self._store = ArtifactStore(self._target.store_url)
         self._class_pictures = ClassPictures(self._base, self._recipe)

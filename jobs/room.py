@@ -38,11 +38,15 @@ class Workers:
 
 @dataclass(frozen=True)
 class WorkersRequest:
-    """How many workers a user wants, of how many GPUs each; None: as the cluster suggests."""
+    """How many workers a user wants, of how many GPUs each; None: as the cluster suggests.
+
+    `memory` is what a worker without a GPU takes, in bytes. It bounds their number where the user names none.
+    """
 
     least: int | None = None
     most: int | None = None
     gpus: float | None = None
+    memory: int = 0
 
     @classmethod
     def of(cls, count: str | None, gpus: float | None) -> "WorkersRequest":
@@ -70,7 +74,8 @@ def fit_workers(
 ) -> Workers | str:
     """The workers to start on these nodes, or in words what has to join them first.
 
-    Without a number in the request, it is one worker for each GPU, or for each core without any.
+    Without a number in the request, it is one worker for each GPU, or without any for each core, as far as the memory
+    goes.
 
     Args:
         request: what is wanted.
@@ -84,6 +89,8 @@ def fit_workers(
     gpus = min(1.0, _most("GPU", nodes)) if request.gpus is None else request.gpus
     room, least = sum(_fitting(node, gpus) for node in nodes), request.least or 1
     if room >= least:
+        if request.least is None and not gpus:
+            room = max(1, min(room, sum(_holding(node, request.memory) for node in nodes)))
         return Workers(request.least or room, request.most or room, gpus)
     seen = [*nodes, *groups]
     if gpus and (groups or _most("GPU", nodes)) and not any(_fitting(node, gpus) for node in seen):
@@ -174,6 +181,12 @@ def _fitting(node: Resources, gpus: float) -> int:
     cores = int(node.get("CPU", 0.0))
     # Shares such as 0.1 are no exact binary fractions.
     return min(cores, math.floor(node.get("GPU", 0.0) / gpus + 1e-6)) if gpus else cores
+
+
+def _holding(node: Resources, memory: int) -> int:
+    """For how many workers without a GPU a node has cores and memory."""
+    cores = _fitting(node, 0.0)
+    return min(cores, int(node["memory"] // memory)) if memory and "memory" in node else cores
 
 
 def _most(name: str, nodes: Sequence[Resources]) -> float:

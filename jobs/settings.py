@@ -27,3 +27,4 @@ class FineTuneSettings:
     target: Target
     group_size: int | None
     cpu_threads: int | None
+    vae: str | None = None

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from objdrive.adapters.store import ArtifactStore
+from objdrive.base.sizes import parse_size
 from objdrive.errors import ObjdriveError, StoreError
 
 COMMANDS_GROUP = "objdrive.commands"
@@ -49,10 +50,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative-prompt", default="", help="what to lead away from")
     parser.add_argument("--n", type=int, default=1, help="how many pictures (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the first picture's seed; the next ones count up")
+    parser.add_argument("--size", help="WIDTHxHEIGHT in pixels, as in 832x1216 (default: the base's native square)")
     parser.add_argument("--steps", type=int, help="DDIM steps (default: the recipe's)")
     parser.add_argument("--guidance-scale", type=float, help="(default: the recipe's)")
     parser.add_argument("--base", help="the base, where it isn't found by the name that the artifact notes")
     parser.add_argument("--clip", help="folder or hub id of the CLIP with the image tower, for bases without one")
+    parser.add_argument("--vae", help="folder or hub id of an autoencoder in place of the base's own")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the PNGs (default: here)")
     parser.set_defaults(run=_generate)
 
@@ -78,6 +81,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         guidance_scale=arguments.guidance_scale,
         base=arguments.base,
         clip=arguments.clip,
+        vae=arguments.vae,
+        size=parse_size(arguments.size) if arguments.size else None,
     )
     for seed, picture in zip(range(arguments.seed, arguments.seed + arguments.n), pictures, strict=True):
         path = arguments.out / f"{arguments.object}-{seed}.png"

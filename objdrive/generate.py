@@ -10,7 +10,9 @@ from objdrive.adapters.artifact import ArtifactMetadata
 from objdrive.adapters.bank import AdapterBank
 from objdrive.adapters.store import ArtifactStore
 from objdrive.base.prompts import marked_phrase
+from objdrive.base.sizes import Size
 from objdrive.base.stable_diffusion import Base
+from objdrive.base.steppers import SchedulerName
 from objdrive.errors import ObjdriveError
 from objdrive.sampling.sampler import Layout, SampleSpec, draw_pictures
 from objdrive.training.recipe import Recipe
@@ -27,6 +29,9 @@ def generate(
     guidance_scale: float | None = None,
     base: str | None = None,
     clip: str | None = None,
+    vae: str | None = None,
+    size: Size | None = None,
+    scheduler: SchedulerName = "ddim",
 ) -> list[Image.Image]:
     """Draw one picture per seed of an object's current artifact.
 
@@ -36,10 +41,13 @@ def generate(
         prompt: with ``{}`` where the object stands.
         seeds: of the starting noise.
         negative_prompt: what guidance leads away from.
-        steps: of DDIM; default: the recipe's.
+        steps: of the scheduler; default: the recipe's.
         guidance_scale: default: the recipe's.
         base: name of the base; default: the one that the artifact notes.
         clip: see `objdrive.base.files.find_base`.
+        vae: see `objdrive.base.files.find_base`.
+        size: width and height in pixels; default: the base's native square.
+        scheduler: which solver.
 
     Raises:
         ObjdriveError: no such object, a damaged artifact, another base, a prompt without ``{}``, or a number that
@@ -51,7 +59,7 @@ def generate(
         raise ObjdriveError(f"the seeds {seeds[0]} to {seeds[-1]} must fit 63 bits: choose smaller ones")
     metadata, files = store.read(object_id)
     recipe = _drawing_recipe(metadata, sample_steps=steps, guidance_scale=guidance_scale)
-    loaded = _matching_base(metadata, base, clip)
+    loaded = _matching_base(metadata, base, clip, vae)
     adapter = parse_adapter(files, token=metadata.token, family=loaded.family)
     phrase = marked_phrase(metadata.phrase, metadata.class_name, token=metadata.token)
     with AdapterBank(loaded.unet, loaded.family.lora_targets, slots=1, rank=adapter.rank) as bank:
@@ -67,6 +75,8 @@ def generate(
                 layout=Layout.of([metadata.layout_noise], [metadata.class_name], [{0: 1.0}]),
                 steps=recipe.sample_steps,
                 guidance_scale=recipe.guidance_scale,
+                scheduler=scheduler,
+                size=size,
             )
             for seed in seeds
         ]
@@ -83,8 +93,8 @@ def _drawing_recipe(metadata: ArtifactMetadata, **asked: float | None) -> Recipe
         raise ObjdriveError(f"can't draw {metadata.object_id!r} with its recipe and what was asked: {error}") from error
 
 
-def _matching_base(metadata: ArtifactMetadata, name: str | None, clip: str | None) -> Base:
-    base = Base.load(name or metadata.base.id, clip=clip)
+def _matching_base(metadata: ArtifactMetadata, name: str | None, clip: str | None, vae: str | None) -> Base:
+    base = Base.load(name or metadata.base.id, clip=clip, vae=vae)
     if base.fingerprint != metadata.base.fingerprint:
         raise ObjdriveError(
             f"the artifact of {metadata.object_id!r} was made on the base {metadata.base.id!r} with the fingerprint "

@@ -18,6 +18,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", required=True, help="the store's address")
     parser.add_argument("--base", default="", help="(default: the one that the store's objects were fine-tuned on)")
     parser.add_argument("--clip", help="folder or hub id of the CLIP with the image tower, for bases without one")
+    parser.add_argument("--vae", help="folder or hub id of an autoencoder in place of the base's own")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     who = parser.add_mutually_exclusive_group(required=True)
@@ -48,7 +49,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     disable_progress_bar()
     values: dict[str, Any] = {
-        name: getattr(arguments, name) for name in ("store", "base", "clip", "api_keys", "no_auth")
+        name: getattr(arguments, name) for name in ("store", "base", "clip", "vae", "api_keys", "no_auth")
     }
     others = dict(_pair(text) for text in arguments.set)
     for name in values.keys() & others.keys():

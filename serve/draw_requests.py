@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from objdrive.adapters.artifact import ArtifactKey, ArtifactMetadata
+from objdrive.base.sizes import Size, parse_size
+from objdrive.errors import ObjdriveError
 from objdrive.sampling.requests import DrawRequest
 from serve.drawing import BaseInfo
 from serve.errors import ApiError
@@ -37,12 +39,11 @@ class Defaults:
     guidance_scale: float
 
 
-def defaults(artifacts: Sequence[ArtifactMetadata]) -> Defaults:
-    """The first object's, from its recipe; the engine's for the base alone."""
-    recipe = artifacts[0].recipe if artifacts else {}
+def defaults(artifact: ArtifactMetadata, usual: Defaults) -> Defaults:
+    """An object's, from its recipe, or the usual ones where it notes none."""
+    recipe = artifact.recipe
     return Defaults(
-        int(recipe.get("sample_steps", DrawRequest.steps)),
-        float(recipe.get("guidance_scale", DrawRequest.guidance_scale)),
+        int(recipe.get("sample_steps", usual.steps)), float(recipe.get("guidance_scale", usual.guidance_scale))
     )
 
 
@@ -65,7 +66,8 @@ def draw_requests(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata
                 f"the object {artifact.object_id!r} was made for the base {artifact.base.id!r} "
                 f"({artifact.base.fingerprint}), this server draws with {base.id!r} ({base.fingerprint})",
             )
-    usual = defaults(artifacts)
+    own = Defaults(base.steps, base.guidance_scale)
+    usual = defaults(artifacts[0], own) if artifacts else own
     steps = usual.steps if asked.steps is None else asked.steps
     seed = secrets.randbits(_RANDOM_SEED_BITS) if asked.seed is None else asked.seed
     return [
@@ -78,6 +80,7 @@ def draw_requests(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata
             adapter_scale=asked.adapter_scale,
             negative_prompt=asked.negative_prompt,
             scheduler=asked.scheduler,
+            size=_size(asked),
             # A picture has no more of them than steps.
             partial_images=min(asked.partial_images or 0, max(0, steps)) if asked.stream else 0,
         )
@@ -85,10 +88,17 @@ def draw_requests(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata
     ]
 
 
+def _size(asked: GenerationRequest) -> Size | None:
+    return None if asked.size in (None, "auto") else parse_size(asked.size)
+
+
 def _check(asked: GenerationRequest, base: BaseInfo) -> None:
-    size = f"{base.resolution}x{base.resolution}"
-    if asked.size not in (None, "auto", size):
-        raise ApiError("invalid_request", f"size: the base {base.id!r} draws {size}, not {asked.size}", param="size")
+    size = _size(asked)
+    if size is not None:
+        try:
+            base.sizes.check(size)
+        except ObjdriveError as error:
+            raise ApiError("invalid_request", str(error), param="size") from error
     if asked.stream and (asked.n or 1) > 1:
         raise ApiError("invalid_request", "n: a stream carries one picture only", param="n")
     if asked.stream and asked.response_format == "url":

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from PIL.PngImagePlugin import PngInfo
 
+from objdrive.base.sizes import Sizes
 from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
 from objdrive.pictures import encode_picture
@@ -20,11 +21,18 @@ BASE_MODEL_ID = "base"
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """The base that pictures are drawn with; `resolution` is their edge in pixels."""
+    """The base that pictures are drawn with.
+
+    `resolution` is the edge in pixels of the square that it draws unless asked for another of its `sizes`; `steps` and
+    `guidance_scale` are what suits it.
+    """
 
     id: str
     fingerprint: str
     resolution: int
+    sizes: Sizes
+    steps: int
+    guidance_scale: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,15 @@ class LocalGenerators:
 
     def __init__(self, base: Base, engine: Engine) -> None:
         self._engine = engine
-        self._info = BaseInfo(base.name, base.fingerprint, base.resolution)
+        usual = base.files.tuning
+        self._info = BaseInfo(
+            base.name,
+            base.fingerprint,
+            base.resolution,
+            base.sizes,
+            int(usual["sample_steps"]),
+            float(usual["guidance_scale"]),
+        )
 
     async def describe(self) -> BaseInfo:
         """See `Generators`."""

@@ -11,7 +11,7 @@ def make_engine(settings: Settings) -> tuple[Base, Engine]:
     """Load the base and start an engine on it."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    base = Base.load(settings.base_name(), clip=settings.clip)
+    base = Base.load(settings.base_name(), clip=settings.clip, vae=settings.vae)
     engine = Engine(
         base,
         settings.open_store(),

@@ -34,7 +34,9 @@ class GenerationRequest(BaseModel):
         None, description="How many pictures (default 1). Their seeds count up."
     )
     size: Annotated[str, Field(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None = Field(
-        None, description="`auto`, or the size that the base draws."
+        None,
+        description="`auto`, the square that the base was trained on, or WIDTHxHEIGHT in steps of 8 (64 for SDXL), of "
+        "at most twice its pixels.",
     )
     response_format: Literal["b64_json", "url"] | None = Field(
         None, description="`b64_json` (the default), or `url`: a signed link, valid for an hour."

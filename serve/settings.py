@@ -20,6 +20,7 @@ class Settings(BaseModel):
         store: the store's address.
         base: name of the base; empty: the one that the store's first object was fine-tuned on.
         clip: see `objdrive.base.files.find_base`.
+        vae: see `objdrive.base.files.find_base`.
         api_keys: file of the API keys (see `serve.auth`).
         no_auth: ask for no keys; only this machine's own requests are then answered.
         signing_key_file: file with the secret that signs links, at least 32 bytes; by default the secret is random,
@@ -41,6 +42,7 @@ class Settings(BaseModel):
     store: Annotated[str, Field(min_length=1)]
     base: str = ""
     clip: str | None = None
+    vae: str | None = None
     api_keys: Path | None = None
     no_auth: bool = False
     signing_key_file: Path | None = None

@@ -32,7 +32,7 @@ async def streamed(
         await events.aclose()
         raise
     assert isinstance(accepted, Accepted)
-    body = _server_sent(request, events, draw, f"{base.resolution}x{base.resolution}")
+    body = _server_sent(request, events, draw, "{}x{}".format(*draw.size or base.sizes.square))
     return StreamingResponse(body, media_type="text/event-stream", headers=headers | {"cache-control": "no-store"})
 
 

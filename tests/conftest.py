@@ -222,8 +222,11 @@ def random_adapter():
                 key: torch.randn(value.shape, generator=generator) * (0.2 / rank**0.5)
                 for key, value in bank.export(0).items()
             }
-        width = base.text_encoder.config.hidden_size
-        return Adapter(lora, {"clip_l": 0.5 * torch.randn(width, generator=generator)})
+        vectors = {
+            encoder: 0.5 * torch.randn(table.shape[1], generator=generator)
+            for encoder, table in base.vocabularies.items()
+        }
+        return Adapter(lora, vectors)
 
     return random_adapter
 

@@ -29,7 +29,7 @@ def random_adapter(base, object_id, version=0):
             key: 0.3 * torch.randn(value.shape, generator=generator) if "lora_B" in key else value
             for key, value in bank.export(0).items()
         }
-    width = base.text_encoder.config.hidden_size
+    width = base.vocabularies["clip_l"].shape[1]
     return Adapter(lora, {"clip_l": torch.randn(width, generator=generator)})
 
 

@@ -244,6 +244,11 @@ def test_generate_writes_pictures_and_says_where(generate, ids, tmp_path):
     assert len({picture.tobytes() for picture in pictures}) == 3
 
 
+def test_generate_draws_other_sizes(generate, ids, tmp_path):
+    assert generate("--size", "40x96", "--out", tmp_path / "tall")[0] == 0
+    assert Image.open(tmp_path / "tall" / f"{ids[0]}-0.png").size == (40, 96)
+
+
 def test_a_seed_draws_the_same_picture_again_alone_or_with_others(generate, ids, tmp_path):
     generate("--seed", 7, "--out", tmp_path / "alone")
     generate("--seed", 7, "--out", tmp_path / "again")
@@ -287,6 +292,9 @@ def test_objects_are_drawn_by_their_own_adapters(generate, ids, tmp_path):
         (("--store", "/nowhere"), ["/nowhere"]),
         (("--n", 0), ["--n", "at least 1"]),
         (("--n", "two"), ["--n", "'two'"]),
+        (("--size", "big"), ["'big'", "WIDTHxHEIGHT"]),
+        (("--size", "63x64"), ["size=63x64", "multiples of 8"]),
+        (("--size", "128x128"), ["size=128x128", "at most 8192"]),
         (("--steps", 0), ["sample_steps", "0"]),
         (("--steps", 5000), ["sample_steps", "5000"]),
         (("--guidance-scale", "nan"), ["guidance_scale"]),

@@ -66,6 +66,7 @@ class DrawingSettings:
         fingerprint: of the base that is meant.
         steps: of the scheduler.
         guidance_scale: of classifier-free guidance.
+        vae: see `objdrive.base.files.find_base`.
     """
 
     base: str
@@ -73,6 +74,7 @@ class DrawingSettings:
     fingerprint: str
     steps: int
     guidance_scale: float
+    vae: str | None = None
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,9 @@ class DrawRows:
         Raises:
             ObjdriveError: the base here is another one.
         """
-        self._base = load_planned(drawing.base, drawing.fingerprint, clip=drawing.clip, device=pool.prepare())
+        self._base = load_planned(
+            drawing.base, drawing.fingerprint, clip=drawing.clip, vae=drawing.vae, device=pool.prepare()
+        )
         self._drawing = drawing
 
     def __call__(self, batch: pa.Table) -> pa.Table:

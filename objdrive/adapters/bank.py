@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -129,7 +129,16 @@ class AdapterBank:
         Raises:
             ValueError: there are none, and a slot needs them.
         """
-        previous, self._runs = self._runs, self._index(runs, timesteps)
+        with self._adapting(self._index(runs, timesteps)):
+            yield
+
+    def as_now(self) -> AbstractContextManager[None]:
+        """Adapt, whenever the context is entered, as at the time of this call."""
+        return self._adapting(self._runs)
+
+    @contextmanager
+    def _adapting(self, runs: "_Runs | slice | None") -> Iterator[None]:
+        previous, self._runs = self._runs, runs
         try:
             yield
         finally:

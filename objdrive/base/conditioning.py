@@ -1,11 +1,36 @@
 """Conditioning: what a text encoding is on its way from text encoder to network."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How a picture came about, as bases that were trained on crops are told (arXiv 2307.01952, section 2.2).
+
+    Attributes:
+        original: height and width of the picture before it was scaled: what is small was blurred by that.
+        corner: top and left of what was cut out of the scaled picture; (0, 0): nothing was cut off there.
+        target: height and width of what was cut out, and is drawn.
+    """
+
+    original: tuple[int, int]
+    corner: tuple[int, int]
+    target: tuple[int, int]
+
+    @classmethod
+    def whole(cls, height: int, width: int) -> "Frame":
+        """Of a picture that is neither scaled nor cropped."""
+        return cls((height, width), (0, 0), (height, width))
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The six numbers, in the network's order."""
+        return (*self.original, *self.corner, *self.target)
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,20 @@ class Conditioning:
     def to(self, target: torch.device | torch.dtype | str) -> "Conditioning":
         """The same on another device or in another type."""
         return self._mapped(lambda part: part.to(target))
+
+    @property
+    def told(self) -> dict[str, Tensor]:
+        """What the network is told besides the states, by diffusers' names; nothing in most families."""
+        if self.pooled is None or self.time_ids is None:
+            return {}
+        return {"text_embeds": self.pooled, "time_ids": self.time_ids}
+
+    def framed(self, frames: Sequence[Frame]) -> "Conditioning":
+        """The same prompts for pictures of these frames, one for each along all batch axes, where frames count."""
+        if self.time_ids is None:
+            return self
+        ids = torch.tensor([frame.ids for frame in frames], dtype=torch.float32, device=self.time_ids.device)
+        return replace(self, time_ids=ids.view_as(self.time_ids))
 
     def as_leaf(self) -> "Conditioning":
         """The same values, cut off from how they were computed, with gradients of their own."""

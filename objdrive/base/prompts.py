@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from objdrive.errors import InvalidPrompt
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import CLIPTokenizer
 
 TOKEN_MARK = "\0"
@@ -17,10 +16,17 @@ TOKEN_MARK = "\0"
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A tokenized prompt: `ids` (length,) and the `places` of learned tokens in it, in their order."""
+    """A tokenized prompt.
 
-    ids: "Tensor"
+    Attributes:
+        ids: of its tokens, with the start and the end; each text encoder pads them in its own way.
+        places: of learned tokens among them, in their order.
+        absent: it stands for no prompt at all, and the base was trained to see zeros there.
+    """
+
+    ids: tuple[int, ...]
     places: tuple[int, ...]
+    absent: bool = False
 
 
 def token_ids(tokenizer: "CLIPTokenizer", text: str) -> tuple[list[int], list[int]]:

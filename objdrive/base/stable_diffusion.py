@@ -1,23 +1,25 @@
-"""Stable Diffusion 1.x and 2.x: the frozen network, and text, image and latent encoding."""
+"""Stable Diffusion 1.x, 2.x and XL: the frozen network, and text, image and latent encoding."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from torch import Tensor
+from transformers import CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from objdrive.base.conditioning import Conditioning
-from objdrive.base.family import STABLE_DIFFUSION, Family
+from objdrive.base import stable_diffusion_xl
+from objdrive.base.conditioning import Conditioning, Frame
+from objdrive.base.family import Family
 from objdrive.base.files import BaseFiles, find_base
+from objdrive.base.loading import load_towers, load_vae
 from objdrive.base.noise import NoiseProcess
 from objdrive.base.prompts import TokenizedPrompt, token_ids
+from objdrive.base.sizes import Size, Sizes
+from objdrive.base.towers import Tower
 
 
 @dataclass
@@ -25,20 +27,15 @@ class Base:
     """A frozen base on one device. Make one with `Base.load`.
 
     Attributes:
-        family: what it sets for its adapters.
         files: where its files lie.
         fingerprint: of all its weights, see `BaseFiles.fingerprint`.
+        towers: its text encoders, in the order of the family's.
         noise: how it adds noise and takes it away.
     """
 
-    family: ClassVar[Family] = STABLE_DIFFUSION
-
     files: BaseFiles
     fingerprint: str
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    text_projection: nn.Linear
-    image_encoder: CLIPVisionModelWithProjection
+    towers: tuple[Tower, ...]
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     noise: NoiseProcess
@@ -49,39 +46,41 @@ class Base:
         name: str,
         *,
         clip: str | None = None,
+        vae: str | None = None,
         device: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "Base":
         """Load a base (see `find_base`), frozen, in evaluation mode.
 
         Args:
-            name: embedded base, folder or hub id.
+            name: embedded base, folder, single file or hub id.
             clip: see `find_base`.
+            vae: see `find_base`.
             device: default ``cuda`` where there is one, else ``cpu``.
-            dtype: of the UNet and the text encoder; default bfloat16 on CUDA, float32 elsewhere. The autoencoder
-                and the image tower, each used a few times per object, stay in float32.
+            dtype: of the UNet and the text encoders; default bfloat16 on CUDA, float32 elsewhere. The image towers,
+                used a few times per object, stay in float32, and so does the autoencoder, unless `vae` names one
+                that bears less (see `load_vae`).
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
-        files = find_base(name, clip=clip)
-        image_encoder, text_projection = _load_towers(files)
+        files = find_base(name, clip=clip, vae=vae)
         scheduler = DDIMScheduler.from_pretrained(files.snapshot / "scheduler", clip_sample=False)
-        frozen = {
-            "text_encoder": CLIPTextModel.from_pretrained(files.snapshot / "text_encoder", dtype=dtype),
-            "unet": UNet2DConditionModel.from_pretrained(files.snapshot / "unet", torch_dtype=dtype),
-            "vae": AutoencoderKL.from_pretrained(files.snapshot / "vae", torch_dtype=torch.float32),
-            "image_encoder": image_encoder.float(),
-            "text_projection": text_projection.to(dtype),
-        }
-        for part in frozen.values():
-            part.to(device).eval().requires_grad_(False)
+        unet = UNet2DConditionModel.from_pretrained(
+            files.snapshot / "unet", torch_dtype=dtype, variant=files.variant("unet")
+        )
         return cls(
             files=files,
             fingerprint=files.fingerprint(),
-            tokenizer=CLIPTokenizer.from_pretrained(files.snapshot / "tokenizer"),
+            towers=load_towers(files, device, dtype),
+            vae=load_vae(files, dtype).to(device).eval().requires_grad_(False),
+            unet=unet.to(device).eval().requires_grad_(False),
             noise=NoiseProcess.of(scheduler, device),
-            **frozen,
         )
+
+    @property
+    def family(self) -> Family:
+        """What it sets for its adapters."""
+        return self.files.family
 
     @property
     def name(self) -> str:
@@ -95,23 +94,52 @@ class Base:
 
     @property
     def latent_size(self) -> int:
-        """Edge of the latents."""
+        """Edge of the latents of the native square."""
         return int(self.unet.config["sample_size"])
 
     @property
     def resolution(self) -> int:
-        """Edge of the pictures in pixels."""
-        return self.latent_size << (len(self.vae.config["block_out_channels"]) - 1)
+        """Edge of the native square in pixels, which fine-tunes take, and which is drawn where no size is named."""
+        return self.latent_size * self._pixels
 
-    def tokenize(self, text: str) -> TokenizedPrompt:
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of the pictures that it draws."""
+        return Sizes(self.resolution, max(self.family.size_step, self._pixels))
+
+    @property
+    def _pixels(self) -> int:
+        """Pixels along the edge of a latent."""
+        return 1 << (len(self.vae.config["block_out_channels"]) - 1)
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        """Of its prompts. Text encoders of one base differ in how they pad, and in nothing else."""
+        return self.towers[0].tokenizer
+
+    @property
+    def joint_encoders(self) -> tuple[str, ...]:
+        """The text encoders that share a space with an image tower at hand."""
+        return tuple(tower.name for tower in self.towers if tower.joint is not None)
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture of this size."""
+        width, height = size
+        return int(self.unet.config["in_channels"]), height // self._pixels, width // self._pixels
+
+    def tokenize(self, text: str, *, negative: bool = False) -> TokenizedPrompt:
         """Tokenize a text in which `TOKEN_MARK` stands for each learned token.
+
+        Args:
+            text: the prompt.
+            negative: whether guidance leads away from it. An empty one then is what the base was trained to see
+                without a prompt: some see zeros.
 
         Raises:
             InvalidPrompt: the text is longer than the text encoder reads.
         """
         ids, places = token_ids(self.tokenizer, text)
-        ids += [self.tokenizer.pad_token_id] * (self.tokenizer.model_max_length - len(ids))
-        return TokenizedPrompt(torch.tensor(ids), tuple(places))
+        return TokenizedPrompt(tuple(ids), tuple(places), absent=negative and not text and self.files.zeros_no_prompt)
 
     def knows(self, class_name: str) -> bool:
         """Whether the base has probably learned this class word.
@@ -127,7 +155,7 @@ class Base:
     @property
     def vocabularies(self) -> dict[str, Tensor]:
         """(V, d) by text encoder: the input embeddings of all tokens."""
-        return {self.family.text_encoder: self.text_encoder.get_input_embeddings().weight}
+        return {tower.name: tower.vocabulary for tower in self.towers}
 
     def class_embeddings(self, class_name: str) -> dict[str, Tensor]:
         """(d,) by text encoder: the mean of the class word's token embeddings."""
@@ -137,7 +165,7 @@ class Base:
     def encode_text(
         self, prompts: Sequence[TokenizedPrompt], embeddings: Sequence[Mapping[str, Tensor]] = ()
     ) -> Conditioning:
-        """Encode prompts for `predict`.
+        """Encode prompts for `predict`, for whole pictures of the native size (see `Conditioning.framed`).
 
         Args:
             prompts: N tokenized prompts.
@@ -147,59 +175,58 @@ class Base:
         Returns:
             One batch axis, of N.
         """
-        return Conditioning(self._encode(prompts, embeddings).last_hidden_state)
+        sized = self.family.sized
+        outputs = [
+            tower.encode(prompts, [one[tower.name] for one in embeddings], hidden=sized) for tower in self.towers
+        ]
+        if not sized:
+            return Conditioning(outputs[0].last_hidden_state)
+        native = Frame.whole(self.resolution, self.resolution)
+        return stable_diffusion_xl.condition(outputs, native, [prompt.absent for prompt in prompts])
 
-    def embed_text(self, prompts: Sequence[TokenizedPrompt], embeddings: Sequence[Mapping[str, Tensor]] = ()) -> Tensor:
-        """(N, D) projected text embeddings, comparable with `encode_images`; arguments as for `encode_text`."""
-        embedded: Tensor = self.text_projection(self._encode(prompts, embeddings).pooler_output)
-        return embedded.float()
+    def embed_text(
+        self, prompts: Sequence[TokenizedPrompt], vectors: Sequence[Tensor] = (), *, encoder: str = ""
+    ) -> Tensor:
+        """(N, D) projected text embeddings, comparable with `encode_images`.
 
-    def _encode(self, prompts: Sequence[TokenizedPrompt], embeddings: Sequence[Mapping[str, Tensor]]) -> Any:
-        ids = torch.stack([prompt.ids for prompt in prompts]).to(self.device)
-        rows = [row for row, prompt in enumerate(prompts) for _ in prompt.places]
-        columns = [place for prompt in prompts for place in prompt.places]
-        if len(rows) != len(embeddings):
-            raise ValueError(
-                f"the prompts have {len(rows)} places for learned tokens, got {len(embeddings)} embeddings"
-            )
-        if not rows:
-            return self.text_encoder(ids)
-        where = (torch.tensor(rows, device=self.device), torch.tensor(columns, device=self.device))
-        return self._encode_with(ids, where, torch.stack([one[self.family.text_encoder] for one in embeddings]))
-
-    def _encode_with(self, ids: Tensor, where: tuple[Tensor, Tensor], vectors: Tensor) -> Any:
-        def put_in(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output.index_put(where, vectors.to(output))
-
-        hook = self.text_encoder.get_input_embeddings().register_forward_hook(put_in)
-        try:
-            return self.text_encoder(ids)
-        finally:
-            hook.remove()
+        Args:
+            prompts: N tokenized prompts.
+            vectors: (d,) for each learned token's place, over all the prompts in order.
+            encoder: which text encoder's, one of `joint_encoders`; default: the first.
+        """
+        return self._tower(encoder).embed(prompts, vectors)
 
     @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """(N, D) projected image embeddings of pixels (N, 3, R, R) in [0, 1]."""
-        prepared = prepare_pixels(pixels, self.image_encoder.config.image_size, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-        embedded: Tensor = self.image_encoder(prepared).image_embeds
+    def encode_images(self, pixels: Tensor, *, encoder: str = "") -> Tensor:
+        """(N, D) projected image embeddings of pixels (N, 3, R, R) in [0, 1], in the space of a text encoder."""
+        joint = self._tower(encoder).joint
+        assert joint is not None
+        prepared = prepare_pixels(pixels, joint.image.config.image_size, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        embedded: Tensor = joint.image(prepared).image_embeds
         return embedded
+
+    def _tower(self, encoder: str) -> Tower:
+        return next(tower for tower in self.towers if tower.name == (encoder or self.towers[0].name))
 
     @torch.no_grad()
     def encode_latents(self, pixels: Tensor) -> Tensor:
         """(N, C, h, h) scaled latents (the posterior's mean) of pixels (N, 3, R, R) in [0, 1]."""
-        latents: Tensor = self.vae.encode(pixels * 2 - 1).latent_dist.mode() * self.vae.config["scaling_factor"]
-        return latents
+        latents: Tensor = self.vae.encode((pixels * 2 - 1).to(self.vae.dtype)).latent_dist.mode().float()
+        return latents * float(self.vae.config["scaling_factor"])
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """(N, 3, R, R) pixels in [0, 1] of scaled latents (N, C, h, h)."""
-        pixels: Tensor = self.vae.decode(latents.float() / self.vae.config["scaling_factor"]).sample
+        """(N, 3, H, W) pixels in [0, 1] of scaled latents (N, C, h, w)."""
+        scaled = latents.float() / self.vae.config["scaling_factor"]
+        pixels: Tensor = self.vae.decode(scaled.to(self.vae.dtype)).sample.float()
         return (pixels / 2 + 0.5).clamp(0, 1)
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output (N, C, h, h), float32, for noised latents, timesteps (N,) and N encoded prompts."""
+        """The network's output (N, C, h, w), float32, for noised latents, timesteps (N,) and N encoded prompts."""
         dtype = self.unet.dtype
-        output: Tensor = self.unet(latents.to(dtype), timesteps, conditioning.states.to(dtype)).sample
+        told = {name: part.to(dtype) for name, part in conditioning.told.items()}
+        states = conditioning.states.to(dtype)
+        output: Tensor = self.unet(latents.to(dtype), timesteps, states, added_cond_kwargs=told).sample
         return output.float()
 
 
@@ -216,19 +243,3 @@ def prepare_pixels(pixels: Tensor, edge: int, mean: Sequence[float], deviation: 
         pixels = F.interpolate(pixels, size=(edge, edge), mode="bicubic", antialias=True).clamp(0, 1)
     shape = (3, 1, 1)
     return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(deviation).view(shape)
-
-
-def _load_towers(files: BaseFiles) -> tuple[CLIPVisionModelWithProjection, nn.Linear]:
-    """The image tower with its projection, and the text tower's projection."""
-    if files.clip is None:
-        weight = load_file(files.snapshot / "text_projection" / "model.safetensors")["weight"]
-        image_encoder = CLIPVisionModelWithProjection.from_pretrained(files.snapshot / "image_encoder")
-    else:
-        clip = CLIPModel.from_pretrained(files.clip)
-        weight = clip.text_projection.weight.detach()
-        image_encoder = CLIPVisionModelWithProjection(clip.config.vision_config)
-        image_encoder.vision_model.load_state_dict(clip.vision_model.state_dict())
-        image_encoder.visual_projection.load_state_dict(clip.visual_projection.state_dict())
-    text_projection = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    text_projection.weight = nn.Parameter(weight)
-    return image_encoder, text_projection

@@ -43,5 +43,7 @@ def check_request(request: DrawRequest, base: Base, slots: int) -> None:
         value = getattr(request, name)
         if not least <= value <= most:
             raise ObjdriveError(f"{name}={value} must be at least {least} and at most {most}")
+    if request.size is not None:
+        base.sizes.check(request.size)
     if request.scheduler not in get_args(SchedulerName):
         raise ObjdriveError(f"scheduler={request.scheduler!r} must be one of {', '.join(get_args(SchedulerName))}")

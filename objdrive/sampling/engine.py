@@ -16,6 +16,7 @@ from objdrive.adapters.artifact import ArtifactKey
 from objdrive.adapters.bank import AdapterBank
 from objdrive.adapters.store import ArtifactStore
 from objdrive.base.prompts import place_objects
+from objdrive.base.sizes import Size
 from objdrive.base.stable_diffusion import Base
 from objdrive.errors import Cancelled, Draining, DrawingFailed, ObjdriveError, QueueFull
 from objdrive.pictures import to_pictures
@@ -25,6 +26,7 @@ from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture, p
 from objdrive.sampling.residency import Reservation, Residency, Resident
 from objdrive.sampling.sampler import Layout, Sample, SampleSpec, begin, denoise, fitting_batch_size
 from objdrive.sampling.stats import EngineStats
+from objdrive.sampling.turns import Turns
 
 _logger = logging.getLogger(__name__)
 _MOST_OVERTAKEN = 32
@@ -80,10 +82,13 @@ class Engine:
     requests that need no further slot, and not for ever. All methods are thread-safe. The base must have no other user
     meanwhile.
 
+    Requests of one size share a pass; sizes take turns (see `Turns`).
+
     Args:
         base: what draws.
         store: where artifacts come from.
-        batch_size: most requests in a step; with guidance each takes two rows of the UNet's batch.
+        batch_size: most requests under way, of the base's native size; with guidance each takes two rows of the UNet's
+            batch. Of larger ones there are fewer, so that they have no more pixels together.
         slots: how many adapters the bank holds; at least as many as one request names.
         rank: the highest rank of an adapter.
         host_bytes: limit of host memory for adapters, see `Residency`.
@@ -116,6 +121,7 @@ class Engine:
         self._draining = False
         self._closing = False
         self._batch: list[_Place] = []
+        self._turns = Turns()
         self._outcomes: Counter[str] = Counter()
         self._mean_draw_seconds = 1.0
         self._queue_seconds = Histogram()
@@ -250,7 +256,7 @@ class Engine:
             waiting = list(self._waiting)
         blocked: _Ticket | None = None
         for ticket in waiting:
-            if len(self._batch) == self._batch_size:
+            if not self._fits(ticket):
                 break
             if not self._residency.prepare(ticket.reservation) or not self._residency.ready(ticket.reservation):
                 continue
@@ -259,6 +265,17 @@ class Engine:
             # One whose adapters went meanwhile is loading again, and nobody has to wait for that.
             if not self._seat(ticket) and self._residency.ready(ticket.reservation):
                 blocked = blocked or ticket
+
+    def _fits(self, ticket: _Ticket) -> bool:
+        """Whether there is a place, and memory, for one more."""
+        sizes = [self._size_of(one) for one in (ticket, *(place.ticket for place in self._batch))]
+        pixels = sum(width * height for width, height in sizes)
+        # One picture is drawn in any case.
+        most = self._batch_size * self._base.resolution**2
+        return len(sizes) <= self._batch_size and (len(sizes) == 1 or pixels <= most)
+
+    def _size_of(self, ticket: _Ticket) -> Size:
+        return ticket.drawing.request.size or self._base.sizes.square
 
     def _may_overtake(self, ticket: _Ticket, blocked: _Ticket) -> bool:
         if blocked.overtaken == _MOST_OVERTAKEN or not self._residency.needs_no_slot(ticket.reservation):
@@ -301,11 +318,14 @@ class Engine:
         return _Place(ticket, sample, prompt, started, partial_steps(request.steps, request.partial_images))
 
     def _step(self) -> None:
+        size = self._turns.next(self._size_of(place.ticket) for place in self._batch)
+        places = [place for place in self._batch if self._size_of(place.ticket) == size]
         started = time.monotonic()
-        denoise(self._base, [place.sample for place in self._batch], self._bank)
+        denoise(self._base, [place.sample for place in places], self._bank)
         self._step_seconds.observe(time.monotonic() - started)
-        self._batch_sizes.observe(len(self._batch))
-        self._show([place for place in self._batch if place.shows])
+        self._batch_sizes.observe(len(places))
+        self._turns.took(size, len(places))
+        self._show([place for place in places if place.shows])
         self._batch = [place for place in self._batch if not place.ended]
 
     def _show(self, places: Sequence[_Place]) -> None:
@@ -316,7 +336,9 @@ class Engine:
                 finite.append(place)
             else:
                 self._end_place(place, DrawingFailed(_NOT_FINITE))
-        at_once = fitting_batch_size(self._base)
+        if not finite:
+            return
+        at_once = fitting_batch_size(self._base, self._size_of(finite[0].ticket))
         for first in range(0, len(finite), at_once):
             some = finite[first : first + at_once]
             started = time.monotonic()
@@ -396,6 +418,7 @@ def _sample_spec(request: DrawRequest, prompt: str, shown: Sequence[Resident]) -
         steps=request.steps,
         guidance_scale=request.guidance_scale,
         scheduler=request.scheduler,
+        size=request.size,
     )
 
 

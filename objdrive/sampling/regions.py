@@ -1,6 +1,7 @@
 """Which part of a picture each object has: from where its class word is attended to once the layout is clear."""
 
 import re
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -32,7 +33,7 @@ def asks_for_several(prompt: str) -> bool:
     return any(_SEVERAL.search(before.rstrip()) for before in pieces[:-1])
 
 
-def find_regions(attention: Tensor, others: Tensor, edge: int) -> Tensor:
+def find_regions(attention: Tensor, others: Tensor, size: Sequence[int]) -> Tensor:
     """Split a picture between its objects and, last, whatever else stands in it.
 
     Things are the blobs of the attention to the objects' words and to whatever other words go along with them: those
@@ -42,12 +43,12 @@ def find_regions(attention: Tensor, others: Tensor, edge: int) -> Tensor:
     objects (k-means, started along the attention's longest axis).
 
     Args:
-        attention: (N, e, e), how much each place attends to the class word of each of N objects.
-        others: (W, e, e), how much it attends to each of the prompt's other words; W may be 0.
-        edge: of the regions.
+        attention: (N, e, f), how much each place attends to the class word of each of N objects.
+        others: (W, e, f), how much it attends to each of the prompt's other words; W may be 0.
+        size: height and width of the regions.
 
     Returns:
-        (N + 1, edge, edge) shares, the last of the base; at every place they add up to 1.
+        (N + 1, height, width) shares, the last of the base; at every place they add up to 1.
     """
     maps = np.stack([_finer(one) for one in attention.double().cpu().numpy()])
     together = maps.sum(axis=0) + _of_things(attention, others)
@@ -55,11 +56,11 @@ def find_regions(attention: Tensor, others: Tensor, edge: int) -> Tensor:
     if len(centres) < len(maps):
         centres = _divided(together, len(maps))
     if len(centres) == 1:
-        return torch.cat([torch.ones(1, edge, edge), torch.zeros(1, edge, edge)])
-    cells = _nearest(_places(maps.shape[1]), centres).reshape(maps.shape[1:])
+        return torch.cat([torch.ones(1, *size), torch.zeros(1, *size)])
+    cells = _nearest(_places(*maps.shape[1:]), centres).reshape(maps.shape[1:])
     owners = _assign(maps, together, cells, len(centres))
-    distances = np.linalg.norm(_places(edge)[:, None] - centres, axis=-1) * edge
-    shares = torch.softmax(torch.from_numpy(-distances / _SOFTNESS), dim=1).T.reshape(-1, edge, edge).float()
+    distances = np.linalg.norm(_places(*size)[:, None] - centres, axis=-1) * max(size)
+    shares = torch.softmax(torch.from_numpy(-distances / _SOFTNESS), dim=1).T.reshape(-1, *size).float()
     owned = [shares[owner] for owner in owners]
     return torch.stack([*owned, 1 - torch.stack(owned).sum(dim=0)])
 
@@ -81,7 +82,7 @@ def _finer(attention: Array) -> Array:
 
 
 def _blobs(attention: Array) -> Array:
-    """(B, 2) centres (down, across, in parts of the edge) of blobs, at the lowest level that tells most of them."""
+    """(B, 2) centres (down, across, in parts of the longer edge) of blobs, at the lowest level that tells most."""
     return max((_blobs_above(level, attention) for level in _LEVELS), key=len)
 
 
@@ -91,13 +92,13 @@ def _blobs_above(level: float, attention: Array) -> Array:
     weights = [np.where(labels == label, attention, 0) for label in range(1, count)]
     masses = [float(one.sum()) for one in weights]
     kept = [index for index, mass in enumerate(masses) if mass > _LEAST_OF_LARGEST * max(masses)]
-    places = _places(len(attention))
+    places = _places(*attention.shape)
     return np.array([(places * weights[index].reshape(-1, 1)).sum(axis=0) / masses[index] for index in kept])
 
 
 def _divided(attention: Array, count: int) -> Array:
     """(count, 2) centres by weighted k-means."""
-    places, weights = _places(len(attention)), (attention * (attention > 0.2 * attention.max())).reshape(-1, 1)
+    places, weights = _places(*attention.shape), (attention * (attention > 0.2 * attention.max())).reshape(-1, 1)
     middle = (places * weights).sum(axis=0) / weights.sum()
     _, axes = np.linalg.eigh(((places - middle) * weights).T @ (places - middle) / weights.sum())
     centres = middle + np.linspace(-0.2, 0.2, count)[:, None] * axes[:, -1]
@@ -128,8 +129,8 @@ def _nearest(places: Array, centres: Array) -> NDArray[np.intp]:
     return nearest
 
 
-def _places(edge: int) -> Array:
-    """(edge * edge, 2): the middles of all cells, in parts of the edge."""
-    middles = (np.arange(edge) + 0.5) / edge
-    places: Array = np.stack(np.meshgrid(middles, middles, indexing="ij"), axis=-1).reshape(-1, 2)
+def _places(height: int, width: int) -> Array:
+    """(height * width, 2): the middles of all cells, in parts of the longer edge."""
+    down, across = ((np.arange(count) + 0.5) / max(height, width) for count in (height, width))
+    places: Array = np.stack(np.meshgrid(down, across, indexing="ij"), axis=-1).reshape(-1, 2)
     return places

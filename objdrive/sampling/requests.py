@@ -3,12 +3,13 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image
 from torch import Tensor
 
 from objdrive.adapters.artifact import ArtifactKey
+from objdrive.base.sizes import Size
 from objdrive.base.steppers import SchedulerName
 from objdrive.errors import ObjdriveError
 
@@ -28,17 +29,19 @@ class DrawRequest:
         adapter_scale: of the objects' LoRA deltas. 0 is the base: each object's place then holds its class word.
         negative_prompt: what guidance leads away from.
         scheduler: ``ddim``, or ``dpmsolver++`` for DPM-Solver++(2M).
+        size: width and height in pixels; None: the base's native square.
         partial_images: how many pictures of what the drawing will become are delivered on the way, at most one a step.
     """
 
     prompt: str
     seed: int
     objects: tuple[ArtifactKey, ...] = ()
-    steps: int = 25
-    guidance_scale: float = 4.0
+    steps: int = field(kw_only=True)
+    guidance_scale: float = field(kw_only=True)
     adapter_scale: float = 1.0
     negative_prompt: str = ""
     scheduler: SchedulerName = "ddim"
+    size: Size | None = None
     partial_images: int = 0
 
 
@@ -57,8 +60,8 @@ class Picture:
     """A finished picture, and what drew it.
 
     Attributes:
-        image: (R, R) RGB.
-        latents: (C, h, h) on the CPU.
+        image: RGB.
+        latents: (C, h, w) on the CPU.
         objects: the artifacts that drew it.
         seed: of the starting noise.
         prompt: as it was drawn, with ``{}`` in the objects' places.

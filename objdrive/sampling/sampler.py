@@ -16,8 +16,9 @@ from torch import Tensor
 
 from objdrive.adapters.bank import AdapterBank
 from objdrive.base.attention import watch_attention
-from objdrive.base.conditioning import Conditioning
+from objdrive.base.conditioning import Conditioning, Frame
 from objdrive.base.prompts import fill_prompt, phrase_places, refuse_mark, text_places
+from objdrive.base.sizes import Size
 from objdrive.base.stable_diffusion import Base
 from objdrive.base.steppers import SchedulerName, Stepper
 from objdrive.pictures import to_pictures
@@ -68,6 +69,7 @@ class SampleSpec:
         steps: of the scheduler.
         guidance_scale: 1 draws without guidance.
         scheduler: which solver.
+        size: width and height in pixels; None: the base's native square.
     """
 
     prompt: str
@@ -80,6 +82,7 @@ class SampleSpec:
     steps: int = field(kw_only=True)
     guidance_scale: float = field(kw_only=True)
     scheduler: SchedulerName = field(default="ddim", kw_only=True)
+    size: Size | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,10 @@ class Sample:
     """One picture in the making.
 
     Attributes:
-        latents: (1, C, h, h), where it has got to.
+        latents: (1, C, h, w), where it has got to.
         negative: the encoded prompt that guidance leads away from, without a batch axis; none without guidance.
         rows: what is drawn; the rows of several share the picture by `shares`.
-        shares: (len(rows), h, h), how much of each place each row has; None: there is one row.
+        shares: (len(rows), h, w), how much of each place each row has; None: there is one row.
         guidance_scale: how far beyond the prompt's prediction to go.
         stepper: its way from noise to picture.
         plan: what its layout is drawn by; None: no layout, or it stands.
@@ -137,11 +140,11 @@ class Sample:
         return self.plan is not None and (following is None or base.noise.level(following) <= self.plan.noise)
 
     def settle(self, maps: Tensor) -> None:
-        """Share the picture out by the attention (L, e, e) to the words of the layout's prompt."""
+        """Share the picture out by the attention (L, e, f) to the words of the layout's prompt."""
         assert self.plan is not None
         if self.plan.places:
             words = torch.stack([maps[list(places)].mean(dim=0) for places in self.plan.places])
-            shares = find_regions(words, maps[list(self.plan.others)], self.latents.shape[-1]).to(self.latents)
+            shares = find_regions(words, maps[list(self.plan.others)], self.latents.shape[-2:]).to(self.latents)
             rows = [*self.rows, self.plan.worded]
             taken = [index for index, share in enumerate(shares) if share.any()]
             self.rows = [rows[index] for index in taken]
@@ -149,7 +152,7 @@ class Sample:
         self.plan = None
 
     def together(self, outputs: Tensor) -> Tensor:
-        """(1, C, h, h): the network's output for the picture, from those for the rows of `batch`."""
+        """(1, C, h, w): the network's output for the picture, from those for the rows of `batch`."""
         if self.negative is not None:
             away, prompted = outputs.chunk(2)
             outputs = away + self.guidance_scale * (prompted - away)
@@ -158,9 +161,9 @@ class Sample:
         return outputs
 
 
-def starting_noise(base: Base, seeds: Sequence[int]) -> Tensor:
-    """(N, C, h, h) normal noise, drawn on the CPU from each picture's own seed as stock pipelines do."""
-    shape = (1, base.unet.config["in_channels"], base.latent_size, base.latent_size)
+def starting_noise(base: Base, seeds: Sequence[int], size: Size | None = None) -> Tensor:
+    """(N, C, h, w) normal noise, drawn on the CPU from each picture's own seed as stock pipelines do."""
+    shape = (1, *base.latent_shape(size or base.sizes.square))
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.cat(noise).to(base.device)
 
@@ -171,23 +174,27 @@ def begin(base: Base, spec: SampleSpec) -> Sample:
 
     Raises:
         InvalidPrompt: places and objects do not match, or the prompt is too long for the base.
-        ObjdriveError: a number of steps that the base cannot take.
+        ObjdriveError: a number of steps that the base cannot take, or a size that it does not draw.
     """
+    size = spec.size or base.sizes.square
+    base.sizes.check(size)
     stepper = base.noise.stepper(spec.scheduler, spec.steps)
     refuse_mark(spec.negative_prompt)
     named = _prompts(spec)
     guided = spec.guidance_scale != 1
-    texts = [spec.negative_prompt] * guided + [one.text for one in named]
+    prompts = [base.tokenize(spec.negative_prompt, negative=True)] * guided
+    prompts += [base.tokenize(one.text) for one in named]
     embeddings = [vectors for one in named for vectors in one.embeddings]
-    encoded = base.encode_text([base.tokenize(text) for text in texts], embeddings)
+    whole = Frame.whole(height=size[1], width=size[0])
+    encoded = base.encode_text(prompts, embeddings).framed([whole] * len(prompts))
     rows = [Row(encoded[guided + place], one.slots) for place, one in enumerate(named)]
-    latents, negative = starting_noise(base, [spec.seed]), encoded[0] if guided else None
+    latents, negative = starting_noise(base, [spec.seed], size), encoded[0] if guided else None
     if spec.layout is None:
         return Sample(latents, negative, rows, spec.guidance_scale, stepper)
     # Of one object that is asked for more than once, no place belongs to the base.
     alone = len(spec.phrases) == 1 and asks_for_several(spec.prompt)
     places = [] if alone else phrase_places(base.tokenizer, spec.prompt, spec.layout.class_names)
-    others = set(text_places(base.tokenizer, texts[-1])).difference(*places)
+    others = set(text_places(base.tokenizer, named[-1].text)).difference(*places)
     plan = _Plan(spec.layout.noise, rows.pop(), places, sorted(others))
     return Sample(latents, negative, rows, spec.guidance_scale, stepper, plan)
 
@@ -226,7 +233,7 @@ def _all_but(class_names: Sequence[str], index: int, phrase: str) -> list[str]:
 
 @torch.no_grad()
 def denoise(base: Base, samples: Sequence[Sample], bank: AdapterBank | None = None) -> None:
-    """Take every sample one step of its own further, all in one forward pass of the UNet.
+    """Take every sample, all of one size, one step of its own further, all in one forward pass of the UNet.
 
     With classifier-free guidance (arXiv 2207.12598) a sample takes two rows of the batch for each of its regions.
     Each sample depends on itself alone, up to rounding.
@@ -276,10 +283,10 @@ def draw_latents(
     bank: AdapterBank | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Draw all pictures in one batch. Each depends on its own spec alone.
+    """Draw all pictures, of one size, in one batch. Each depends on its own spec alone.
 
     Returns:
-        (N, C, h, h) scaled latents.
+        (N, C, h, w) scaled latents.
     """
     if bank is None and any(spec.slots or (spec.layout and any(spec.layout.slots)) for spec in specs):
         raise ValueError("a spec names slots, but there is no bank")
@@ -299,14 +306,16 @@ def draw_pictures(
 ) -> list[Image.Image]:
     """Draw pictures in batches that fit a device, in the order of `specs`."""
     pictures = []
-    batch = fitting_batch_size(base)
-    for first in range(0, len(specs), batch):
-        latents = draw_latents(base, specs[first : first + batch], bank=bank, on_step=on_step)
-        pictures += to_pictures(base.decode_latents(latents))
-        on_step()
+    for size, alike in groupby(specs, key=lambda spec: spec.size or base.sizes.square):
+        batch, same = fitting_batch_size(base, size), list(alike)
+        for first in range(0, len(same), batch):
+            latents = draw_latents(base, same[first : first + batch], bank=bank, on_step=on_step)
+            pictures += to_pictures(base.decode_latents(latents))
+            on_step()
     return pictures
 
 
-def fitting_batch_size(base: Base) -> int:
-    """Pictures in a batch that fits a device: four pictures of 512 x 512, or as many pixels in smaller ones."""
-    return max(1, _PIXELS_PER_BATCH // base.resolution**2)
+def fitting_batch_size(base: Base, size: Size | None = None) -> int:
+    """Pictures of a size in a batch that fits a device: four of 512 x 512, or as many pixels in smaller ones."""
+    width, height = size or base.sizes.square
+    return max(1, _PIXELS_PER_BATCH // (width * height))

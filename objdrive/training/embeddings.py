@@ -30,8 +30,11 @@ def starting_embeddings(base: Base, scenes: Sequence[Scene], recipe: Recipe) -> 
     if recipe.embedding_start == "prototype":
         whole = to_pixels(base, [main_picture(base, scene, recipe) for scene, _ in objects])
         alone = to_pixels(base, [object_alone(scene.image, o.mask, base.resolution) for scene, o in objects])
-        targets = prototype_targets(base, whole, alone, [o.class_name for _, o in objects])
-        start = optimise_prototypes(base, start, targets, steps=recipe.prototype_steps, lr=recipe.prototype_lr)
+        names, steps, lr = [o.class_name for _, o in objects], recipe.prototype_steps, recipe.prototype_lr
+        # Others start from the class word: nothing compares their texts with pictures.
+        for encoder in base.joint_encoders:
+            targets = prototype_targets(base, whole, alone, names, encoder=encoder)
+            start[encoder] = optimise_prototypes(base, start[encoder], targets, encoder=encoder, steps=steps, lr=lr)
     counts = [len(scene.objects) for scene in scenes]
     parts = zip(*(rows.split(counts) for rows in start.values()), strict=True)
     return [dict(zip(start, part, strict=True)) for part in parts]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from objdrive.base.conditioning import Conditioning
+from objdrive.base.conditioning import Conditioning, Frame
 from objdrive.base.prompts import class_prompt, marked_phrase
 from objdrive.base.stable_diffusion import Base
 from objdrive.seeds import seed_of
@@ -27,6 +27,7 @@ class StepSamples:
         weights: (V, 1, h, h), what each place counts in the object-specific loss.
         texts: V prompts, with `TOKEN_MARK` for each object that the view shows.
         shown: for each view the indices of those objects, in the order of their marks.
+        frames: of each view.
         worded: V encoded prompts that say the class words in the tokens' places.
         kept: S - V encoded prompts, of the samples after the views.
     """
@@ -37,6 +38,7 @@ class StepSamples:
     weights: Tensor
     texts: list[str]
     shown: list[tuple[int, ...]]
+    frames: list[Frame]
     worded: Conditioning
     kept: Conditioning
 
@@ -75,7 +77,7 @@ class SceneMaterial:
         with torch.no_grad():
             class_prompts = base.encode_text([base.tokenize(class_prompt(name)) for name in names])
             worded = base.encode_text([base.tokenize(text) for text in words])
-            no_prompt = base.encode_text([base.tokenize("")])
+            no_prompt = base.encode_text([base.tokenize("", negative=True)])
         return cls(
             generator=generator,
             views=views,
@@ -91,6 +93,7 @@ class SceneMaterial:
         """The next step's samples; they use the scene's own generator only."""
         chosen = [self._view(recipe) for _ in range(recipe.views)]
         views = [self.views[index] for index in chosen]
+        frames = [view.frame for view in views]
         template = recipe.prompts[self._below(len(recipe.prompts))]
         kept = [self._kept(recipe) for _ in range(recipe.class_samples if recipe.ccr_weight else 0)]
         clean = torch.stack([view.latents for view in views] + [latents for latents, _ in kept])
@@ -101,7 +104,8 @@ class SceneMaterial:
             weights=torch.stack([view.weights for view in views]),
             texts=[self._text(template, view) for view in views],
             shown=[view.shown for view in views],
-            worded=self.worded[chosen],
+            frames=frames,
+            worded=self.worded[chosen].framed(frames),
             kept=Conditioning.stack([prompt for _, prompt in kept]) if kept else self.class_prompts[:0],
         )
 
@@ -114,7 +118,8 @@ class SceneMaterial:
     def _kept(self, recipe: Recipe) -> tuple[Tensor, Conditioning]:
         """Latents and prompt of a sample at which the base's prediction is kept."""
         if self._chance() < recipe.ccr_unconditional:
-            return self.views[self._view(recipe)].latents, self.no_prompt
+            view = self.views[self._view(recipe)]
+            return view.latents, self.no_prompt.framed([view.frame])
         member = self._below(len(self.class_prompts))
         pictures = self.class_latents[member]
         return pictures[self._below(len(pictures))], self.class_prompts[member]

@@ -1,18 +1,24 @@
 """How many scenes fit the device's memory."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from objdrive.adapters.bank import AdapterBank
+from objdrive.base.family import Family
 from objdrive.base.stable_diffusion import Base
-from objdrive.training.objective import adapted
 from objdrive.training.recipe import Recipe
 
 LARGEST_GROUP = 16
 """Scenes in a group beyond which nothing is gained."""
+
+_PROMPT_TOKENS = 77
 
 
 def fitting_group_size(base: Base, recipe: Recipe) -> int:
@@ -22,32 +28,78 @@ def fitting_group_size(base: Base, recipe: Recipe) -> int:
     else:
         # There is a worker on every core, and they share the memory.
         free = psutil.virtual_memory().available // (os.cpu_count() or 1)
-    return int(max(1, min(LARGEST_GROUP, free // 2 // _bytes_per_scene(base, recipe))))
+    each = bytes_per_scene(base.unet.config, base.family, recipe, base.unet.dtype)
+    return int(max(1, min(LARGEST_GROUP, free // 2 // each)))
 
 
-def _bytes_per_scene(base: Base, recipe: Recipe) -> int:
-    """What one scene's forward pass through the network keeps for the backward pass."""
-    kept: dict[int, int] = {}
-    # Views of the base's weights are saved too, but all scenes share them.
-    weights = {weight.untyped_storage().data_ptr() for weight in base.unet.parameters()}
+def bytes_per_scene(config: Mapping[str, Any], family: Family, recipe: Recipe, dtype: torch.dtype) -> int:
+    """What one scene takes of memory besides the base: its share of the bank, and what a step keeps for its backward.
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    Nothing is computed: the network is made of tensors without values, and what its forward pass would keep is counted.
 
+    Args:
+        config: of the UNet.
+        family: of the base.
+        recipe: of the fine-tune.
+        dtype: of the UNet.
+    """
     samples = recipe.views + (recipe.class_samples if recipe.ccr_weight else 0)
-    latents = torch.zeros(samples, base.unet.config["in_channels"], base.latent_size, base.latent_size)
-    # Learned tokens get their gradients through the prompts.
-    prompts = base.encode_text([base.tokenize("")] * samples).as_leaf()
-    with (
-        AdapterBank(base.unet, base.family.lora_targets, slots=1, rank=recipe.rank) as bank,
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-    ):
-        bank.initialise(0, torch.Generator(), least_rank=recipe.least_rank)
-        timesteps = torch.zeros(samples, dtype=torch.long, device=base.device)
-        with adapted(base, bank, timesteps[None]):
-            output = base.predict(latents.to(base.device), timesteps, prompts)
-    del output
-    return sum(kept.values())
+    edge, width = int(config["sample_size"]), int(config["cross_attention_dim"])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet: Any = UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
+        kept = _Kept(unet)
+        latents = torch.empty(samples, int(config["in_channels"]), edge, edge)
+        # Learned tokens get their gradients through the prompts.
+        states = torch.empty(samples, _PROMPT_TOKENS, width, requires_grad=True)
+        told = {}
+        if family.sized:
+            pooled = int(config["projection_class_embeddings_input_dim"]) - 6 * int(config["addition_time_embed_dim"])
+            told = {"text_embeds": torch.empty(samples, pooled), "time_ids": torch.empty(samples, 6)}
+        if family.checkpointing:
+            unet.enable_gradient_checkpointing(kept.block)
+        with AdapterBank(unet, family.lora_targets, slots=1, rank=recipe.rank) as bank, bank.active([0]), kept:
+            unet(latents, torch.zeros(samples, dtype=torch.long), states, added_cond_kwargs=told)
+        # Weights in float32, their gradients, and two moments of AdamW.
+        lora = 4 * sum(weight.nbytes for weight in bank.parameters())
+    return kept.nbytes * dtype.itemsize // torch.float32.itemsize + lora
+
+
+class _Kept:
+    """Counts what is saved for the backward pass, without the network's own weights, which all scenes share.
+
+    Of a checkpointed block it counts the inputs. What the block itself keeps is there too while the backward pass goes
+    through it, but only of one block at a time.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._shared = {weight.untyped_storage()._cdata for weight in network.parameters()}
+        self._sizes: dict[int, int] = {}
+        self._largest_block = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
+
+    def __enter__(self) -> None:
+        self._hooks.__enter__()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._hooks.__exit__(*exc_info)
+
+    @property
+    def nbytes(self) -> int:
+        """All that is there at once."""
+        return sum(self._sizes.values()) + self._largest_block
+
+    def block(self, block: nn.Module, *inputs: Any) -> Any:
+        """A checkpointed block's forward pass."""
+        outside, self._sizes = self._sizes, {}
+        output = block(*inputs)
+        inside, self._sizes = self._sizes, outside
+        self._largest_block = max(self._largest_block, sum(inside.values()))
+        for tensor in filter(torch.is_tensor, inputs):
+            self._note(tensor)
+        return output
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._shared:
+            self._sizes[storage._cdata] = storage.nbytes()
+        return tensor

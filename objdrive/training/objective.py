@@ -87,4 +87,5 @@ def _learned_prompts(base: Base, embeddings: Mapping[str, Tensor], group: Sequen
         for index in shown
     ]
     encoded = base.encode_text(prompts, vectors)
-    return encoded[torch.tensor(rows, device=base.device).view(len(group), -1)]
+    each = encoded[torch.tensor(rows, device=base.device).view(len(group), -1)]
+    return each.framed([frame for one in group for frame in one.frames])

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from objdrive.adapters.adapter import Adapter
 from objdrive.adapters.bank import AdapterBank
 from objdrive.base.stable_diffusion import Base
+from objdrive.training.checkpointing import checkpointed
 from objdrive.training.class_pictures import ClassPictures
 from objdrive.training.embeddings import starting_embeddings
 from objdrive.training.material import SceneMaterial
@@ -88,7 +89,8 @@ def personalize(
     with AdapterBank(base.unet, base.family.lora_targets, slots=len(scenes), rank=recipe.rank) as bank:
         for slot, material in enumerate(materials):
             bank.initialise(slot, material.generator, least_rank=recipe.least_rank)
-        course = _train(base, bank, embeddings, materials, recipe, on_step)
+        with checkpointed(base, bank):
+            course = _train(base, bank, embeddings, materials, recipe, on_step)
         seconds = (time.perf_counter() - started) / len(scenes)
         return [
             _result(bank, slot, scene, embeddings, prototypes[slot], course, recipe, seconds)

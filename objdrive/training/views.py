@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from objdrive.base.conditioning import Frame
 from objdrive.base.stable_diffusion import Base
 from objdrive.catalog.geometry import Window, close_window, cut, object_alone, object_window, placed_window
 from objdrive.catalog.masks import mend_mask
@@ -54,11 +55,13 @@ class View:
         shown: indices of the objects that it shows.
         latents: (C, h, h).
         weights: (1, h, h), how much each place counts in the object-specific loss.
+        frame: how it came about.
     """
 
     shown: tuple[int, ...]
     latents: Tensor
     weights: Tensor
+    frame: Frame
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class _Cut:
     shown: tuple[int, ...]
     picture: np.ndarray
     weights: Tensor
+    frame: Frame
 
 
 def with_mended_masks(scene: Scene) -> Scene:
@@ -93,7 +97,9 @@ def make_views(base: Base, scene: Scene, recipe: Recipe) -> list[View]:
     batch = max(1, 512**2 // base.resolution**2)
     pixels = to_pixels(base, [one.picture for one in cuts])
     latents = torch.cat([base.encode_latents(part) for part in pixels.split(batch)])
-    return [View(one.shown, z, one.weights[None].to(base.device)) for one, z in zip(cuts, latents, strict=True)]
+    return [
+        View(one.shown, z, one.weights[None].to(base.device), one.frame) for one, z in zip(cuts, latents, strict=True)
+    ]
 
 
 def main_picture(base: Base, scene: Scene, recipe: Recipe) -> np.ndarray:
@@ -151,8 +157,27 @@ def _cut_views(
     picture, seen, inside = cut(scene.image, mask, window, base.resolution)
     weights = _loss_weights(base, seen, inside, recipe)
     on_grey = [object_alone(scene.image, mask, base.resolution, ground, window=window) for ground in grounds]
+    frame = cut_frame(window, mask.shape, base.resolution, whole=bool(grounds))
     for view in on_grey or [picture]:
-        yield _Cut(shown, view, weights)
+        yield _Cut(shown, view, weights, frame)
+
+
+def cut_frame(window: Window, photo: tuple[int, ...], edge: int, *, whole: bool) -> Frame:
+    """How a view came about, so that a crop is not learned as a photo, nor what is small in its photo as sharp.
+
+    Args:
+        window: what it shows of the photo.
+        photo: height and width of that.
+        edge: of the view in pixels.
+        whole: nothing is cut off: the object stands on a plain ground as in a picture of its own, of which the window's
+            pixels are the original. Else the photo is the original, and the view a crop of it.
+    """
+    if whole:
+        side = max(1, round(window.side))
+        return Frame((side, side), (0, 0), (edge, edge))
+    scale = edge / window.side
+    top, left = (max(0, round(start * scale)) for start in (window.top, window.left))
+    return Frame((photo[0], photo[1]), (top, left), (edge, edge))
 
 
 def _alone(scene: Scene, shown: tuple[int, ...]) -> np.ndarray:

@@ -7,8 +7,9 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
 from objdrive.adapters.artifact import ArtifactMetadata, PreviewKind
+from objdrive.base.family import STABLE_DIFFUSION
 from serve.dependencies import After, Asking, Limit, ObjectIdPath, Serving, media, visible, visible_page
-from serve.draw_requests import defaults
+from serve.draw_requests import Defaults, defaults
 from serve.errors import ApiError, error_responses
 from serve.schema import ClassCount, ObjectInfo, ObjectPage
 from serve.services import Services
@@ -64,8 +65,11 @@ async def reference(object_id: ObjectIdPath, key: Asking, services: Serving) -> 
     return await _preview(services, artifact, "input")
 
 
+_USUAL = Defaults(int(STABLE_DIFFUSION.tuning["sample_steps"]), float(STABLE_DIFFUSION.tuning["guidance_scale"]))
+
+
 def _info(artifact: ArtifactMetadata) -> ObjectInfo:
-    usual = defaults([artifact])
+    usual = defaults(artifact, _USUAL)
     path = f"/objects/{artifact.object_id}"
     return ObjectInfo(
         object_id=artifact.object_id,

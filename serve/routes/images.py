@@ -95,7 +95,8 @@ def _linked(services: Services, token: str) -> tuple[ApiKey, DrawRequest]:
     claims = services.signer.read(token)
     key = services.gate.named(claims["key"])
     fields: dict[str, Any] = claims["draw"]
-    draw = DrawRequest(**fields | {"objects": tuple(ArtifactKey(**one) for one in fields["objects"])})
+    objects, size = tuple(ArtifactKey(**one) for one in fields["objects"]), fields["size"] and tuple(fields["size"])
+    draw = DrawRequest(**fields | {"objects": objects, "size": size})
     if key is None or not all(key.may_see(one.object_id) for one in draw.objects):
         raise ApiError("invalid_signature", "the API key that made this link is no longer valid for these objects")
     return key, draw

@@ -59,7 +59,8 @@ class TestTiny64:
     def test_is_frozen_and_knows_its_sizes(self, tiny64):
         assert (tiny64.name, tiny64.resolution, tiny64.latent_size) == ("tiny64", 64, 16)
         assert not tiny64.noise.predicts_velocity
-        for part in (tiny64.unet, tiny64.vae, tiny64.text_encoder, tiny64.image_encoder, tiny64.text_projection):
+        tower = tiny64.towers[0]
+        for part in (tiny64.unet, tiny64.vae, tower.encoder, tower.joint.image, tower.joint.projection):
             assert not part.training
             assert not any(value.requires_grad for value in part.parameters())
         assert len(tiny64.noise.alphas) == 1000
@@ -198,9 +199,12 @@ class TestText:
         prompts = [tiny64.tokenize(text) for text in texts]
         assert [len(prompt.places) for prompt in prompts] == [1, 0, 2]
         with torch.no_grad():
-            together, embedded = tiny64.encode_text(prompts, vectors).states, tiny64.embed_text(prompts, vectors)
+            together, embedded = tiny64.encode_text(prompts, vectors).states, tiny64.embed_text(prompts, list(drawn))
             alone = [
-                (tiny64.encode_text([prompt], some).states, tiny64.embed_text([prompt], some))
+                (
+                    tiny64.encode_text([prompt], some).states,
+                    tiny64.embed_text([prompt], [one["clip_l"] for one in some]),
+                )
                 for prompt, some in zip(prompts, (vectors[:1], [], vectors[1:]), strict=True)
             ]
         assert together.shape == (3, 32, 128)
@@ -208,7 +212,7 @@ class TestText:
         torch.testing.assert_close(embedded, torch.cat([text for _, text in alone]), rtol=1e-4, atol=1e-5)
 
     def test_the_vocabulary_is_not_touched(self, tiny64):
-        table = tiny64.text_encoder.get_input_embeddings().weight
+        table = tiny64.vocabularies["clip_l"]
         before = table.clone()
         vector = torch.ones(128, requires_grad=True)
         states = tiny64.encode_text([tiny64.tokenize(TOKEN_MARK)], [{"clip_l": vector}]).states
@@ -218,7 +222,7 @@ class TestText:
         assert torch.equal(table, before)
 
     def test_the_embedding_of_a_class_is_the_mean_over_its_tokens(self, tiny64):
-        table = tiny64.text_encoder.get_input_embeddings().weight.numpy()
+        table = tiny64.vocabularies["clip_l"].numpy()
         ids = tiny64.tokenizer("alarm clock", add_special_tokens=False).input_ids
         assert len(ids) > 1
         vector = tiny64.class_embeddings("alarm clock")["clip_l"]
@@ -248,7 +252,7 @@ class TestStableDiffusion15:
         base = Base.load(str(snapshot), clip=str(clip), device="cpu")
         assert (base.resolution, base.latent_size) == (128, 16)
         assert base.noise.predicts_velocity == (snapshot.name == "velocity")
-        assert base.files.tuning == {}
+        assert base.files.tuning["guidance_scale"] == 7.5
         assert base.files.classes == frozenset()
 
     def test_reads_prompts_as_the_stock_pipeline_does(self, sd15):
@@ -262,13 +266,14 @@ class TestStableDiffusion15:
     def test_takes_both_projections_from_the_clip(self, sd15):
         base = Base.load(str(sd15[0]), clip=str(sd15[1]), device="cpu")
         clip = CLIPModel.from_pretrained(sd15[1])
-        prompts = [base.tokenize(text) for text in ("a photo of a teapot", "a rose on grass")]
+        texts = ["a photo of a teapot", "a rose on grass"]
+        prompts = [base.tokenize(text) for text in texts]
         pixels = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
         mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
         scaled = (pixels.numpy() - mean[:, None, None]) / std[:, None, None]
         with torch.no_grad():
             theirs = clip(
-                input_ids=torch.stack([prompt.ids for prompt in prompts]),
+                input_ids=base.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids,
                 pixel_values=torch.from_numpy(scaled).float(),
             )
             texts, pictures = base.embed_text(prompts), base.encode_images(pixels)

@@ -39,17 +39,20 @@ class OneDevice(TorchDispatchMode):
 @pytest.fixture(scope="module")
 def away(tiny64):
     """The embedded base as it is on a GPU: elsewhere than what is made on the CPU, and mostly in half precision."""
-    half = {name: torch.bfloat16 for name in ("text_encoder", "text_projection", "unet")}
-    whole = dict.fromkeys(("vae", "image_encoder"), torch.float32)
-    parts = {name: copy.deepcopy(getattr(tiny64, name)).to("meta", dtype) for name, dtype in (half | whole).items()}
-    noise = replace(tiny64.noise, alphas=tiny64.noise.alphas.to("meta"))
-    return replace(tiny64, noise=noise, **parts)
+    away = copy.deepcopy(tiny64)
+    joint = away.towers[0].joint
+    for part in (away.towers[0].encoder, joint.projection, away.unet):
+        part.to("meta", torch.bfloat16)
+    for part in (joint.image, away.vae):
+        part.to("meta")
+    return replace(away, noise=replace(away.noise, alphas=away.noise.alphas.to("meta")))
 
 
 def test_prompts_with_embeddings_of_the_cpu(away):
     with OneDevice():
-        prompt = [away.tokenize(f"a photo of {TOKEN_MARK}")], [{"clip_l": torch.zeros(128)}]
-        states, embedded = away.encode_text(*prompt).states, away.embed_text(*prompt)
+        prompt, vector = [away.tokenize(f"a photo of {TOKEN_MARK}")], torch.zeros(128)
+        states = away.encode_text(prompt, [{"clip_l": vector}]).states
+        embedded = away.embed_text(prompt, [vector])
     assert states.device.type == embedded.device.type == "meta"
 
 

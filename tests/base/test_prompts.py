@@ -76,7 +76,7 @@ class TestPhrasePlaces:
         names = ["coffee cup", "rose"]
         places = phrase_places(tiny64.tokenizer, "a photo of a {} next to {} on grass", names)
         tokens = tiny64.tokenizer.convert_ids_to_tokens(
-            tiny64.tokenize("a photo of a coffee cup next to rose on grass").ids
+            list(tiny64.tokenize("a photo of a coffee cup next to rose on grass").ids)
         )
         assert [[tokens[place].removesuffix("</w>") for place in one] for one in places] == [
             ["coffee", "cup"],

@@ -16,7 +16,7 @@ def make_light_fine_tune(settings):
         for _ in range(recipe.steps):
             time.sleep(0.1)
             on_step()
-        nothing = {"clip_l": torch.zeros(base.text_encoder.config.hidden_size)}
+        nothing = {name: torch.zeros(table.shape[1]) for name, table in base.vocabularies.items()}
         return [
             finetune.FineTuned(
                 adapters=tuple(Adapter({}, nothing) for _ in scene.objects),

@@ -1,5 +1,7 @@
 """How many workers a cluster has room for, node by node."""
 
+from dataclasses import replace
+
 import pytest
 
 from jobs.room import Workers, WorkersRequest, fit_workers, idle_gpus
@@ -47,6 +49,20 @@ def test_without_a_number_it_is_what_the_nodes_have_room_for(nodes, gpus, worker
 )
 def test_gpus_that_no_worker_can_take_are_counted(nodes, gpus, idle):
     assert idle_gpus(fit(request(gpus=gpus), nodes), nodes) == idle
+
+
+@pytest.mark.parametrize(
+    ("nodes", "count", "workers"),
+    [
+        ([node(4) | {"memory": 25e9}, node(4) | {"memory": 100e9}], None, Workers(6, 6)),
+        ([node(4) | {"memory": 5e9}], None, Workers(1, 1)),
+        ([node(4)], None, Workers(4, 4)),
+        ([node(4) | {"memory": 25e9}], "3", Workers(3, 3)),
+        ([node(4, 2) | {"memory": 5e9}], None, Workers(2, 2, 1)),
+    ],
+)
+def test_without_gpus_memory_bounds_their_number_unless_the_user_names_one(nodes, count, workers):
+    assert fit(replace(request(count), memory=10 * 10**9), nodes) == workers
 
 
 def test_numbers_that_the_user_gives_are_kept():

@@ -36,7 +36,7 @@ STEPS = 4
 LONG = 400
 WAIT = 60
 
-ask = partial(DrawRequest, steps=STEPS)
+ask = partial(DrawRequest, steps=STEPS, guidance_scale=4.0)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def difference(one, other):
 
 def running(engine, *objects, **fields):
     """A drawing that goes on for long, of which a first step is taken."""
-    drawing = engine.submit(DrawRequest("a photo of {}" if objects else "a mug", 1, objects, LONG, **fields))
+    drawing = engine.submit(ask("a photo of {}" if objects else "a mug", 1, objects, **{"steps": LONG} | fields))
     assert isinstance(next(drawing.events()), Partial)
     return drawing
 
@@ -92,7 +92,7 @@ def stock(small, filled):
         snapshot = small.files.snapshot
         pipe = StableDiffusionPipeline(
             vae=small.vae,
-            text_encoder=copy.deepcopy(small.text_encoder),
+            text_encoder=copy.deepcopy(small.towers[0].encoder),
             tokenizer=copy.deepcopy(small.tokenizer),
             unet=copy.deepcopy(small.unet),
             scheduler=scheduler.from_pretrained(snapshot / "scheduler"),
@@ -266,6 +266,39 @@ class TestSeveralObjects:
             engine(slots=2).submit(ask("{} {} {}", 1, tuple(keys[:3])))
 
 
+class TestSizes:
+    def test_a_picture_does_not_depend_on_those_of_other_sizes(self, engine, keys):
+        sizes = [(24, 16), (16, 16), (16, 32), None, (24, 16)]
+        requests = [ask("{} on grass", 1, (keys[index % 2],), size=size) for index, size in enumerate(sizes)]
+        one = engine()
+        alone = [draw(one, request) for request in requests]
+        assert [picture.image.size for picture in alone] == [size or (16, 16) for size in sizes]
+        assert [picture.latents.shape[1:] for picture in alone[:3]] == [(8, 12), (8, 8), (16, 8)]
+        together = [drawing.result(WAIT) for drawing in [one.submit(request) for request in requests]]
+        for ours, theirs in zip(together, alone, strict=True):
+            assert difference(ours.latents, theirs.latents) < 1e-3
+
+    def test_together_they_have_no_more_pixels_than_a_batch_of_the_native_size(self, engine):
+        tight = engine(batch_size=2)
+        drawings = [tight.submit(ask("a mug", seed, size=(16, 32))) for seed in range(3)]
+        for drawing in drawings:
+            drawing.result(WAIT)
+        sizes = tight.stats().batch_size
+        assert sizes.at_most[0] == sizes.count == 3 * STEPS
+
+    def test_a_long_drawing_of_one_size_does_not_hold_up_another(self, engine):
+        one = engine()
+        long = running(one, size=(16, 32))
+        draw(one, ask("a mug", 2))
+        assert not long.done
+
+    @pytest.mark.parametrize("size", [(20, 16), (32, 32), (8, 0)])
+    def test_sizes_that_the_base_does_not_draw_are_refused_at_once(self, engine, size):
+        one = engine()
+        with pytest.raises(ObjdriveError, match=f"size={size[0]}x{size[1]}"):
+            one.submit(ask("a mug", 1, size=size))
+
+
 class TestCancelling:
     def test_frees_the_place(self, engine, keys):
         one = engine(batch_size=1, slots=1)
@@ -355,7 +388,7 @@ class TestLimits:
     )
     def test_what_can_never_be_drawn_is_refused_at_once(self, engine, fields, error, message):
         with pytest.raises(error, match=message) as refusal:
-            engine().submit(DrawRequest(**{"prompt": "a mug", "seed": 1} | fields))
+            engine().submit(ask(**{"prompt": "a mug", "seed": 1} | fields))
         assert type(refusal.value) is error
 
     @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ class TestStockDiffusers:
         pipe = StableDiffusionPipeline(
             **{
                 "vae": base.vae,
-                "text_encoder": base.text_encoder,
+                "text_encoder": base.towers[0].encoder,
                 "tokenizer": base.tokenizer,
                 "unet": base.unet,
                 "scheduler": DDIMScheduler.from_pretrained(snapshot / "scheduler"),

@@ -28,7 +28,7 @@ def test_an_engine_at_rest_draws(engine):
 
 def test_an_engine_at_work_is_left_to_it(engine):
     health = HealthCheck(engine)
-    engine.submit(DrawRequest(prompt="a mug", seed=0, steps=2)).result(60)
+    engine.submit(DrawRequest(prompt="a mug", seed=0, steps=2, guidance_scale=1.0)).result(60)
     asyncio.run(health.check())
     assert steps(engine) == 2
     asyncio.run(health.check())

@@ -126,6 +126,16 @@ def test_links(client, server):
         assert Image.open(io.BytesIO(anyone.get(answer.data[0].url).content)).size == (128, 128)
 
 
+def test_sizes_are_drawn_and_linked(client, server):
+    drawn = client.images.generate(model="acme-mug-1", prompt="{}", size="80x128", extra_body={"seed": 1})
+    assert picture(drawn.data[0].b64_json).size == (80, 128)
+    linked = client.images.generate(model="acme-mug-1", prompt="{}", size="80x128", response_format="url")
+    # As after a restart, when the picture has to be drawn again.
+    server.services.results._pictures.clear()
+    with server.client() as anyone:
+        assert Image.open(io.BytesIO(anyone.get(linked.data[0].url).content)).size == (80, 128)
+
+
 def test_lists_models(client):
     assert [model.id for model in client.models.list()] == ["acme-lamp-1", "acme-mug-1", "acme-mug-2", "other-chair-1"]
     assert client.models.retrieve("acme-mug-1").owned_by == "objdrive"

@@ -1,0 +1,96 @@
+"""CLIP towers: text encoders with learned vectors at their input, and the spaces that they share with image towers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from objdrive.base.prompts import TokenizedPrompt
+
+
+@dataclass
+class JointSpace:
+    """A space in which texts and pictures are compared.
+
+    Attributes:
+        text: the text tower, whole. It may be longer than the encoder that a base conditions on.
+        projection: of its pooled output into the space; None: the tower has its own.
+        image: the image tower, with its projection.
+    """
+
+    text: CLIPTextModel | CLIPTextModelWithProjection
+    projection: nn.Linear | None
+    image: CLIPVisionModelWithProjection
+
+
+@dataclass
+class Tower:
+    """A text encoder of a base.
+
+    Attributes:
+        name: by which learned embeddings are kept.
+        tokenizer: of its prompts.
+        encoder: as the base conditions on it.
+        joint: what it shares with an image tower; None: there is none at hand.
+    """
+
+    name: str
+    tokenizer: CLIPTokenizer
+    encoder: CLIPTextModel | CLIPTextModelWithProjection
+    joint: JointSpace | None
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """(V, d): the input embeddings of all tokens."""
+        weight: Tensor = self.encoder.get_input_embeddings().weight
+        return weight
+
+    def encode(self, prompts: Sequence[TokenizedPrompt], vectors: Sequence[Tensor], *, hidden: bool = False) -> Any:
+        """The encoder's output for N prompts, with (d,) vectors at the learned tokens' places, over all in order.
+
+        Args:
+            prompts: N of them.
+            vectors: they are put in at the encoder's input; its vocabulary is not touched.
+            hidden: whether the output has the states of all layers.
+        """
+        return self._run(self.encoder, prompts, vectors, hidden)
+
+    def embed(self, prompts: Sequence[TokenizedPrompt], vectors: Sequence[Tensor]) -> Tensor:
+        """(N, D), float32: the prompts in the joint space; arguments as for `encode`.
+
+        Raises:
+            ValueError: there is no joint space.
+        """
+        if self.joint is None:
+            raise ValueError(f"the text encoder {self.name!r} has no image tower at hand")
+        output = self._run(self.joint.text, prompts, vectors, False)
+        projection = self.joint.projection
+        embedded: Tensor = output.text_embeds if projection is None else projection(output.pooler_output)
+        return embedded.float()
+
+    def _run(self, encoder: Any, prompts: Sequence[TokenizedPrompt], vectors: Sequence[Tensor], hidden: bool) -> Any:
+        rows = [row for row, prompt in enumerate(prompts) for _ in prompt.places]
+        columns = [place for prompt in prompts for place in prompt.places]
+        if len(rows) != len(vectors):
+            raise ValueError(f"the prompts have {len(rows)} places for learned tokens, got {len(vectors)} embeddings")
+        device = self.vocabulary.device
+        ids = torch.tensor([self._padded(prompt.ids) for prompt in prompts], device=device)
+        if not rows:
+            return encoder(ids, output_hidden_states=hidden)
+        where = (torch.tensor(rows, device=device), torch.tensor(columns, device=device))
+        stacked = torch.stack(list(vectors))
+
+        def put_in(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output.index_put(where, stacked.to(output))
+
+        hook = encoder.get_input_embeddings().register_forward_hook(put_in)
+        try:
+            return encoder(ids, output_hidden_states=hidden)
+        finally:
+            hook.remove()
+
+    def _padded(self, ids: Sequence[int]) -> list[int]:
+        return [*ids, *[self.tokenizer.pad_token_id] * (self.tokenizer.model_max_length - len(ids))]

@@ -1,0 +1,137 @@
+"""Bases in one .safetensors file: what they are is read off it, and they draw as the snapshot they were made of."""
+
+import json
+import shutil
+
+import bases
+import pytest
+import torch
+from safetensors.torch import save_file
+from single_files import write_single
+
+from objdrive.base import single_file
+from objdrive.base.files import find_base
+from objdrive.base.stable_diffusion import Base
+from objdrive.errors import ObjdriveError
+from objdrive.sampling.sampler import SampleSpec, draw_latents
+
+WRITERS = {"sd15": bases.write_sd15, "sd21": bases.write_sd21, "sdxl": bases.write_sdxl}
+
+
+@pytest.fixture(autouse=True)
+def small_configs(tmp_path, monkeypatch):
+    """The configs that come with the package, of the small bases; and a cache of one's own."""
+    for kind in WRITERS:
+        shutil.copytree(bases.CONFIGS / kind, tmp_path / "configs" / kind)
+        parts = {
+            "unet": bases.small_unet_config(kind, 32 if kind == "sdxl" else 8),
+            "vae": bases.small_vae_config(kind),
+        }
+        parts["text_encoder"] = bases.small_text_config(kind).to_dict()
+        if kind == "sdxl":
+            parts["text_encoder_2"] = bases.small_text_config(kind, "text_encoder_2").to_dict()
+        for part, config in parts.items():
+            (tmp_path / "configs" / kind / part / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(single_file, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setenv("OBJDRIVE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Call it with a kind: (single file, snapshot that it was made of, CLIP)."""
+
+    def made(kind, **options):
+        snapshot, clip = bases.written(tmp_path / kind, WRITERS[kind])
+        return write_single(snapshot, tmp_path / f"{kind}.safetensors", kind, **options), snapshot, clip
+
+    return made
+
+
+def picture(base):
+    spec = SampleSpec("a photo of a teapot", 1, steps=2, guidance_scale=3.0, negative_prompt="red")
+    return draw_latents(base, [spec])
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_draws_as_the_snapshot_that_it_was_made_of(made, kind):
+    path, snapshot, clip = made(kind)
+    single = Base.load(str(path), clip=str(clip), device="cpu")
+    torch.testing.assert_close(picture(single), picture(Base.load(str(snapshot), clip=str(clip), device="cpu")))
+    pixels = torch.rand(1, 3, single.resolution, single.resolution, generator=torch.Generator().manual_seed(1))
+    again = Base.load(str(snapshot), clip=str(clip), device="cpu")
+    torch.testing.assert_close(single.encode_latents(pixels), again.encode_latents(pixels))
+    assert single.noise.predicts_velocity is (kind == "sd21")
+
+
+def test_is_converted_once_and_known_by_its_content(made, tmp_path, monkeypatch):
+    path, _, clip = made("sd15")
+    first = find_base(str(path), clip=str(clip))
+    moved = shutil.copy(path, tmp_path / "elsewhere.safetensors")
+
+    def never(*args, **options):
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr(single_file, "_load", never)
+    second = find_base(str(moved), clip=str(clip))
+    assert second.snapshot == first.snapshot
+    assert second.fingerprint() == first.fingerprint()
+    data = bytearray(moved.read_bytes())
+    data[-1] ^= 1
+    moved.write_bytes(data)
+    assert second.fingerprint() != first.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("options", "beside", "velocity"),
+    [
+        ({"metadata": {"modelspec.prediction_type": "v"}}, "", True),
+        ({"extra": ["v_pred", "ztsnr"]}, "", True),
+        ({}, "model:\n  params:\n    parameterization: v\n", True),
+        ({}, "model:\n  params: {}\n", False),
+    ],
+)
+def test_what_it_predicts_is_told_by_marks_or_by_a_file_beside_it(made, options, beside, velocity):
+    path, _, clip = made("sd15", **options)
+    if beside:
+        path.with_suffix(".yaml").write_text(beside)
+    scheduler = json.loads(
+        (find_base(str(path), clip=str(clip)).snapshot / "scheduler/scheduler_config.json").read_text()
+    )
+    assert (scheduler["prediction_type"] == "v_prediction") is velocity
+    assert bool(scheduler["rescale_betas_zero_snr"]) is ("extra" in options)
+
+
+def names(*, text="cond_stage_model.transformer.text_model.x", network=(16, 4, 3, 3), vae="first_stage_model.x"):
+    entrance = {"model.diffusion_model.input_blocks.0.0.weight": network} if network else {}
+    return entrance | {name: (1,) for name in (text, vae) if name}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        (names(network=(16, 9, 3, 3)), "its network takes 9 channels"),
+        (names(), "its network has 1 tensors of 576 values, sd15 has .* another architecture"),
+        (names(vae=""), "it has no autoencoder"),
+        (names(text=""), "it has no text encoder"),
+        ({"lora_unet_down_blocks.alpha": (1,)}, "it is no base: its tensors have names such as 'lora_unet_down"),
+        ({"double_blocks.0.img_attn.norm.key_norm.scale": (1,), "img_in.weight": (1, 64)}, "it is of the kind flux"),
+    ],
+)
+def test_what_is_no_whole_base_is_refused_by_what_it_is(tmp_path, shapes, reason):
+    path = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+    with pytest.raises(ObjdriveError, match=f"can't be used: {reason}.*; objdrive draws with"):
+        find_base(str(path))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_file_that_is_cut_off_is_refused(made):
+    path, _, clip = made("sd15")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ObjdriveError, match="is not a readable safetensors file"):
+        find_base(str(path), clip=str(clip))
+
+
+def test_a_file_that_is_not_there_is_refused():
+    with pytest.raises(ObjdriveError, match="there is no such file"):
+        find_base("nowhere/model.safetensors")
