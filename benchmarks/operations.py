@@ -60,9 +60,7 @@ def write_base(folder: Path) -> Base:
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(find_base("tiny64").snapshot / "tokenizer")
     size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "projection_dim": 16}
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), num_hidden_layers=12, eos_token_id=tokenizer.eos_token_id, **size
-    )
+    text = CLIPTextConfig(vocab_size=len(tokenizer), num_hidden_layers=12, eos_token_id=tokenizer.eos_token_id, **size)
     vision = CLIPVisionConfig(image_size=32, patch_size=16, num_hidden_layers=1, **size)
     parts = {
         "unet": UNet2DConditionModel(
@@ -74,9 +72,9 @@ def write_base(folder: Path) -> Base:
         ),
         "text_encoder": CLIPTextModel(text),
     }  # fmt: skip
-    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)).save_pretrained(
-        clip
-    )
+    CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    ).save_pretrained(clip)
     for name, part in parts.items():
         part.save_pretrained(snapshot / name)
     tokenizer.save_pretrained(snapshot / "tokenizer")
@@ -108,7 +106,9 @@ def drawing_step(base: Base, objects: int) -> Counter[str]:
 
 
 def _with_steps(spec: SampleSpec, steps: int) -> SampleSpec:
-    return SampleSpec(spec.prompt, spec.seed, spec.phrases, spec.embeddings, spec.slots, steps=steps, guidance_scale=7.5)
+    return SampleSpec(
+        spec.prompt, spec.seed, spec.phrases, spec.embeddings, spec.slots, steps=steps, guidance_scale=7.5
+    )
 
 
 def main() -> None:
@@ -125,7 +125,10 @@ def main() -> None:
         }
     for what, launched in counts.items():
         print(f"{what}: {launched.total():,.0f} operations a step")
-        print("    " + ", ".join(f"{name.removeprefix('aten::')} {number:.0f}" for name, number in launched.most_common(12)))
+        print(
+            "    "
+            + ", ".join(f"{name.removeprefix('aten::')} {number:.0f}" for name, number in launched.most_common(12))
+        )
 
 
 if __name__ == "__main__":

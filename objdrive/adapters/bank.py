@@ -11,8 +11,69 @@ from torch.utils.hooks import RemovableHandle
 from objdrive.adapters.layers import LoraLayer, find_layers
 from objdrive.errors import ObjdriveError
 
-_Weights = dict[str, tuple[Tensor, Tensor]]
-"""For each layer what `LoraLayer.add` takes: A and B of all runs."""
+
+class _Kind:
+    """The layers of one kind, linear ones or convolutions, and where their weights lie in a bank's rows.
+
+    Args:
+        layers: of that kind.
+        start: of their weights: first every layer's A, then every layer's B.
+    """
+
+    def __init__(self, layers: Sequence[LoraLayer], start: int) -> None:
+        self.layers = layers
+        self._sizes = [layer.sizes[place] for place in (0, 1) for layer in layers]
+        self.columns = slice(start, start + sum(self._sizes))
+
+    def places(self, rows: Tensor) -> "Iterator[tuple[LoraLayer, tuple[Tensor, Tensor]]]":
+        """Each layer, and where its A and B lie in its own columns of rows (..., P)."""
+        parts = rows.split(self._sizes, dim=-1)
+        return zip(self.layers, zip(parts[: len(self.layers)], parts[len(self.layers) :], strict=True), strict=True)
+
+    def ranks(self) -> Tensor:
+        """For each column the rank that it belongs to; of B, 0."""
+        downs = [layer.ranks() for layer in self.layers]
+        return torch.cat([*downs, torch.zeros(sum(self._sizes[len(self.layers) :]), dtype=torch.long)])
+
+    def downs(self) -> Tensor:
+        """For each column whether it belongs to an A."""
+        count = sum(self._sizes[: len(self.layers)])
+        return torch.arange(sum(self._sizes)) < count
+
+
+class _Weights:
+    """The weights of the runs of a batch, in the network's type.
+
+    Args:
+        rows: (runs, K, P).
+        linear: where those of linear layers are.
+        convolutions: where those of convolutions are, which take them sample by sample.
+    """
+
+    def __init__(self, rows: Tensor, linear: _Kind, convolutions: _Kind) -> None:
+        self._runs = len(rows)
+        self._linear = {layer.name: places for layer, places in linear.places(rows[..., linear.columns])}
+        self._rows = rows[..., convolutions.columns]
+        self._kind = convolutions
+        self._samples = 0
+        self._maps: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def of(self, layer: LoraLayer, samples: int) -> tuple[Tensor, Tensor]:
+        """A and B of a layer, as `LoraLayer.add` takes them for so many samples.
+
+        Raises:
+            ValueError: they are no multiple of the runs.
+        """
+        if samples % self._runs:
+            raise ValueError(f"a batch of {samples} does not split into {self._runs} equal runs")
+        if not layer.is_convolution:
+            return self._linear[layer.name]
+        if self._samples != samples:
+            each = samples // self._runs
+            rows = self._rows if each == 1 else self._rows.repeat_interleave(each, dim=0)
+            self._maps = {layer.name: places for layer, places in self._kind.places(rows)}
+            self._samples = samples
+        return self._maps[layer.name]
 
 
 class AdapterBank:
@@ -29,19 +90,20 @@ class AdapterBank:
         rank: rank of each.
 
     Attributes:
-        values: (slots, P), all weights of all layers in one float32 tensor, a slot a row: first every layer's A, then
-            every layer's B (`LoraLayer` says in which order). What runs over all weights runs over it at once.
+        values: (slots, P), all weights of all layers in one float32 tensor, a slot a row (`LoraLayer` says in
+            which order). What runs over all weights runs over it at once.
     """
 
     def __init__(self, network: nn.Module, targets: Sequence[str], *, slots: int, rank: int) -> None:
         weight = next(network.parameters())
         self.slots = slots
         self.rank = rank
-        self._layers = {layer.name: layer for layer in find_layers(network, targets, rank)}
-        self._sizes = [size for place in (0, 1) for size in (layer.sizes[place] for layer in self._layers.values())]
-        self._downs = sum(self._sizes[: len(self._layers)])
+        layers = find_layers(network, targets, rank)
+        self._layers = {layer.name: layer for layer in layers}
+        self._linear = _Kind([layer for layer in layers if not layer.is_convolution], 0)
+        self._convolutions = _Kind([layer for layer in layers if layer.is_convolution], self._linear.columns.stop)
         self._dtype = weight.dtype
-        self.values = nn.Parameter(torch.zeros(slots, sum(self._sizes), device=weight.device))
+        self.values = nn.Parameter(torch.zeros(slots, self._convolutions.columns.stop, device=weight.device))
         self._varying: dict[int, tuple[int, int]] = {}
         """Slots whose rank depends on the timestep: all of their rank, and its least."""
         self._weights: _Weights | None = None
@@ -108,11 +170,11 @@ class AdapterBank:
 
     def export(self, slot: int) -> dict[str, Tensor]:
         """Copy a slot out, in the naming of `load`, on the CPU."""
+        places = dict(self._places(self.values[slot].detach().cpu()))
         lora = {}
-        for (name, layer), places in zip(
-            self._layers.items(), self._places(self.values[slot].detach().cpu()), strict=True
-        ):
-            lora[f"{name}.lora_A.weight"], lora[f"{name}.lora_B.weight"] = layer.read(*places)
+        for layer in self._layers.values():
+            down, up = layer.read(*places[layer])
+            lora |= {f"{layer.name}.lora_A.weight": down, f"{layer.name}.lora_B.weight": up}
         return lora
 
     @contextmanager
@@ -148,15 +210,14 @@ class AdapterBank:
 
     def _write(self, slot: int, lora: Mapping[str, Tensor]) -> None:
         row = torch.zeros(self.values.shape[1])
-        for (name, layer), places in zip(self._layers.items(), self._places(row), strict=True):
-            layer.write(*places, lora.get(f"{name}.lora_A.weight"), lora.get(f"{name}.lora_B.weight"))
+        for layer, places in self._places(row):
+            layer.write(*places, lora.get(f"{layer.name}.lora_A.weight"), lora.get(f"{layer.name}.lora_B.weight"))
         with torch.no_grad():
             self.values[slot] = row.to(self.values.device)
 
-    def _places(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """For each layer where its A and B lie in `rows` (..., P)."""
-        parts = rows.split(self._sizes, dim=-1)
-        return list(zip(parts[: len(self._layers)], parts[len(self._layers) :], strict=True))
+    def _places(self, row: Tensor) -> list[tuple[LoraLayer, tuple[Tensor, Tensor]]]:
+        """Each layer, and where its A and B lie in a row (P,)."""
+        return [each for kind in (self._linear, self._convolutions) for each in kind.places(row[kind.columns])]
 
     def _chosen(
         self, runs: Sequence[int | Mapping[int, float]], timesteps: tuple[Sequence[int], int] | None
@@ -190,16 +251,18 @@ class AdapterBank:
             scales = [[scale for _, scale in row] for row in padded]
             if kept is not None or any(scale != 1 for row in scales for scale in row):
                 rows = rows * self._factors(self._tensor(scales), kept)
-        return dict(zip(self._layers, self._places(rows.to(self._dtype)), strict=True))
+        return _Weights(rows.to(self._dtype), self._linear, self._convolutions)
 
     def _factors(self, scales: Tensor, kept: Sequence[Sequence[int]] | None) -> Tensor:
         """(runs, K, P), by what each value counts: A's by the scale (runs, K) and whether its rank acts, B's by 1."""
-        downs = scales[..., None].expand(-1, -1, self._downs)
-        if kept is not None:
-            padded = self._tensor([[*row, *[0] * (scales.shape[1] - len(row))] for row in kept])
-            ranks = torch.cat([layer.ranks() for layer in self._layers.values()]).to(scales.device)
-            downs = downs * (ranks < padded[..., None])
-        return torch.cat([downs, downs.new_ones(*scales.shape, self.values.shape[1] - self._downs)], dim=-1)
+        kinds = (self._linear, self._convolutions)
+        downs = torch.cat([kind.downs() for kind in kinds]).to(scales.device)
+        factors = torch.where(downs, scales[..., None], 1.0)
+        if kept is None:
+            return factors
+        padded = self._tensor([[*row, *[0] * (scales.shape[1] - len(row))] for row in kept])
+        acts = torch.cat([kind.ranks() for kind in kinds]).to(scales.device) < padded[..., None]
+        return factors * (acts | ~downs)
 
     def _tensor(self, rows: Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor(rows, device=self.values.device)
@@ -213,7 +276,7 @@ class AdapterBank:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if self._weights is None:
                 return output
-            return layer.add(output, inputs[0], *self._weights[layer.name])
+            return layer.add(output, inputs[0], *self._weights.of(layer, len(inputs[0])))
 
         return add
 

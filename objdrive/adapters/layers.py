@@ -84,20 +84,16 @@ class LoraLayer:
         Args:
             output: of the layer for x, N of them.
             x: N inputs, equal contiguous runs of samples.
-            down: (runs, K, A's values) in a bank's order; the deltas of a run's K adapters are summed.
+            down: (runs, K, A's values) in a bank's order; the deltas of a run's K adapters are summed. A convolution
+                takes every sample for a run.
             up: (runs, K, B's values).
-
-        Raises:
-            ValueError: N is no multiple of the runs.
         """
-        if len(x) % len(down):
-            raise ValueError(f"a batch of {len(x)} does not split into {len(down)} equal runs")
         up = up.unflatten(2, (self.rank, self.out)).flatten(1, 2)
         if isinstance(self.layer, nn.Conv2d):
             return _add_to_maps(self.layer, output, x, down.unflatten(2, (self.rank, -1)).flatten(1, 2), up)
-        a = down.unflatten(2, (-1, self.rank)).transpose(1, 2).flatten(2)
-        runs = len(a)
-        hidden = torch.bmm(x.reshape(runs, -1, x.shape[-1]), a)
+        down = down.unflatten(2, (-1, self.rank)).transpose(1, 2).flatten(2)
+        runs = len(down)
+        hidden = torch.bmm(x.reshape(runs, -1, x.shape[-1]), down)
         return torch.baddbmm(output.reshape(runs, -1, self.out), hidden, up).view_as(output)
 
     def _down_rows(self, down_at: Tensor) -> Tensor:
@@ -119,31 +115,22 @@ def find_layers(network: nn.Module, targets: Sequence[str], rank: int) -> list[L
 
 
 def _add_to_maps(layer: nn.Conv2d, output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """`output` (N, out, ...) + LoRA of maps x (N, in, h, w), by `down` (runs, r, kh kw in) and `up` (runs, r, out).
+    """`output` (N, out, ...) + LoRA of maps x (N, in, h, w), by `down` (N, r, kh kw in) and `up` (N, r, out).
 
     First every place is multiplied by the kernel of every offset, then products are summed where they belong: the
     adjoint of unfolding, which takes the kernel turned. Only r channels are unfolded that way, not all that come in.
     """
-    samples = len(x) // len(down)
     kernel, padding = layer.kernel_size, [int(pad) for pad in layer.padding]
-    a = down.unflatten(2, (-1, layer.in_channels)).flatten(1, 2)
-    products = _for_each_sample(a, samples) @ x.flatten(2)
-    hidden = products
+    hidden = torch.bmm(down.unflatten(2, (-1, layer.in_channels)).flatten(1, 2), x.flatten(2))
     if max(kernel) > 1:
         size = [edge + 2 * pad - width + 1 for edge, pad, width in zip(x.shape[2:], padding, kernel, strict=True)]
         turned = [width - 1 - pad for width, pad in zip(kernel, padding, strict=True)]
-        hidden = F.fold(products, size, kernel, padding=turned)[:, :, :: layer.stride[0], :: layer.stride[1]].flatten(2)
-    b = _for_each_sample(up, samples)
+        hidden = F.fold(hidden, size, kernel, padding=turned)[:, :, :: layer.stride[0], :: layer.stride[1]].flatten(2)
     flat = output.flatten(2)
     # By the output's own layout: neither it nor the sum is copied.
     if output.is_contiguous(memory_format=torch.channels_last):
-        return torch.baddbmm(flat.mT, hidden.mT, b).mT.unflatten(2, output.shape[2:])
-    return torch.baddbmm(flat, b.mT, hidden).unflatten(2, output.shape[2:])
-
-
-def _for_each_sample(weights: Tensor, samples: int) -> Tensor:
-    """(runs * samples, ...), each run's weights for each of its samples."""
-    return weights if samples == 1 else weights.repeat_interleave(samples, dim=0)
+        return torch.baddbmm(flat.mT, hidden.mT, up).mT.unflatten(2, output.shape[2:])
+    return torch.baddbmm(flat, up.mT, hidden).unflatten(2, output.shape[2:])
 
 
 def _as_matrix(up: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from objdrive.errors import ObjdriveError
 
-METHOD_VERSION = 11
+METHOD_VERSION = 12
 """Part of every artifact's digest: raise it when the same recipe no longer yields the same adapter."""
 
 
