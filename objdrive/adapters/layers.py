@@ -121,13 +121,15 @@ def _add_to_maps(layer: nn.Conv2d, output: Tensor, x: Tensor, down: Tensor, up: 
     adjoint of unfolding, which takes the kernel turned. Only r channels are unfolded that way, not all that come in.
     """
     kernel, padding = layer.kernel_size, [int(pad) for pad in layer.padding]
-    hidden = torch.bmm(down.unflatten(2, (-1, layer.in_channels)).flatten(1, 2), x.flatten(2))
+    a, places = down.unflatten(2, (-1, layer.in_channels)).flatten(1, 2), x.flatten(2)
+    # By the maps' own layout: neither they nor their sum are copied, and gradients have it too.
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    hidden = torch.bmm(places.mT, a.mT).mT if last else torch.bmm(a, places)
     if max(kernel) > 1:
         size = [edge + 2 * pad - width + 1 for edge, pad, width in zip(x.shape[2:], padding, kernel, strict=True)]
         turned = [width - 1 - pad for width, pad in zip(kernel, padding, strict=True)]
         hidden = F.fold(hidden, size, kernel, padding=turned)[:, :, :: layer.stride[0], :: layer.stride[1]].flatten(2)
     flat = output.flatten(2)
-    # By the output's own layout: neither it nor the sum is copied.
     if output.is_contiguous(memory_format=torch.channels_last):
         return torch.baddbmm(flat.mT, hidden.mT, up).mT.unflatten(2, output.shape[2:])
     return torch.baddbmm(flat, up.mT, hidden).unflatten(2, output.shape[2:])
