@@ -272,7 +272,8 @@ class FineTune:
                 pictures.append(("mended_mask", "mended mask", _mask_picture(learned_by)))
             pictures += drawn
         names = [f"previews/{number}.webp" for number in range(len(pictures))]
-        files = adapter_files(result.adapters[index], token=_token(record.row.object_id), family=self._base.family)
+        adapter = result.adapters[index].in_half_precision()
+        files = adapter_files(adapter, token=_token(record.row.object_id), family=self._base.family)
         files |= {name: _webp(picture) for name, (*_, picture) in zip(names, pictures, strict=True)}
         notes = [
             Preview(file=name, kind=kind, caption=caption)

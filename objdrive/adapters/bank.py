@@ -3,14 +3,77 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from objdrive.adapters.layers import LoraLayer, find_layers
 from objdrive.errors import ObjdriveError
+
+
+class _Kind:
+    """The layers of one kind, linear ones or convolutions, and where their weights lie in a bank's rows.
+
+    Args:
+        layers: of that kind.
+        start: of their weights: first every layer's A, then every layer's B.
+    """
+
+    def __init__(self, layers: Sequence[LoraLayer], start: int) -> None:
+        self.layers = layers
+        self._sizes = [layer.sizes[place] for place in (0, 1) for layer in layers]
+        self.columns = slice(start, start + sum(self._sizes))
+
+    def places(self, rows: Tensor) -> "Iterator[tuple[LoraLayer, tuple[Tensor, Tensor]]]":
+        """Each layer, and where its A and B lie in its own columns of rows (..., P)."""
+        parts = rows.split(self._sizes, dim=-1)
+        return zip(self.layers, zip(parts[: len(self.layers)], parts[len(self.layers) :], strict=True), strict=True)
+
+    def ranks(self) -> Tensor:
+        """For each column the rank that it belongs to; of B, 0."""
+        downs = [layer.ranks() for layer in self.layers]
+        return torch.cat([*downs, torch.zeros(sum(self._sizes[len(self.layers) :]), dtype=torch.long)])
+
+    def downs(self) -> Tensor:
+        """For each column whether it belongs to an A."""
+        count = sum(self._sizes[: len(self.layers)])
+        return torch.arange(sum(self._sizes)) < count
+
+
+class _Weights:
+    """The weights of the runs of a batch, in the network's type.
+
+    Args:
+        rows: (runs, K, P).
+        linear: where those of linear layers are.
+        convolutions: where those of convolutions are, which take them sample by sample.
+    """
+
+    def __init__(self, rows: Tensor, linear: _Kind, convolutions: _Kind) -> None:
+        self._runs = len(rows)
+        self._linear = {layer.name: places for layer, places in linear.places(rows[..., linear.columns])}
+        self._rows = rows[..., convolutions.columns]
+        self._kind = convolutions
+        self._samples = 0
+        self._maps: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def of(self, layer: LoraLayer, samples: int) -> tuple[Tensor, Tensor]:
+        """A and B of a layer, as `LoraLayer.add` takes them for so many samples.
+
+        Raises:
+            ValueError: they are no multiple of the runs.
+        """
+        if samples % self._runs:
+            raise ValueError(f"a batch of {samples} does not split into {self._runs} equal runs")
+        if not layer.is_convolution:
+            return self._linear[layer.name]
+        if self._samples != samples:
+            each = samples // self._runs
+            rows = self._rows if each == 1 else self._rows.repeat_interleave(each, dim=0)
+            self._maps = {layer.name: places for layer, places in self._kind.places(rows)}
+            self._samples = samples
+        return self._maps[layer.name]
 
 
 class AdapterBank:
@@ -25,23 +88,30 @@ class AdapterBank:
         targets: ends of the names of the linear and convolution layers that get LoRA.
         slots: how many adapters it holds.
         rank: rank of each.
+
+    Attributes:
+        values: (slots, P), all weights of all layers in one float32 tensor, a slot a row (`LoraLayer` says in
+            which order). What runs over all weights runs over it at once.
     """
 
     def __init__(self, network: nn.Module, targets: Sequence[str], *, slots: int, rank: int) -> None:
         weight = next(network.parameters())
         self.slots = slots
         self.rank = rank
-        self.down: dict[str, nn.Parameter] = {}
-        self.up: dict[str, nn.Parameter] = {}
+        layers = find_layers(network, targets, rank)
+        self._layers = {layer.name: layer for layer in layers}
+        self._linear = _Kind([layer for layer in layers if not layer.is_convolution], 0)
+        self._convolutions = _Kind([layer for layer in layers if layer.is_convolution], self._linear.columns.stop)
+        self._dtype = weight.dtype
+        self.values = nn.Parameter(torch.zeros(slots, self._convolutions.columns.stop, device=weight.device))
         self._varying: dict[int, tuple[int, int]] = {}
         """Slots whose rank depends on the timestep: all of their rank, and its least."""
-        self._runs: _Runs | slice | None = None
-        self._hooks: list[RemovableHandle] = []
-        for name, layer in _target_layers(network, targets):
-            out, *inside = layer.weight.shape
-            self.down[name] = nn.Parameter(torch.zeros(slots, rank, *inside, device=weight.device))
-            self.up[name] = nn.Parameter(torch.zeros(slots, out, rank, device=weight.device))
-            self._hooks.append(layer.register_forward_hook(self._adding(name)))
+        self._weights: _Weights | None = None
+        self._last: tuple[object, _Weights] | None = None
+        """What was last chosen to draw with, and what for."""
+        self._hooks: list[RemovableHandle] = [
+            layer.layer.register_forward_hook(self._adding(layer)) for layer in self._layers.values()
+        ]
 
     def close(self) -> None:
         """Take the bank off the network."""
@@ -55,10 +125,6 @@ class AdapterBank:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def parameters(self) -> list[nn.Parameter]:
-        """All stacks, each (slots, ...), in a fixed order."""
-        return [*self.down.values(), *self.up.values()]
-
     def initialise(self, slot: int, generator: torch.Generator, *, least_rank: int | None = None) -> None:
         """Start a slot as LoRA does: A uniform in ±1/sqrt(in), B zero, from the CPU `generator` alone.
 
@@ -67,26 +133,26 @@ class AdapterBank:
             generator: of the values.
             least_rank: see `load`.
         """
+        lora = {}
+        for name, layer in self._layers.items():
+            bound = 1 / math.sqrt(math.prod(layer.inside))
+            lora[f"{name}.lora_A.weight"] = (
+                torch.rand(self.rank, *layer.inside, generator=generator) * 2 * bound - bound
+            )
         self._set_least_rank(slot, self.rank, least_rank)
-        with torch.no_grad():
-            for down, up in zip(self.down.values(), self.up.values(), strict=True):
-                bound = 1 / math.sqrt(math.prod(down.shape[2:]))
-                start = torch.rand(down.shape[1:], generator=generator) * 2 * bound - bound
-                down[slot] = start.to(down.device)
-                up[slot] = 0
+        self._write(slot, lora)
 
     def check(self, lora: Mapping[str, Tensor]) -> None:
         """Raise ObjdriveError if `load` would: a layer that the network lacks, or shapes that do not fit it."""
-        unknown = {key.rsplit(".lora_", 1)[0] for key in lora} - self.down.keys()
+        unknown = {key.rsplit(".lora_", 1)[0] for key in lora} - self._layers.keys()
         if unknown:
             raise ObjdriveError(f"the adapter has layers that the base lacks, such as {sorted(unknown)[0]!r}")
-        for name, down in self.down.items():
+        for name, layer in self._layers.items():
             if f"{name}.lora_A.weight" in lora:
-                _check_fits(down[0], lora[f"{name}.lora_A.weight"], name)
-                _check_fits(self.up[name][0].T, _as_matrix(lora[f"{name}.lora_B.weight"]).T, name)
+                layer.check(lora[f"{name}.lora_A.weight"], lora[f"{name}.lora_B.weight"])
 
     def load(self, slot: int, lora: Mapping[str, Tensor], *, least_rank: int | None = None) -> None:
-        """Put an adapter's layers into a slot; a smaller rank is padded with zeros.
+        """Put an adapter's layers into a slot, in one copy; a smaller rank is padded with zeros.
 
         Args:
             slot: where.
@@ -100,20 +166,15 @@ class AdapterBank:
         self.check(lora)
         most = max((weight.shape[0] for name, weight in lora.items() if name.endswith(".lora_A.weight")), default=0)
         self._set_least_rank(slot, most, least_rank)
-        with torch.no_grad():
-            for name, down in self.down.items():
-                _fill(down[slot], lora.get(f"{name}.lora_A.weight"))
-                up = lora.get(f"{name}.lora_B.weight")
-                _fill(self.up[name][slot].T, None if up is None else _as_matrix(up).T)
+        self._write(slot, lora)
 
     def export(self, slot: int) -> dict[str, Tensor]:
         """Copy a slot out, in the naming of `load`, on the CPU."""
-        lora = {}
-        for name, down in self.down.items():
-            lora[f"{name}.lora_A.weight"] = down[slot].detach().cpu().clone()
-            up = self.up[name][slot].detach().cpu().clone()
-            # A convolution's is one with a kernel of one place.
-            lora[f"{name}.lora_B.weight"] = up[..., None, None] if down[slot].dim() == 4 else up
+        places = dict(self._places(self.values[slot].detach().cpu()))
+        lora: dict[str, Tensor] = {}
+        for layer in self._layers.values():
+            down, up = layer.read(*places[layer])
+            lora |= {f"{layer.name}.lora_A.weight": down, f"{layer.name}.lora_B.weight": up}
         return lora
 
     @contextmanager
@@ -122,6 +183,9 @@ class AdapterBank:
     ) -> Iterator[None]:
         """Let the network's batches be ``len(runs)`` equal contiguous runs, each adapted as it says.
 
+        Weights are brought into the network's type here, once for all its layers. Without gradients, the last choice is
+        kept until another one is asked for or weights change.
+
         Args:
             runs: for each run a slot, or any number of slots with their scales, whose deltas are summed.
             timesteps: of each run, and how many there are at all; slots with a least rank need them.
@@ -129,20 +193,20 @@ class AdapterBank:
         Raises:
             ValueError: there are none, and a slot needs them.
         """
-        with self._adapting(self._index(runs, timesteps)):
+        with self._adapting(self._chosen(runs, timesteps)):
             yield
 
     def as_now(self) -> AbstractContextManager[None]:
         """Adapt, whenever the context is entered, as at the time of this call."""
-        return self._adapting(self._runs)
+        return self._adapting(self._weights)
 
     @contextmanager
-    def _adapting(self, runs: "_Runs | slice | None") -> Iterator[None]:
-        previous, self._runs = self._runs, runs
+    def _adapting(self, weights: _Weights | None) -> Iterator[None]:
+        previous, self._weights = self._weights, weights
         try:
             yield
         finally:
-            self._runs = previous
+            self._weights = previous
 
     def rank_varies(self, slots: Iterable[int]) -> bool:
         """Whether the rank of some of these slots depends on the timestep."""
@@ -153,43 +217,75 @@ class AdapterBank:
         if least_rank is not None:
             self._varying[slot] = rank, least_rank
 
-    def _index(
+    def _write(self, slot: int, lora: Mapping[str, Tensor]) -> None:
+        row = torch.zeros(self.values.shape[1])
+        for layer, places in self._places(row):
+            layer.write(*places, lora.get(f"{layer.name}.lora_A.weight"), lora.get(f"{layer.name}.lora_B.weight"))
+        with torch.no_grad():
+            self.values[slot] = row.to(self.values.device)
+
+    def _places(self, row: Tensor) -> list[tuple[LoraLayer, tuple[Tensor, Tensor]]]:
+        """Each layer, and where its A and B lie in a row (P,)."""
+        return [each for kind in (self._linear, self._convolutions) for each in kind.places(row[kind.columns])]
+
+    def _chosen(
         self, runs: Sequence[int | Mapping[int, float]], timesteps: tuple[Sequence[int], int] | None
-    ) -> "_Runs | slice | None":
-        mixes = [{run: 1.0} if isinstance(run, int) else run for run in runs]
-        varies = self.rank_varies(slot for mix in mixes for slot in mix)
-        # The whole bank in order is what training uses; a slice spares it a copy of every layer.
-        if list(runs) == list(range(self.slots)) and not varies:
-            return slice(None)
-        if not any(mixes):
+    ) -> _Weights | None:
+        mixes = [{run: 1.0} if isinstance(run, int) else dict(run) for run in runs]
+        if self.rank == 0 or not any(mixes):
             return None
         kept = None
-        if varies:
+        if self.rank_varies(slot for mix in mixes for slot in mix):
             if timesteps is None:
                 raise ValueError("the rank of some slots depends on the timestep: pass timesteps")
             each, count = timesteps
             kept = [self._kept_ranks(mix, timestep, count) for mix, timestep in zip(mixes, each, strict=True)]
-        return _Runs.of(mixes, kept, self.rank, next(iter(self.down.values())).device)
+        if torch.is_grad_enabled():
+            return self._select(mixes, kept)
+        asked = ([list(mix.items()) for mix in mixes], kept, self.values._version)
+        if self._last is None or self._last[0] != asked:
+            self._last = None
+            self._last = asked, self._select(mixes, kept)
+        return self._last[1]
+
+    def _select(self, mixes: Sequence[Mapping[int, float]], kept: Sequence[Sequence[int]] | None) -> _Weights:
+        """The runs' weights, in the network's type."""
+        if kept is None and mixes == [{slot: 1.0} for slot in range(self.slots)]:
+            # The whole bank in order is what training uses.
+            rows = self.values[:, None]
+        else:
+            most = max(len(mix) for mix in mixes)
+            padded = [[*mix.items(), *[(0, 0.0)] * (most - len(mix))] for mix in mixes]
+            rows = self.values[self._tensor([[slot for slot, _ in row] for row in padded])]
+            scales = [[scale for _, scale in row] for row in padded]
+            if kept is not None or any(scale != 1 for row in scales for scale in row):
+                rows = rows * self._factors(self._tensor(scales), kept)
+        return _Weights(rows.to(self._dtype), self._linear, self._convolutions)
+
+    def _factors(self, scales: Tensor, kept: Sequence[Sequence[int]] | None) -> Tensor:
+        """(runs, K, P), by what each value counts: A's by the scale (runs, K) and whether its rank acts, B's by 1."""
+        kinds = (self._linear, self._convolutions)
+        downs = torch.cat([kind.downs() for kind in kinds]).to(scales.device)
+        factors = torch.where(downs, scales[..., None], 1.0)
+        if kept is None:
+            return factors
+        padded = self._tensor([[*row, *[0] * (scales.shape[1] - len(row))] for row in kept])
+        acts = torch.cat([kind.ranks() for kind in kinds]).to(scales.device) < padded[..., None]
+        return factors * (acts | ~downs)
+
+    def _tensor(self, rows: Sequence[Sequence[float]]) -> Tensor:
+        return torch.tensor(rows, device=self.values.device)
 
     def _kept_ranks(self, slots: Iterable[int], timestep: int, count: int) -> list[int]:
         return [
             kept_rank(*self._varying[slot], timestep, count) if slot in self._varying else self.rank for slot in slots
         ]
 
-    def _adding(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if self._runs is None or self.rank == 0:
+    def _adding(self, layer: LoraLayer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if self._weights is None:
                 return output
-            down: Tensor = self.down[name]
-            up: Tensor = self.up[name]
-            if isinstance(self._runs, _Runs):
-                down, up = self._runs.select(down, up)
-            x = inputs[0]
-            if len(x) % len(down):
-                raise ValueError(f"a batch of {len(x)} does not split into {len(down)} equal runs")
-            if isinstance(layer, nn.Conv2d):
-                return _add_conv_lora(layer, output, x, down, up)
-            return _add_lora(output, x, down, up)
+            return layer.add(output, inputs[0], *self._weights.of(layer, len(inputs[0])))
 
         return add
 
@@ -204,87 +300,3 @@ def kept_rank(rank: int, least: int, timestep: int, count: int) -> int:
         count: of all timesteps, T.
     """
     return (rank - least) * (count - timestep) // count + least
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """Which slots adapt each of R runs, K the most that any run has.
-
-    Attributes:
-        slots: (R, K).
-        scales: (R, K, r or 1), by which their ranks count.
-    """
-
-    slots: Tensor
-    scales: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        mixes: Sequence[Mapping[int, float]],
-        kept_ranks: Sequence[Sequence[int]] | None,
-        rank: int,
-        device: torch.device,
-    ) -> "_Runs":
-        most = max(len(mix) for mix in mixes)
-        padded = [[*mix.items(), *[(0, 0.0)] * (most - len(mix))] for mix in mixes]
-        slots = torch.tensor([[slot for slot, _ in row] for row in padded], device=device)
-        scales = torch.tensor([[[scale] for _, scale in row] for row in padded], device=device)
-        if kept_ranks is not None:
-            kept = torch.tensor([[*row, *[0] * (most - len(row))] for row in kept_ranks], device=device)
-            scales = scales * (torch.arange(rank, device=device) < kept[..., None])
-        return cls(slots, scales)
-
-    def select(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """The runs' own (R, K r, in) and (R, out, K r) of all slots' `down` and `up`: deltas are summed by stacking."""
-        runs = len(self.slots)
-        a = down[self.slots].flatten(3) * self.scales[..., None]
-        b = up[self.slots].transpose(1, 2)
-        return a.reshape(runs, -1, *down.shape[2:]), b.reshape(runs, b.shape[1], -1)
-
-
-def _add_lora(output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """`output` (N, ..., out) + LoRA of x (N, ..., in) by `down` (G, r, in) and `up` (G, out, r), N a multiple of G."""
-    runs = down.shape[0]
-    hidden = torch.bmm(x.reshape(runs, -1, x.shape[-1]), down.to(x.dtype).transpose(1, 2))
-    flat = output.reshape(runs, -1, output.shape[-1])
-    return torch.baddbmm(flat, hidden, up.to(x.dtype).transpose(1, 2)).view_as(output)
-
-
-def _add_conv_lora(layer: nn.Conv2d, output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """As `_add_lora`, of maps (N, in, h, w) by `down` (G, r, in, kh, kw), at the layer's stride and padding."""
-    runs, rank = down.shape[:2]
-    # Side by side as channels, each run meets its own kernels.
-    side = x.unflatten(0, (runs, -1)).transpose(0, 1).flatten(1, 2)
-    hidden = F.conv2d(side, down.to(x.dtype).flatten(0, 1), stride=layer.stride, padding=layer.padding, groups=runs)
-    hidden = hidden.unflatten(1, (runs, rank)).transpose(0, 1).flatten(3)
-    delta: Tensor = up.to(x.dtype)[:, None] @ hidden
-    return output + delta.flatten(0, 1).view_as(output)
-
-
-def _as_matrix(up: Tensor) -> Tensor:
-    return up.flatten(1) if up.dim() == 4 and up.shape[2:].numel() == 1 else up
-
-
-def _target_layers(network: nn.Module, targets: Sequence[str]) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    ends = tuple(f".{target}" for target in targets)
-    for name, layer in network.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d) and name.endswith(ends):
-            yield name, layer
-
-
-def _check_fits(place: Tensor, weight: Tensor, name: str) -> None:
-    rank, *inside = place.shape
-    if list(weight.shape[1:]) != inside or weight.shape[0] > rank:
-        raise ObjdriveError(
-            f"layer {name!r}: weights of shape {tuple(weight.shape)} do not fit rank {rank} and width "
-            + "x".join(map(str, inside))
-        )
-
-
-def _fill(place: Tensor, weight: Tensor | None) -> None:
-    """Copy `weight` (r, ...) into the first r rows of `place` (rank, ...), zeros below."""
-    rank = 0 if weight is None else weight.shape[0]
-    if weight is not None:
-        place[:rank] = weight
-    place[rank:] = 0

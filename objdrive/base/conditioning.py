@@ -94,6 +94,10 @@ class Conditioning:
         ids = torch.tensor([frame.ids for frame in frames], dtype=torch.float32, device=self.time_ids.device)
         return replace(self, time_ids=ids.view_as(self.time_ids))
 
+    def framed_as(self, other: "Conditioning") -> "Conditioning":
+        """The same prompts for the pictures that those of `other` are for."""
+        return replace(self, time_ids=other.time_ids)
+
     def as_leaf(self) -> "Conditioning":
         """The same values, cut off from how they were computed, with gradients of their own."""
         return self._mapped(lambda part: part.detach().requires_grad_(True))

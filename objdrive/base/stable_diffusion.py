@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from objdrive.base.loading import load_towers, load_vae
 from objdrive.base.noise import NoiseProcess
 from objdrive.base.prompts import TokenizedPrompt, token_ids
 from objdrive.base.sizes import Size, Sizes
-from objdrive.base.towers import Tower
+from objdrive.base.towers import Tower, padded_ids
 
 
 @dataclass
@@ -68,6 +69,9 @@ class Base:
         unet = UNet2DConditionModel.from_pretrained(
             files.snapshot / "unet", torch_dtype=dtype, variant=files.variant("unet")
         )
+        if device == "cpu":
+            # On a processor, convolutions spare themselves two copies each that way.
+            unet.to(memory_format=torch.channels_last)
         return cls(
             files=files,
             fingerprint=files.fingerprint(),
@@ -179,10 +183,31 @@ class Base:
         outputs = [
             tower.encode(prompts, [one[tower.name] for one in embeddings], hidden=sized) for tower in self.towers
         ]
-        if not sized:
+        return self._condition(outputs, [prompt.absent for prompt in prompts])
+
+    def encode_tokens(self, ids: Tensor, learned: Tensor, embeddings: Mapping[str, Tensor]) -> Conditioning:
+        """Encode prompts as `encode_text` does, of shapes that depend on nothing but how many there are.
+
+        Args:
+            ids: (N, L) on the base's device, as `padded` has them.
+            learned: (N, L), which of the embeddings stands in each place; -1: none.
+            embeddings: (E, d) by text encoder.
+
+        Returns:
+            One batch axis, of N.
+        """
+        sized = self.family.sized
+        outputs = [tower.encode_tokens(ids, learned, embeddings[tower.name], hidden=sized) for tower in self.towers]
+        return self._condition(outputs, [False] * len(ids))
+
+    def padded(self, prompts: Sequence[TokenizedPrompt]) -> Tensor:
+        """(N, L) token ids of N prompts, on the CPU; -1 beyond a prompt's end."""
+        return padded_ids(prompts, self.tokenizer.model_max_length)
+
+    def _condition(self, outputs: Sequence[Any], absent: Sequence[bool]) -> Conditioning:
+        if not self.family.sized:
             return Conditioning(outputs[0].last_hidden_state)
-        native = Frame.whole(self.resolution, self.resolution)
-        return stable_diffusion_xl.condition(outputs, native, [prompt.absent for prompt in prompts])
+        return stable_diffusion_xl.condition(outputs, Frame.whole(self.resolution, self.resolution), absent)
 
     def embed_text(
         self, prompts: Sequence[TokenizedPrompt], vectors: Sequence[Tensor] = (), *, encoder: str = ""

@@ -56,7 +56,18 @@ class Tower:
             vectors: they are put in at the encoder's input; its vocabulary is not touched.
             hidden: whether the output has the states of all layers.
         """
-        return self._run(self.encoder, prompts, vectors, hidden)
+        return self._run(self.encoder, *self._tensors(prompts, vectors), hidden)
+
+    def encode_tokens(self, ids: Tensor, learned: Tensor, vectors: Tensor, *, hidden: bool = False) -> Any:
+        """The encoder's output for N prompts; see `objdrive.base.stable_diffusion.Base.encode_tokens`.
+
+        Args:
+            ids: (N, L); below 0 where a prompt is padded.
+            learned: (N, L), which of the vectors stands in each place; -1: none.
+            vectors: (E, d).
+            hidden: whether the output has the states of all layers.
+        """
+        return self._run(self.encoder, ids, learned, vectors, hidden)
 
     def embed(self, prompts: Sequence[TokenizedPrompt], vectors: Sequence[Tensor]) -> Tensor:
         """(N, D), float32: the prompts in the joint space; arguments as for `encode`.
@@ -66,31 +77,39 @@ class Tower:
         """
         if self.joint is None:
             raise ValueError(f"the text encoder {self.name!r} has no image tower at hand")
-        output = self._run(self.joint.text, prompts, vectors, False)
+        output = self._run(self.joint.text, *self._tensors(prompts, vectors), False)
         projection = self.joint.projection
         embedded: Tensor = output.text_embeds if projection is None else projection(output.pooler_output)
         return embedded.float()
 
-    def _run(self, encoder: Any, prompts: Sequence[TokenizedPrompt], vectors: Sequence[Tensor], hidden: bool) -> Any:
-        rows = [row for row, prompt in enumerate(prompts) for _ in prompt.places]
-        columns = [place for prompt in prompts for place in prompt.places]
-        if len(rows) != len(vectors):
-            raise ValueError(f"the prompts have {len(rows)} places for learned tokens, got {len(vectors)} embeddings")
+    def _tensors(self, prompts: Sequence[TokenizedPrompt], vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of `encode_tokens`."""
+        places = [(row, place) for row, prompt in enumerate(prompts) for place in prompt.places]
+        if len(places) != len(vectors):
+            raise ValueError(f"the prompts have {len(places)} places for learned tokens, got {len(vectors)} embeddings")
+        ids = padded_ids(prompts, self.tokenizer.model_max_length)
+        learned = torch.full_like(ids, -1)
+        for number, place in enumerate(places):
+            learned[place] = number
         device = self.vocabulary.device
-        ids = torch.tensor([self._padded(prompt.ids) for prompt in prompts], device=device)
-        if not rows:
-            return encoder(ids, output_hidden_states=hidden)
-        where = (torch.tensor(rows, device=device), torch.tensor(columns, device=device))
-        stacked = torch.stack(list(vectors))
+        stacked = torch.stack(list(vectors)) if vectors else self.vocabulary[:0]
+        return ids.to(device), learned.to(device), stacked
+
+    def _run(self, encoder: Any, ids: Tensor, learned: Tensor, vectors: Tensor, hidden: bool) -> Any:
+        padded = ids.masked_fill(ids < 0, self.tokenizer.pad_token_id)
+        if not len(vectors):
+            return encoder(padded, output_hidden_states=hidden)
 
         def put_in(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output.index_put(where, stacked.to(output))
+            return torch.where(learned[..., None] >= 0, vectors.to(output)[learned.clamp(min=0)], output)
 
         hook = encoder.get_input_embeddings().register_forward_hook(put_in)
         try:
-            return encoder(ids, output_hidden_states=hidden)
+            return encoder(padded, output_hidden_states=hidden)
         finally:
             hook.remove()
 
-    def _padded(self, ids: Sequence[int]) -> list[int]:
-        return [*ids, *[self.tokenizer.pad_token_id] * (self.tokenizer.model_max_length - len(ids))]
+
+def padded_ids(prompts: Sequence[TokenizedPrompt], length: int) -> Tensor:
+    """(N, length) ids of N prompts; -1 beyond a prompt's end."""
+    return torch.tensor([[*prompt.ids, *[-1] * (length - len(prompt.ids))] for prompt in prompts])

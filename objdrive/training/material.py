@@ -1,46 +1,41 @@
 """What one scene brings to its fine-tune: views, prompts, and class pictures where they are kept."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from objdrive.base.conditioning import Conditioning, Frame
-from objdrive.base.prompts import class_prompt, marked_phrase
+from objdrive.base.prompts import TokenizedPrompt, class_prompt, marked_phrase
 from objdrive.base.stable_diffusion import Base
 from objdrive.seeds import seed_of
 from objdrive.training.class_pictures import ClassPictures
 from objdrive.training.prompts import learned_prompt, worded_prompt
 from objdrive.training.recipe import Recipe
-from objdrive.training.views import Scene, View, make_views
+from objdrive.training.views import Scene, make_views
 
 
 @dataclass(frozen=True)
 class StepSamples:
-    """What one scene brings to one step: S samples, first V views, then those at which the base's prediction is kept.
+    """What one scene draws for one step: S samples, first V views, then those at which the base's prediction is kept.
 
     Attributes:
-        clean: (S, C, h, h) latents.
+        samples: S rows of the scene's `latents`.
+        prompts: S rows of its `prompts`, with which the base is asked.
         noise: (S, C, h, h), what is added to them.
         timesteps: (S,), how much of it.
-        weights: (V, 1, h, h), what each place counts in the object-specific loss.
         texts: V prompts, with `TOKEN_MARK` for each object that the view shows.
         shown: for each view the indices of those objects, in the order of their marks.
-        frames: of each view.
-        worded: V encoded prompts that say the class words in the tokens' places.
-        kept: S - V encoded prompts, of the samples after the views.
     """
 
-    clean: Tensor
+    samples: list[int]
+    prompts: list[int]
     noise: Tensor
     timesteps: Tensor
-    weights: Tensor
     texts: list[str]
     shown: list[tuple[int, ...]]
-    frames: list[Frame]
-    worded: Conditioning
-    kept: Conditioning
 
 
 @dataclass(frozen=True)
@@ -49,23 +44,29 @@ class SceneMaterial:
 
     Attributes:
         generator: on the CPU.
-        views: encoded cuts of the scene's picture.
+        shown: for each view the indices of the objects that it shows.
         phrases: for each object what ``{}`` in a training prompt becomes.
-        class_latents: for each object (class_pool, C, h, h) pictures of its class; none unless classes are kept.
-        class_prompts: for each object its encoded class prompt.
-        worded: for each view the encoded class prompt of all that it shows.
-        no_prompt: the encoded empty prompt, without a batch axis.
+        latents: (R, C, h, h), encoded cuts of the scene's picture, then the pictures of each object's class; none of
+            those unless classes are kept.
+        frames: of each row of `latents`, how its picture came about.
+        weights: (views, 1, h, h), what each place counts in the object-specific loss.
+        prompts: encoded prompts: for each view the class words of all that it shows, then the empty prompt, then for
+            each object its class prompt.
+        class_rows: for each object the rows of its class pictures.
         odds: (T,), how often each timestep is trained on.
+        tokens: what prompts have been tokenized so far.
     """
 
     generator: torch.Generator
-    views: list[View]
+    shown: list[tuple[int, ...]]
     phrases: list[str]
-    class_latents: list[Tensor]
-    class_prompts: Conditioning
-    worded: Conditioning
-    no_prompt: Conditioning
+    latents: Tensor
+    frames: list[Frame]
+    weights: Tensor
+    prompts: Conditioning
+    class_rows: list[range]
     odds: Tensor
+    tokens: dict[str, TokenizedPrompt] = field(default_factory=dict)
 
     @classmethod
     def prepare(cls, base: Base, scene: Scene, recipe: Recipe, class_pictures: ClassPictures) -> "SceneMaterial":
@@ -73,62 +74,66 @@ class SceneMaterial:
         generator = torch.Generator().manual_seed(seed_of(f"{recipe.seed}:{scene.key}"))
         names = [o.class_name for o in scene.objects]
         views = make_views(base, scene, recipe)
-        words = [worded_prompt([names[i] for i in view.shown]) for view in views]
+        texts = [worded_prompt([names[i] for i in view.shown]) for view in views]
+        # Views at other places show the same.
+        distinct = list(dict.fromkeys([*texts, "", *map(class_prompt, names)]))
         with torch.no_grad():
-            class_prompts = base.encode_text([base.tokenize(class_prompt(name)) for name in names])
-            worded = base.encode_text([base.tokenize(text) for text in words])
-            no_prompt = base.encode_text([base.tokenize("", negative=True)])
+            encoded = base.encode_text([base.tokenize(text, negative=not text) for text in distinct])
+        rows = [distinct.index(text) for text in [*texts, "", *map(class_prompt, names)]]
+        pictures = [class_pictures[name] for name in names] if recipe.keeps_classes else []
+        ends = list(accumulate(map(len, pictures), initial=len(views)))
+        native = Frame.whole(base.resolution, base.resolution)
         return cls(
             generator=generator,
-            views=views,
+            shown=[view.shown for view in views],
             phrases=[marked_phrase(recipe.phrase, name) for name in names],
-            class_latents=[class_pictures[name] for name in names] if recipe.keeps_classes else [],
-            class_prompts=class_prompts,
-            worded=worded,
-            no_prompt=no_prompt[0],
+            latents=torch.cat([torch.stack([view.latents for view in views]), *pictures]),
+            frames=[*[view.frame for view in views], *[native] * (ends[-1] - len(views))],
+            weights=torch.stack([view.weights for view in views]),
+            prompts=encoded[torch.tensor(rows, device=base.device)],
+            class_rows=[range(*pair) for pair in pairwise(ends)],
             odds=base.noise.timestep_odds(recipe.timesteps, most_noise=recipe.layout_noise or math.inf),
         )
 
     def next_samples(self, recipe: Recipe) -> StepSamples:
         """The next step's samples; they use the scene's own generator only."""
-        chosen = [self._view(recipe) for _ in range(recipe.views)]
-        views = [self.views[index] for index in chosen]
-        frames = [view.frame for view in views]
+        views = [self._view(recipe) for _ in range(recipe.views)]
         template = recipe.prompts[self._below(len(recipe.prompts))]
         kept = [self._kept(recipe) for _ in range(recipe.class_samples if recipe.ccr_weight else 0)]
-        clean = torch.stack([view.latents for view in views] + [latents for latents, _ in kept])
+        samples = views + [row for row, _ in kept]
+        shown = [self.shown[view] for view in views]
         return StepSamples(
-            clean=clean,
-            noise=torch.randn(clean.shape, generator=self.generator),
-            timesteps=torch.multinomial(self.odds, len(clean), replacement=True, generator=self.generator),
-            weights=torch.stack([view.weights for view in views]),
-            texts=[self._text(template, view) for view in views],
-            shown=[view.shown for view in views],
-            frames=frames,
-            worded=self.worded[chosen].framed(frames),
-            kept=Conditioning.stack([prompt for _, prompt in kept]) if kept else self.class_prompts[:0],
+            samples=samples,
+            prompts=views + [prompt for _, prompt in kept],
+            noise=torch.randn(len(samples), *self.latents.shape[1:], generator=self.generator),
+            timesteps=torch.multinomial(self.odds, len(samples), replacement=True, generator=self.generator),
+            texts=[learned_prompt(template, [self.phrases[i] for i in objects]) for objects in shown],
+            shown=shown,
         )
 
+    def tokenized(self, base: Base, text: str) -> TokenizedPrompt:
+        """A tokenized prompt; it is tokenized once."""
+        if text not in self.tokens:
+            self.tokens[text] = base.tokenize(text)
+        return self.tokens[text]
+
     def _view(self, recipe: Recipe) -> int:
-        close = [index for index, view in enumerate(self.views) if len(view.shown) < len(self.phrases)]
+        close = [index for index, shown in enumerate(self.shown) if len(shown) < len(self.phrases)]
         zoomed = bool(close) and self._chance() < recipe.zoom
-        among = close if zoomed else [index for index in range(len(self.views)) if index not in close]
+        among = close if zoomed else [index for index in range(len(self.shown)) if index not in close]
         return among[self._below(len(among))]
 
-    def _kept(self, recipe: Recipe) -> tuple[Tensor, Conditioning]:
-        """Latents and prompt of a sample at which the base's prediction is kept."""
+    def _kept(self, recipe: Recipe) -> tuple[int, int]:
+        """Latents' and prompt's row of a sample at which the base's prediction is kept."""
+        no_prompt = len(self.shown)
         if self._chance() < recipe.ccr_unconditional:
-            view = self.views[self._view(recipe)]
-            return view.latents, self.no_prompt.framed([view.frame])
-        member = self._below(len(self.class_prompts))
-        pictures = self.class_latents[member]
-        return pictures[self._below(len(pictures))], self.class_prompts[member]
+            return self._view(recipe), no_prompt
+        member = self._below(len(self.phrases))
+        pictures = self.class_rows[member]
+        return pictures[self._below(len(pictures))], no_prompt + 1 + member
 
     def _below(self, count: int) -> int:
         return int(torch.randint(count, (), generator=self.generator))
 
     def _chance(self) -> float:
         return float(torch.rand((), generator=self.generator))
-
-    def _text(self, template: str, view: View) -> str:
-        return learned_prompt(template, [self.phrases[i] for i in view.shown])

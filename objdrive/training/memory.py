@@ -60,7 +60,7 @@ def bytes_per_scene(config: Mapping[str, Any], family: Family, recipe: Recipe, d
         with AdapterBank(unet, family.lora_targets, slots=1, rank=recipe.rank) as bank, bank.active([0]), kept:
             unet(latents, torch.zeros(samples, dtype=torch.long), states, added_cond_kwargs=told)
         # Weights in float32, their gradients, and two moments of AdamW.
-        lora = 4 * sum(weight.nbytes for weight in bank.parameters())
+        lora = 4 * bank.values.nbytes
     return kept.nbytes * dtype.itemsize // torch.float32.itemsize + lora
 
 

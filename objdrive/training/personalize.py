@@ -1,6 +1,5 @@
 """personalize: one photo, masks and class words in; LoRA weights and token embeddings out (arXiv 2401.15708)."""
 
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +17,9 @@ from objdrive.base.stable_diffusion import Base
 from objdrive.training.checkpointing import checkpointed
 from objdrive.training.class_pictures import ClassPictures
 from objdrive.training.embeddings import starting_embeddings
+from objdrive.training.inputs import GroupMaterial
+from objdrive.training.loop import Course, train
 from objdrive.training.material import SceneMaterial
-from objdrive.training.objective import group_losses
 from objdrive.training.recipe import Recipe
 from objdrive.training.views import Scene, with_mended_masks
 
@@ -89,8 +89,9 @@ def personalize(
     with AdapterBank(base.unet, base.family.lora_targets, slots=len(scenes), rank=recipe.rank) as bank:
         for slot, material in enumerate(materials):
             bank.initialise(slot, material.generator, least_rank=recipe.least_rank)
+        group = GroupMaterial(base, materials, max(len(scene.objects) for scene in scenes), recipe)
         with checkpointed(base, bank):
-            course = _train(base, bank, embeddings, materials, recipe, on_step)
+            course = train(base, bank, embeddings, group, recipe, on_step)
         seconds = (time.perf_counter() - started) / len(scenes)
         return [
             _result(bank, slot, scene, embeddings, prototypes[slot], course, recipe, seconds)
@@ -109,90 +110,13 @@ def _mended(base: Base, scenes: Sequence[Scene], on_step: Callable[[], None]) ->
     return mended
 
 
-@dataclass
-class _Course:
-    """How the training went, scene by scene: sums over steps, and the step at which a scene diverged (-1: none)."""
-
-    object_losses: Tensor
-    class_losses: Tensor
-    diverged_at: Tensor
-
-
-def _train(
-    base: Base,
-    bank: AdapterBank,
-    embeddings: Mapping[str, nn.Parameter],
-    materials: Sequence[SceneMaterial],
-    recipe: Recipe,
-    on_step: Callable[[], None],
-) -> _Course:
-    for stack in embeddings.values():
-        stack.requires_grad_(recipe.embedding_lr > 0)
-    trained = [(list(embeddings.values()), recipe.embedding_lr)] if recipe.embedding_lr > 0 else []
-    trained += [(bank.parameters(), recipe.lora_lr)] if recipe.rank > 0 else []
-    values = [value for stacks, _ in trained for value in stacks]
-    groups = [{"params": stacks, "lr": lr} for stacks, lr in trained]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
-    count = len(materials)
-    sums = torch.zeros(2, count, device=base.device)
-    diverged_at = torch.full((count,), -1, device=base.device)
-    for step in range(recipe.steps):
-        group = [material.next_samples(recipe) for material in materials]
-        object_losses, class_losses = group_losses(base, bank, embeddings, group, recipe)
-        losses = object_losses + recipe.ccr_weight * class_losses
-        optimizer.zero_grad()
-        losses.sum().backward()
-        norms = clip_each_(values, recipe.max_grad_norm)
-        broken = ~(losses.isfinite() & norms.isfinite())
-        diverged_at = torch.where(broken & (diverged_at < 0), step, diverged_at)
-        for gradient in (value.grad for value in values if value.grad is not None):
-            gradient.masked_fill_(_per_slot(diverged_at >= 0, gradient), 0)
-        optimizer.step()
-        schedule.step()
-        sums += torch.stack([object_losses, class_losses]).detach()
-        on_step()
-    return _Course(sums[0], sums[1], diverged_at)
-
-
-def learning_rate_factor(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine down to a tenth at the last step."""
-    if step < recipe.warmup_steps:
-        return (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
-
-
-def clip_each_(values: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Clip the gradients of each slot by that slot's own norm, in place.
-
-    Args:
-        values: stacks (K, ...) with gradients; a slot's norm runs over all of them.
-        max_norm: largest norm that a slot keeps.
-
-    Returns:
-        (K,) norms before clipping.
-    """
-    squares = [value.grad.square().flatten(1).sum(dim=1) for value in values if value.grad is not None]
-    norms = torch.stack(squares).sum(dim=0).sqrt()
-    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    for value in values:
-        if value.grad is not None:
-            value.grad.mul_(_per_slot(factors, value))
-    return norms
-
-
-def _per_slot(vector: Tensor, like: Tensor) -> Tensor:
-    return vector.view(-1, *[1] * (like.dim() - 1))
-
-
 def _result(
     bank: AdapterBank,
     slot: int,
     scene: Scene,
     embeddings: Mapping[str, Tensor],
     prototypes: Mapping[str, Tensor],
-    course: _Course,
+    course: Course,
     recipe: Recipe,
     seconds: float,
 ) -> FineTuned | Diverged:

@@ -146,7 +146,7 @@ def _placed_views(base: Base, scene: Scene, shown: tuple[int, ...], recipe: Reci
 
 
 def _mirrored(view: _Cut) -> _Cut:
-    return _Cut(view.shown, view.picture[:, ::-1], view.weights.flip(-1))
+    return replace(view, picture=view.picture[:, ::-1], weights=view.weights.flip(-1))
 
 
 def _cut_views(

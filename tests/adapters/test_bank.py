@@ -172,9 +172,9 @@ class TestForward:
                 bank.load(slot, random_lora(WIDTHS, 2, slot))
             with bank.active([0, 1, 2]):
                 network(torch.ones(6, 5))[2:4].sum().backward()
-        for stack in bank.parameters():
-            assert stack.grad[1].abs().sum() > 0
-            assert not stack.grad[[0, 2]].any()
+        gradient = bank.values.grad
+        assert gradient[1].count_nonzero() > 0.9 * gradient[1].numel()
+        assert not gradient[[0, 2]].any()
 
 
 class TestPlain:

@@ -117,6 +117,7 @@ def test_a_lease_is_committed_object_by_object(workshop):
         assert outcome.metrics["steps"] == 2
         assert [preview.caption for preview in metadata.previews] == ["input"]
     assert not torch.equal(workshop.adapter(first).embeddings["clip_l"], workshop.adapter(second).embeddings["clip_l"])
+    assert {tensor.dtype for tensor in workshop.adapter(first).lora.values()} == {torch.float16}
     assert alive > 2 * len(outcomes)
 
 

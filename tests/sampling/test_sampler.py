@@ -51,6 +51,20 @@ def bank(tiny64, adapters):
         yield bank
 
 
+def test_half_precision_draws_the_same_pictures(tiny64, bank, adapters):
+    halved = adapters[1].in_half_precision()
+    assert {tensor.dtype for tensor in halved.lora.values()} == {torch.float16}
+    phrases = {"phrases": [TOKEN_MARK], "steps": 8}
+    whole = SampleSpec("{} on grass", 5, embeddings=[adapters[1].embeddings], slots={1: 1.0}, **phrases)
+    half = replace(whole, embeddings=[halved.embeddings], slots={0: 1.0})
+    with AdapterBank(tiny64.unet, tiny64.family.lora_targets, slots=1, rank=RANK) as other:
+        other.load(0, halved.lora)
+        pictures = [tiny64.decode_latents(draw(tiny64, [half], other))]
+    pictures += [tiny64.decode_latents(draw(tiny64, [spec], bank)) for spec in (whole, replace(whole, slots={}))]
+    assert difference(pictures[0], pictures[1]) < 1e-2
+    assert difference(pictures[1], pictures[2]) > 0.1
+
+
 def draw(base, requests, bank=None):
     return draw_latents(base, requests, bank=bank)
 

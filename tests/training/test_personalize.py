@@ -11,8 +11,9 @@ from objdrive.base.prompts import TOKEN_MARK, marked_phrase
 from objdrive.base.stable_diffusion import Base
 from objdrive.catalog.geometry import cut, whole_window
 from objdrive.training.class_pictures import ClassPictures
+from objdrive.training.loop import clip_each_, learning_rate_factor
 from objdrive.training.losses import latent_mask, object_loss
-from objdrive.training.personalize import Diverged, FineTuned, clip_each_, learning_rate_factor, personalize
+from objdrive.training.personalize import Diverged, FineTuned, personalize
 from objdrive.training.recipe import PRESETS, Recipe, make_recipe
 from objdrive.training.views import main_picture, make_views, to_pixels
 
