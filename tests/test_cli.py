@@ -246,7 +246,8 @@ def test_generate_writes_pictures_and_says_where(generate, ids, tmp_path):
 
 def test_generate_draws_other_sizes(generate, ids, tmp_path):
     assert generate("--size", "40x96", "--out", tmp_path / "tall")[0] == 0
-    assert Image.open(tmp_path / "tall" / f"{ids[0]}-0.png").size == (40, 96)
+    with Image.open(tmp_path / "tall" / f"{ids[0]}-0.png") as picture:
+        assert picture.size == (40, 96)
 
 
 def test_a_seed_draws_the_same_picture_again_alone_or_with_others(generate, ids, tmp_path):
