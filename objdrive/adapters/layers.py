@@ -135,7 +135,8 @@ def _add_to_maps(layer: nn.Conv2d, output: Tensor, x: Tensor, down: Tensor, up: 
         added: Tensor = torch.baddbmm(flat.mT, hidden.mT, up).mT
     else:
         added = torch.baddbmm(flat, up.mT, hidden)
-    return added.unflatten(2, output.shape[2:])
+    shaped: Tensor = added.unflatten(2, output.shape[2:])
+    return shaped
 
 
 def _as_matrix(up: Tensor) -> Tensor:

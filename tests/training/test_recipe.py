@@ -153,6 +153,7 @@ class TestDigest:
             "placements": 2,
             "least_placed_fill": 0.125,
             "most_placed_fill": 0.9,
+            "mirrored": False,
             "layout_noise": 2.0,
             "zoom": 0.125,
             "masked": False,

@@ -11,6 +11,7 @@ from objdrive.base.stable_diffusion import Base
 from objdrive.catalog.geometry import Window
 from objdrive.training.checkpointing import checkpointed
 from objdrive.training.embeddings import starting_embeddings
+from objdrive.training.inputs import GroupMaterial
 from objdrive.training.material import SceneMaterial
 from objdrive.training.objective import group_losses
 from objdrive.training.personalize import personalize
@@ -73,16 +74,16 @@ def gradients(base, checkpointing):
         name: torch.nn.Parameter(vectors[None])
         for name, vectors in starting_embeddings(base, [scene("one")], RECIPE)[0].items()
     }
-    samples = material.next_samples(RECIPE)
+    inputs = next(GroupMaterial(base, [material], 1, RECIPE).steps())
     with AdapterBank(base.unet, base.family.lora_targets, slots=1, rank=2) as bank:
         bank.initialise(0, torch.Generator().manual_seed(1))
         if checkpointing:
             with checkpointed(base, bank):
-                losses = group_losses(base, bank, embeddings, [samples], RECIPE)
+                losses = group_losses(base, bank, embeddings, inputs, RECIPE)
                 sum(losses).sum().backward()
         else:
-            sum(group_losses(base, bank, embeddings, [samples], RECIPE)).sum().backward()
-        return [value.grad.clone() for value in (*embeddings.values(), *bank.up.values())]
+            sum(group_losses(base, bank, embeddings, inputs, RECIPE)).sum().backward()
+        return [value.grad.clone() for value in (*embeddings.values(), bank.values)]
 
 
 def test_activations_that_are_computed_anew_are_adapted_as_they_were(xl):
@@ -112,7 +113,7 @@ class TestFrames:
         assert view.frame.original == (96, 128)
         assert min(view.frame.corner) > 0
         material = SceneMaterial.prepare(xl, scene("one"), photo, None)
-        samples = material.next_samples(photo)
-        assert samples.worded.time_ids.tolist() == [list(view.frame.ids)] * photo.views
-        assert samples.kept.time_ids.tolist() == [list(view.frame.ids)]
-        assert not samples.kept.states.any()
+        asked = next(GroupMaterial(xl, [material], 1, photo).steps()).asked
+        assert asked.time_ids.tolist() == [[list(view.frame.ids)] * (photo.views + photo.class_samples)]
+        assert asked.states[0, : photo.views].any()
+        assert not asked.states[0, photo.views :].any()
