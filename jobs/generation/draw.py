@@ -1,0 +1,148 @@
+"""Ray Data's worker that draws planned pictures and writes each to its address."""
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from jobs.drawing import Drawer, Pool
+from jobs.generation.settings import Format, GenerationSettings
+from objdrive.adapters.artifact import ArtifactKey
+from objdrive.adapters.storage import open_files
+from objdrive.errors import ObjdriveError
+from objdrive.pictures import encode_picture
+from objdrive.sampling.requests import DrawRequest, Picture
+
+_PLANNED: list[tuple[str, pa.DataType]] = [
+    ("id", pa.int64()),
+    ("object_id", pa.string()),
+    ("digest", pa.string()),
+    ("class_name", pa.string()),
+    ("prompt_id", pa.string()),
+    ("prompt", pa.string()),
+    ("seed", pa.int64()),
+    ("steps", pa.int64()),
+    ("guidance_scale", pa.float64()),
+    ("key", pa.string()),
+    ("path", pa.string()),
+]
+_OUTCOME: list[tuple[str, pa.DataType]] = [
+    ("status", pa.string()),
+    ("sha256", pa.string()),
+    ("size", pa.int64()),
+    ("width", pa.int64()),
+    ("height", pa.int64()),
+    ("code", pa.string()),
+    ("message", pa.string()),
+]
+PLANNED = pa.schema(_PLANNED)
+"""See `jobs.generation.settings.PlannedPicture`; `id` is the plan's own."""
+OUTCOME = pa.schema(_PLANNED + _OUTCOME)
+"""`status` is ``drawn``, ``found`` or ``failed``; a failed one has a `code` and a `message`."""
+
+_ATTEMPTS = 4
+_LOOKS = 16
+_QUALITY: dict[Format, dict[str, int]] = {"webp": {"quality": 90}, "png": {}, "jpeg": {"quality": 92}}
+Row = dict[str, Any]
+
+
+class DrawBlock:
+    """Draws a block of rows of `PLANNED`, and yields it as `OUTCOME`.
+
+    A picture that is at its address already was drawn by a run that ended before it could say so: it stays.
+    """
+
+    def __init__(self, settings: GenerationSettings, pool: Pool) -> None:
+        """Load the base.
+
+        Raises:
+            ObjdriveError: the base here is another one.
+        """
+        self._drawer = Drawer(settings.base, pool)
+        self._settings = settings
+        self._files = open_files(settings.out, _ATTEMPTS)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Have every picture of the block at its address, or the reason why not."""
+        rows = block.to_pylist()
+        with ThreadPoolExecutor(_LOOKS) as threads:
+            looked = list(threads.map(self._look, rows))
+        left = [row for row, found in zip(rows, looked, strict=True) if found is None]
+        outcomes = [found for found in looked if found is not None]
+        outcomes += self._draw(left)
+        return pa.Table.from_pylist(outcomes, OUTCOME)
+
+    def _draw(self, rows: Sequence[Row]) -> Iterator[Row]:
+        pictures = self._drawer.draw(self._settings.store, [self._request(row) for row in rows])
+        for row, picture in zip(rows, pictures, strict=True):
+            try:
+                if not isinstance(picture, Picture):
+                    raise picture
+                data = self._encode(picture.image)
+                self._files.replace(row["path"], data)
+            except ObjdriveError as error:
+                yield _failed(row, error)
+            else:
+                yield _there(row, "drawn", data, picture.image.size)
+
+    def _request(self, row: Row) -> DrawRequest:
+        return DrawRequest(
+            row["prompt"],
+            row["seed"],
+            (ArtifactKey(row["object_id"], row["digest"]),),
+            steps=row["steps"],
+            guidance_scale=row["guidance_scale"],
+            negative_prompt=self._settings.negative_prompt,
+        )
+
+    def _encode(self, picture: Image.Image) -> bytes:
+        return encode_picture(picture, self._settings.format, **_QUALITY[self._settings.format])
+
+    def _look(self, row: Row) -> Row | None:
+        try:
+            data = self._files.read(row["path"])
+        except ObjdriveError as error:
+            return _failed(row, error)
+        size = None if data is None else _size(data)
+        return None if data is None or size is None else _there(row, "found", data, size)
+
+
+def _there(row: Row, status: str, data: bytes, size: tuple[int, int]) -> Row:
+    return row | {
+        "status": status,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "size": len(data),
+        "width": size[0],
+        "height": size[1],
+    }
+
+
+def _failed(row: Row, error: ObjdriveError) -> Row:
+    return row | {"status": "failed", "code": error.code, "message": str(error)}
+
+
+def _size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a picture that decodes to its end; None if it does not: not all storage writes it whole."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            return picture.size
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def blocks(rows: Iterable[Row], least: int) -> Iterator[pa.Table]:
+    """Cut rows into blocks of at least so many that end with an object; one with very many rows has several."""
+    block: list[Row] = []
+    for row in rows:
+        new_object = bool(block) and row["object_id"] != block[-1]["object_id"]
+        if len(block) >= 4 * least or (new_object and len(block) >= least):
+            yield pa.Table.from_pylist(block, PLANNED)
+            block = []
+        block.append(row)
+    if block:
+        yield pa.Table.from_pylist(block, PLANNED)
