@@ -75,7 +75,7 @@ def _write_pages(files: Files, run_id: str, plan: Plan, order: Order, most: int)
             "previous": written[-1][0] if written else "",
             "next": _file_name(order, number + 1) if following else "",
         }
-        title = f"by {order}, page {number}"
+        title = f"Pictures by {order}, page {number}"
         files.replace(run_file(run_id, name), render_sheet(SheetPage(title, links, groups)).encode())
         written.append((name, groups[0].name, groups[-1].name))
         page = following
