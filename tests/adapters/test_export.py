@@ -69,17 +69,33 @@ def comfyui_key_map():
     return {f"lora_unet_{name.replace('.', '_')}": place for name, place in places.items()}
 
 
-def lora_of(unet, rank=4):
-    """Zeros in every layer that gets LoRA; which these are is the bank's word."""
-    with AdapterBank(unet, STABLE_DIFFUSION.lora_targets, slots=1, rank=rank) as bank:
-        return bank.export(0)
-
-
-def test_comfyui_finds_a_layer_for_every_key_of_an_adapter_for_sd15():
+@pytest.fixture(scope="module")
+def sd15_unet():
+    """SD 1.5's network without weights."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD15)
-        layers = dict(unet.named_modules())
-        lora = lora_of(unet)
+        return UNet2DConditionModel(**SD15)
+
+
+def lora_of(unet, rank=4):
+    """Zeros in every layer that gets LoRA."""
+    lora = {}
+    for name, layer in unet.named_modules():
+        if not name.endswith(tuple(f".{target}" for target in STABLE_DIFFUSION.lora_targets)):
+            continue
+        outside, inside, *kernel = layer.weight.shape
+        lora[f"{name}.lora_A.weight"] = torch.zeros(rank, inside, *kernel)
+        lora[f"{name}.lora_B.weight"] = torch.zeros(outside, rank, *[1] * len(kernel))
+    return lora
+
+
+def test_lora_is_where_the_bank_puts_it(tiny64):
+    with AdapterBank(tiny64.unet, STABLE_DIFFUSION.lora_targets, slots=1, rank=4) as bank:
+        shapes = {key: tensor.shape for key, tensor in bank.export(0).items()}
+    assert {key: tensor.shape for key, tensor in lora_of(tiny64.unet).items()} == shapes
+
+
+def test_comfyui_finds_a_layer_for_every_key_of_an_adapter_for_sd15(sd15_unet):
+    layers, lora = dict(sd15_unet.named_modules()), lora_of(sd15_unet)
     tensors = kohya_tensors(lora)
     names = {key.partition(".")[0] for key in tensors}
     assert {key.partition(".")[2] for key in tensors} == {"lora_down.weight", "lora_up.weight", "alpha"}
@@ -97,9 +113,8 @@ def test_comfyui_finds_a_layer_for_every_key_of_an_adapter_for_sd15():
         assert tensors[f"{name}.alpha"].shape == ()
 
 
-def test_a_layer_that_differs_in_width_has_a_shortcut_of_its_own():
-    with torch.device("meta"):
-        tensors = kohya_tensors(lora_of(UNet2DConditionModel(**SD15)))
+def test_a_layer_that_differs_in_width_has_a_shortcut_of_its_own(sd15_unet):
+    tensors = kohya_tensors(lora_of(sd15_unet))
     assert "lora_unet_up_blocks_0_resnets_0_conv_shortcut.lora_down.weight" in tensors
     assert tensors["lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight"].shape == (4, 320, 3, 3)
     assert tensors["lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight"].shape == (320, 4, 1, 1)

@@ -98,6 +98,15 @@ def assert_picture(path: Path) -> None:
         assert picture.size == (64, 64)
 
 
+def test_the_first_pictures(cluster: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    output = run_shell(block("README.md", "python jobs/batch_generate.py").text, folder)
+    assert "36 drawn" in output
+    pictures = list((folder / "demo-pictures" / "pictures").glob("*/*.webp"))
+    assert len(pictures) == 36
+    assert_picture(pictures[0])
+
+
 def test_the_first_server(address: str, folder: Path) -> None:
     run_shell(block("README.md", "curl -s").text.replace(ADDRESS, address), folder)
     run_python(block("README.md", "import base64").text.replace(ADDRESS, address), folder)

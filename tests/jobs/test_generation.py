@@ -113,8 +113,8 @@ class TestSelection:
         path.write_text("object_id,image,mask,class_name\npot,a.png,,teapot\n,b.png,,mug\ngone,c.png,,mug\n")
         (pot, artifact), (_, nameless), (gone, why) = select(filled, tiny64.fingerprint, str(path))
         assert (pot, artifact.class_name, gone) == ("pot", "teapot", "gone")
-        assert (nameless.code, why.code) == ("object_id_invalid", "unknown_object")
-        assert "row 2" in str(nameless)
+        assert (nameless.code, why.code) == ("id_invalid", "unknown_object")
+        assert str(nameless).startswith("some.csv:3: ")
 
     def test_an_artifact_of_another_base(self, filled):
         ((_, why),) = select(filled, "0" * 32, "pot")
@@ -122,13 +122,13 @@ class TestSelection:
 
     @pytest.mark.parametrize("named", ["mug 1", "mug,,pot", "../pot,x"])
     def test_what_is_neither_ids_nor_a_manifest(self, named, filled, tiny64):
-        with pytest.raises(ObjdriveError, match="neither an object id nor a manifest|can't be|no file"):
+        with pytest.raises(ObjdriveError, match=r"neither an object id nor a manifest|no manifest"):
             select(filled, tiny64.fingerprint, named)
 
 
 @pytest.fixture
 def plan(filled, tiny64, tmp_path):
-    """Call it: a plan of the store's objects with two prompts and two seeds; settings and what is known may be given."""
+    """Call it: a plan of the store's objects, by default with two prompts and two seeds."""
     opened = []
 
     def plan(*, known=(), prompts=(GRASS, TEAPOTS), seeds=(7, 8), out=tmp_path / "out"):
@@ -235,11 +235,12 @@ class TestIndex:
             list(indexed_keys(files))
 
 
-class TestWorker:
-    @pytest.fixture(scope="class")
-    def drawer(self, tiny64):
-        return Drawer(PlannedBase("tiny64", None, tiny64.fingerprint), Pool(1, 0.0))
+@pytest.fixture(scope="module")
+def drawer(tiny64):
+    return Drawer(PlannedBase("tiny64", None, tiny64.fingerprint), Pool(1, 0.0))
 
+
+class TestWorker:
     @pytest.fixture
     def work(self, drawer, monkeypatch):
         """Call it with a plan: all its rows as a worker leaves them."""
