@@ -134,7 +134,8 @@ class Edit:
             return share[within]
         inwards = cv2.distanceTransform((share > 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
         width = max(1.0, min(_SEAM * (self.window[2] - self.window[0]), _MOST_OF_PLACE * float(inwards.max())))
-        return np.minimum(share, inwards / np.float32(width + 1))[within]
+        weight: NDArray[np.float32] = np.minimum(share, inwards / np.float32(width + 1))
+        return weight[within]
 
 
 def _start(middle: float, side: int, extent: int) -> int:

@@ -158,4 +158,5 @@ def read_photo(artifact: ArtifactMetadata) -> Photo:
 def _softened(kept: NDArray[np.float32]) -> NDArray[np.float32]:
     blurred = cv2.GaussianBlur(kept, (0, 0), _SOFTNESS, borderType=cv2.BORDER_REPLICATE)
     # In whole steps of a byte: inside, it is 1 and nothing less.
-    return np.minimum(kept, np.rint(255 * blurred).astype(np.float32) / np.float32(255))
+    softened: NDArray[np.float32] = np.minimum(kept, np.rint(255 * blurred).astype(np.float32) / np.float32(255))
+    return softened
