@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from serve.errors import add_error_handlers
 from serve.guard import Guard
 from serve.metrics import PrometheusMeter
-from serve.routes import catalog, images, models, operations, page
+from serve.routes import catalog, edits, images, models, operations, page
 from serve.services import Services
 
 
@@ -25,7 +25,7 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     add_error_handlers(app)
-    for routes in (images, models, catalog, operations, page):
+    for routes in (images, edits, models, catalog, operations, page):
         app.include_router(routes.router)
     if isinstance(services.meter, PrometheusMeter):
         app.include_router(operations.metrics_router(services.meter))

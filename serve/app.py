@@ -42,6 +42,7 @@ class Api:
                 signer=Signer(self._secret),
                 meter=RayMeter(),
                 public_url=settings.public_url,
+                model_aliases=settings.model_aliases,
                 draw_seconds=settings.draw_seconds,
             )
         )

@@ -1,25 +1,28 @@
 """Turns a generation request into draw requests, one for each picture."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from objdrive.adapters.artifact import ArtifactKey, ArtifactMetadata
 from objdrive.sampling.requests import DrawRequest
-from serve.drawing import BaseInfo
+from serve.drawing import BASE_MODEL_ID, BaseInfo
 from serve.errors import ApiError
-from serve.schema import MAX_OBJECTS, GenerationRequest
+from serve.schema import MAX_OBJECTS, DrawingFields
 
 _RANDOM_SEED_BITS = 32
 
 
-def object_ids(model: str | None) -> list[str]:
+def object_ids(model: str | None, aliases: Mapping[str, str]) -> list[str]:
     """The objects that a request's `model` names: one, several as ``a+b``, or none (None).
+
+    `aliases` are other names for a model; one that stands for `BASE_MODEL_ID` names no object.
 
     Raises:
         ApiError: 400, there are too many, or one is named twice.
     """
-    ids = model.split("+") if model else []
+    named = aliases.get(model, model) if model else None
+    ids = [] if named is None or (named == BASE_MODEL_ID and model in aliases) else named.split("+")
     if len(ids) > MAX_OBJECTS:
         raise ApiError(
             "invalid_request", f"model: names {len(ids)} objects, at most {MAX_OBJECTS} are allowed", param="model"
@@ -46,7 +49,7 @@ def defaults(artifacts: Sequence[ArtifactMetadata]) -> Defaults:
     )
 
 
-def draw_requests(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata], base: BaseInfo) -> list[DrawRequest]:
+def draw_requests(asked: DrawingFields, artifacts: Sequence[ArtifactMetadata], base: BaseInfo) -> list[DrawRequest]:
     """One request for each picture asked for, with seeds that count up.
 
     Args:
@@ -75,7 +78,8 @@ def draw_requests(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata
             objects=tuple(ArtifactKey(artifact.object_id, artifact.digest) for artifact in artifacts),
             steps=steps,
             guidance_scale=usual.guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
-            adapter_scale=asked.adapter_scale,
+            # Around the object's own pixels the base draws alone, by the class word.
+            adapter_scale=0.0 if asked.exact else asked.adapter_scale,
             negative_prompt=asked.negative_prompt,
             scheduler=asked.scheduler,
             # A picture has no more of them than steps.
@@ -85,11 +89,9 @@ def draw_requests(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata
     ]
 
 
-def _check(asked: GenerationRequest, base: BaseInfo) -> None:
+def _check(asked: DrawingFields, base: BaseInfo) -> None:
     size = f"{base.resolution}x{base.resolution}"
     if asked.size not in (None, "auto", size):
         raise ApiError("invalid_request", f"size: the base {base.id!r} draws {size}, not {asked.size}", param="size")
     if asked.stream and (asked.n or 1) > 1:
         raise ApiError("invalid_request", "n: a stream carries one picture only", param="n")
-    if asked.stream and asked.response_format == "url":
-        raise ApiError("invalid_request", "response_format: a stream carries b64_json only", param="response_format")

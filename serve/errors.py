@@ -19,6 +19,7 @@ OUTCOME = "objdrive.outcome"
 """Where the scope of a request notes the code of its error."""
 STATUS = {
     "invalid_request": 400,
+    "invalid_image": 400,
     "invalid_api_key": 401,
     "forbidden_object": 403,
     "invalid_signature": 403,
@@ -30,6 +31,7 @@ STATUS = {
     "wrong_base": 409,
     "corrupt_artifact": 409,
     "adapter_too_large": 409,
+    "photo_unreadable": 409,
     "body_too_large": 413,
     "invalid_prompt": 422,
     "queue_full": 429,
@@ -48,6 +50,7 @@ _PARAMS = {
     "wrong_base": "model",
     "corrupt_artifact": "model",
     "adapter_too_large": "model",
+    "photo_unreadable": "model",
     "invalid_prompt": "prompt",
 }
 _PUBLIC_MESSAGES = {

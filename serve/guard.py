@@ -7,10 +7,12 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.edit_form import MAX_FORM_BYTES
 from serve.errors import OUTCOME, ApiError, api_error, error_response
 from serve.metrics import Meter
 
 MAX_BODY_BYTES = 64 * 1024
+_LARGER_BODIES = {"/v1/images/edits": MAX_FORM_BYTES}
 _ALWAYS_ANSWERED = ("/healthz", "/metrics")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -72,8 +74,8 @@ class Guard:
         if self._drain.begun and scope["path"] not in _ALWAYS_ANSWERED:
             return ApiError("draining", "this server is shutting down: try again")
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > MAX_BODY_BYTES:
-            return _too_large()
+        if length.isdigit() and int(length) > _most(scope):
+            return _too_large(_most(scope))
         return None
 
     def _count(self, scope: MutableMapping[str, Any], status: int, seconds: float) -> None:
@@ -84,21 +86,25 @@ class Guard:
 
 
 def _limited(scope: Scope, receive: Receive) -> Receive:
-    """Receive at most `MAX_BODY_BYTES`, whatever the headers say."""
-    received = 0
+    """Receive at most as much as the path takes, whatever the headers say."""
+    received, most = 0, _most(scope)
 
     async def receive_some() -> Message:
         nonlocal received
         message = await receive()
         received += len(message.get("body", b""))
-        if received > MAX_BODY_BYTES:
+        if received > most:
             # Of the kind that FastAPI lets through while it reads a body.
-            error = _too_large()
+            error = _too_large(most)
             raise HTTPException(error.status, str(error))
         return message
 
     return receive_some
 
 
-def _too_large() -> ApiError:
-    return ApiError("body_too_large", f"the body is longer than {MAX_BODY_BYTES} bytes")
+def _most(scope: Scope) -> int:
+    return _LARGER_BODIES.get(scope["path"], MAX_BODY_BYTES)
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError("body_too_large", f"the body is longer than {most} bytes")

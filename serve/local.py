@@ -37,6 +37,7 @@ def local_app(settings: Settings) -> Iterator[tuple[FastAPI, Drain]]:
         signer=signer,
         meter=PrometheusMeter(engine.stats),
         public_url=settings.public_url,
+        model_aliases=settings.model_aliases,
         draw_seconds=settings.draw_seconds,
     )
     try:

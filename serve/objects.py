@@ -58,7 +58,7 @@ class Objects:
         """
         artifact = await self._look(object_id) if re.fullmatch(OBJECT_ID_PATTERN, object_id) else None
         if artifact is None:
-            raise ApiError("unknown_object", f"there is no object {object_id[:128]!r}")
+            raise ApiError("unknown_object", f"there is no object {object_id[:128]!r}: GET /v1/models lists them all")
         return artifact
 
     async def find_all(self, object_ids: Sequence[str]) -> list[ArtifactMetadata]:

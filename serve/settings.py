@@ -4,13 +4,23 @@ import secrets
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import ObjdriveError
 
 _LEAST_SECRET_BYTES = 32
 Count = Annotated[int, Field(ge=1)]
+
+
+def _pairs(value: object) -> object:
+    """A mapping of text such as ``a=b,c=d``."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part]
+    if not all(name and target for name, _, target in pairs):
+        raise ValueError(f"{value!r} must be NAME=MODEL, several with commas between them")
+    return {name: target for name, _, target in pairs}
 
 
 class Settings(BaseModel):
@@ -33,6 +43,8 @@ class Settings(BaseModel):
         queue_limit: requests that may wait for each generator; others are refused with 429.
         threads: PyTorch's threads on the CPU; None: PyTorch chooses.
         generators: on a cluster, the number of replicas that draw, as MIN or MIN:MAX.
+        model_aliases: other names of models, and what each stands for: an object's id, several as `a+b`, or `base` for
+            the base alone. As a mapping, or as text such as ``gpt-image-1=base,dall-e-3=teapot-02``.
         refresh_seconds: time between two listings of the store, for the catalog's pages.
     """
 
@@ -53,6 +65,7 @@ class Settings(BaseModel):
     queue_limit: Count = 64
     threads: Count | None = None
     generators: Annotated[str, Field(pattern=r"^[1-9][0-9]*(:[1-9][0-9]*)?$")] = "1:4"
+    model_aliases: Annotated[dict[str, str], BeforeValidator(_pairs)] = {}
     refresh_seconds: Annotated[float, Field(gt=0)] = 30.0
 
     @classmethod

@@ -9,8 +9,9 @@ from typing import TypeVar
 from fastapi import Request
 
 from objdrive.sampling.requests import DrawRequest
-from serve.drawing import FinishedPicture, PictureEvent, Refused
+from serve.drawing import Accepted, FinishedPicture, PictureEvent, Refused
 from serve.errors import ApiError
+from serve.finishing import Finish
 from serve.services import Services
 
 _T = TypeVar("_T")
@@ -43,7 +44,22 @@ async def picture_events(services: Services, draw: DrawRequest) -> AsyncGenerato
         services.meter.count("pictures", outcome=outcome)
 
 
-async def draw_all(services: Services, draws: Sequence[DrawRequest]) -> list[FinishedPicture]:
+async def finished_events(services: Services, draw: DrawRequest, finish: Finish) -> AsyncGenerator[PictureEvent, None]:
+    """A drawing's events, as `finish` has them.
+
+    Raises:
+        ApiError: see `picture_events`.
+    """
+    if finish.transparent:
+        yield Accepted()
+        yield await asyncio.to_thread(finish.alone, draw)
+        return
+    async with aclosing(picture_events(services, draw)) as events:
+        async for event in events:
+            yield await asyncio.to_thread(finish, event)
+
+
+async def draw_all(services: Services, draws: Sequence[DrawRequest], finish: Finish) -> list[FinishedPicture]:
     """The pictures, drawn side by side. The first drawing that fails ends the others.
 
     Raises:
@@ -51,7 +67,7 @@ async def draw_all(services: Services, draws: Sequence[DrawRequest]) -> list[Fin
     """
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_finished(services, draw)) for draw in draws]
+            tasks = [group.create_task(_finished(services, draw, finish)) for draw in draws]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
@@ -78,8 +94,8 @@ async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
                 await task
 
 
-async def _finished(services: Services, draw: DrawRequest) -> FinishedPicture:
-    async with aclosing(picture_events(services, draw)) as events:
+async def _finished(services: Services, draw: DrawRequest, finish: Finish) -> FinishedPicture:
+    async with aclosing(finished_events(services, draw, finish)) as events:
         async for event in events:
             if isinstance(event, FinishedPicture):
                 return event

@@ -8,6 +8,7 @@ from objdrive.base.prompts import fill_prompt, refuse_mark
 from objdrive.base.stable_diffusion import Base
 from objdrive.base.steppers import SchedulerName
 from objdrive.errors import InvalidPrompt, ObjdriveError, UnknownObject
+from objdrive.sampling.inpainting import Canvas
 from objdrive.sampling.requests import DrawRequest
 
 _LONGEST_PROMPT = 4000
@@ -43,5 +44,15 @@ def check_request(request: DrawRequest, base: Base, slots: int) -> None:
         value = getattr(request, name)
         if not least <= value <= most:
             raise ObjdriveError(f"{name}={value} must be at least {least} and at most {most}")
+    if request.canvas is not None:
+        _check_canvas(request.canvas, base.resolution)
     if request.scheduler not in get_args(SchedulerName):
         raise ObjdriveError(f"scheduler={request.scheduler!r} must be one of {', '.join(get_args(SchedulerName))}")
+
+
+def _check_canvas(canvas: Canvas, edge: int) -> None:
+    if canvas.image.shape != (edge, edge, 3) or canvas.draw.shape != (edge, edge):
+        raise ObjdriveError(
+            f"a canvas of {canvas.image.shape} with a mask of {canvas.draw.shape} must be ({edge}, {edge}, 3) with "
+            f"({edge}, {edge})"
+        )

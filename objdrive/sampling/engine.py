@@ -396,6 +396,7 @@ def _sample_spec(request: DrawRequest, prompt: str, shown: Sequence[Resident]) -
         steps=request.steps,
         guidance_scale=request.guidance_scale,
         scheduler=request.scheduler,
+        canvas=request.canvas,
     )
 
 

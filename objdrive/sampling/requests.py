@@ -11,6 +11,7 @@ from torch import Tensor
 from objdrive.adapters.artifact import ArtifactKey
 from objdrive.base.steppers import SchedulerName
 from objdrive.errors import ObjdriveError
+from objdrive.sampling.inpainting import Canvas
 
 _logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class DrawRequest:
         negative_prompt: what guidance leads away from.
         scheduler: ``ddim``, or ``dpmsolver++`` for DPM-Solver++(2M).
         partial_images: how many pictures of what the drawing will become are delivered on the way, at most one a step.
+        canvas: the picture to draw into, of the size that is drawn; none: an empty one.
     """
 
     prompt: str
@@ -40,6 +42,7 @@ class DrawRequest:
     negative_prompt: str = ""
     scheduler: SchedulerName = "ddim"
     partial_images: int = 0
+    canvas: Canvas | None = None
 
 
 @dataclass(frozen=True)

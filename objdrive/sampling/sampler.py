@@ -21,6 +21,7 @@ from objdrive.base.prompts import fill_prompt, phrase_places, refuse_mark
 from objdrive.base.stable_diffusion import Base
 from objdrive.base.steppers import SchedulerName, Stepper
 from objdrive.pictures import to_pictures
+from objdrive.sampling.inpainting import Canvas, Known
 from objdrive.sampling.regions import asks_for_several, find_regions
 
 _PIXELS_PER_BATCH = 4 * 512**2
@@ -68,6 +69,7 @@ class SampleSpec:
         steps: of the scheduler.
         guidance_scale: 1 draws without guidance.
         scheduler: which solver.
+        canvas: the picture to draw into; none: an empty one. A single object in it is drawn wherever it is drawn.
     """
 
     prompt: str
@@ -80,6 +82,7 @@ class SampleSpec:
     steps: int = field(kw_only=True)
     guidance_scale: float = field(kw_only=True)
     scheduler: SchedulerName = field(default="ddim", kw_only=True)
+    canvas: Canvas | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Sample:
         negative: the encoded prompt that guidance leads away from, without a batch axis; none without guidance.
         rows: what is drawn; the rows of several share the picture by `shares`.
         shares: (len(rows), h, h), how much of each place each row has; None: there is one row.
+        known: the places that are kept as a picture has them; None: all is drawn.
         guidance_scale: how far beyond the prompt's prediction to go.
         stepper: its way from noise to picture.
         plan: what its layout is drawn by; None: no layout, or it stands.
@@ -120,6 +124,7 @@ class Sample:
     stepper: Stepper
     plan: _Plan | None = None
     shares: Tensor | None = None
+    known: Known | None = None
 
     @property
     def batch(self) -> list[Row]:
@@ -181,13 +186,16 @@ def begin(base: Base, spec: SampleSpec) -> Sample:
     encoded = base.encode_text([base.tokenize(text) for text in texts], embeddings)
     rows = [Row(encoded[guided + place], one.slots) for place, one in enumerate(named)]
     latents, negative = starting_noise(base, [spec.seed]), encoded[0] if guided else None
+    known = None if spec.canvas is None else Known.of(base, spec.canvas, latents)
+    if known:
+        latents = known.hold(latents, base.noise, stepper.timestep)
     if spec.layout is None:
-        return Sample(latents, negative, rows, spec.guidance_scale, stepper)
-    # Of one object that is asked for more than once, no place belongs to the base.
-    alone = len(spec.phrases) == 1 and asks_for_several(spec.prompt)
+        return Sample(latents, negative, rows, spec.guidance_scale, stepper, known=known)
+    # Of one object that is asked for more than once, or into a picture's place, no place belongs to the base.
+    alone = len(spec.phrases) == 1 and (known is not None or asks_for_several(spec.prompt))
     places = [] if alone else phrase_places(base.tokenizer, spec.prompt, spec.layout.class_names)
     plan = _Plan(spec.layout.noise, rows.pop(), places)
-    return Sample(latents, negative, rows, spec.guidance_scale, stepper, plan)
+    return Sample(latents, negative, rows, spec.guidance_scale, stepper, plan, known=known)
 
 
 @dataclass(frozen=True)
@@ -251,6 +259,9 @@ def denoise(base: Base, samples: Sequence[Sample], bank: AdapterBank | None = No
         if maps is not None and settles:
             sample.settle(maps.of_row(int(places[-1])))
         sample.latents = sample.stepper.step(whole, sample.latents)
+        if sample.known:
+            reached = None if sample.stepper.done else sample.stepper.timestep
+            sample.latents = sample.known.hold(sample.latents, base.noise, reached)
 
 
 def _adapted(
