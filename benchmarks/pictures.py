@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,16 @@ from jobs.cluster import connect
 from jobs.drawing import PlannedBase, Pool
 from jobs.generation.draw import OUTCOME
 from jobs.generation.index import indexed_keys
+from jobs.generation.objects import Selection
 from jobs.generation.plan import Plan
 from jobs.generation.prompts import Prompt
 from jobs.generation.run import GenerationRun
 from jobs.generation.settings import GenerationSettings
 from jobs.generation.sheet import write_rejects, write_sheet
 from jobs.room import WorkersRequest
+from objdrive.adapters.artifact import ArtifactMetadata
 from objdrive.adapters.storage import open_files
+from objdrive.adapters.store import ArtifactStore
 
 _PROMPTS = 12
 _SEEDS = 4
@@ -62,23 +66,34 @@ class Watched(GenerationRun):
             self.memory.append(psutil.Process().memory_info().rss / 2**20)
 
 
+class MadeUp(Selection):
+    """Objects that nobody fine-tuned."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__("", (), "")
+        self._count = count
+
+    def artifacts(self, store: ArtifactStore) -> Iterator[tuple[str, ArtifactMetadata]]:
+        for number in range(self._count):
+            name = f"object-{number:07}"
+            digest = hashlib.sha256(name.encode()).hexdigest()[:32]
+            yield name, metadata_of(name, digest, token=f"<{name}>")
+
+
 def measure(pictures: int) -> None:
     objects = max(1, pictures // (_PROMPTS * _SEEDS))
     prompts = [Prompt(id=f"context-{number:02}", text=f"a photo of {{}}, {number}") for number in range(_PROMPTS)]
     connect()
     ray.data.DataContext.get_current().enable_progress_bars = False
     with tempfile.TemporaryDirectory() as folder:
-        settings = GenerationSettings(PlannedBase("none", None, ""), f"{folder}/store", f"{folder}/out", "webp", "")
+        settings = GenerationSettings(PlannedBase("none", None, ""), f"{folder}/store", f"{folder}/out", "webp")
         files = open_files(settings.out, 1)
         with closing(Plan(settings, prompts, range(_SEEDS), steps=1, guidance_scale=None)) as plan:
             started = time.monotonic()
-            for number in range(objects):
-                name = f"object-{number:07}"
-                digest = hashlib.sha256(name.encode()).hexdigest()[:32]
-                plan.add(name, metadata_of(name, digest, token=f"<{name}>"))
+            run = Watched(plan, files, "run-1", make_worker=SayDrawn, every=objects * _PROMPTS * _SEEDS // _LOOKS)
+            run.find(MadeUp(objects), ArtifactStore(settings.store))
             planned = time.monotonic()
             total = plan.counts["to draw"]
-            run = Watched(plan, files, "run-1", make_worker=SayDrawn, every=total // _LOOKS)
             run.work_off(WorkersRequest(2, 2))
             drawn = time.monotonic()
             write_rejects(files, run.id, plan)

@@ -31,6 +31,7 @@ from objdrive.adapters.store import ArtifactStore
 from objdrive.base.files import find_base
 from objdrive.catalog.addresses import unsigned
 from objdrive.errors import ObjdriveError
+from objdrive.sampling.exact import Place
 
 _ATTEMPTS = 4
 _SHEET_PICTURES = 20_000
@@ -79,6 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--negative-prompt", default="", help="what to lead away from")
     parser.add_argument("--steps", type=positive, help="DDIM steps (default: each object's recipe's)")
     parser.add_argument("--guidance-scale", type=partial(number, least=1.0), help="(default: each object's recipe's)")
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="objects keep the pixels of their photos, and the rest is drawn around them",
+    )
+    parser.add_argument(
+        "--place", type=_place, metavar="SIZE[@ACROSS,DOWN]",
+        help="with --exact: how large the object is and where its middle stands, in parts of the picture "
+        "(default: 0.6@0.5,0.6)",
+    )  # fmt: skip
     add_base_options(parser)
     parser.add_argument("--workers", metavar="N", help="processes that draw (default: one per GPU, else per core)")
     parser.add_argument("--gpus-per-worker", type=number, metavar="G",
@@ -93,6 +104,13 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(","))
 
 
+def _place(text: str) -> Place:
+    try:
+        return Place.parse(text)
+    except ObjdriveError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _seed(text: str) -> int:
     if not re.fullmatch(r"\d{1,18}", text):
         raise argparse.ArgumentTypeError(f"must be a whole number of at most 18 digits, got {text!r}")
@@ -100,6 +118,8 @@ def _seed(text: str) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.place and not arguments.exact:
+        raise ObjdriveError("--place: only an object that keeps its own pixels is placed: give --exact too")
     prompts = read_prompts(arguments.prompts)
     store = ArtifactStore(_shared("STORE", absolute(arguments.store)), must_exist=True)
     files = open_files(_shared("--out", arguments.out), _ATTEMPTS)
@@ -107,7 +127,8 @@ def _run(arguments: argparse.Namespace) -> int:
     planned = PlannedBase(arguments.base, arguments.clip, base.fingerprint())
     selection = Selection(_address(arguments.objects), arguments.classes, planned.fingerprint)
     request = WorkersRequest.of(arguments.workers, arguments.gpus_per_worker)
-    settings = GenerationSettings(planned, store.url, files.url, arguments.format, arguments.negative_prompt)
+    place = (arguments.place or Place()) if arguments.exact else None
+    settings = GenerationSettings(planned, store.url, files.url, arguments.format, arguments.negative_prompt, place)
     seeds = range(arguments.seed, arguments.seed + arguments.n)
     started = time.monotonic()
     interrupted: Interrupted | None = None

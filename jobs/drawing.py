@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.data
 import torch
 
 from jobs.bases import load_planned
@@ -70,6 +71,11 @@ class Drawer:
         self._rank = _FIRST_RANK
         self._store = ""
         self._engine: Engine | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the pictures."""
+        return self._base.resolution, self._base.resolution
 
     def draw(self, store: str, requests: Sequence[DrawRequest]) -> Iterator[Picture | ObjdriveError]:
         """Draw objects of the store at that address, many in a batch.

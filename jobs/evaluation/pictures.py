@@ -18,13 +18,11 @@ from PIL import Image
 from jobs.drawing import Drawer, PlannedBase, Pool
 from objdrive.adapters.artifact import ArtifactKey, ArtifactMetadata
 from objdrive.adapters.store import ArtifactStore
-from objdrive.catalog.photos import decode_photo
-from objdrive.catalog.rows import AUTO_MASK
-from objdrive.catalog.sources import SourceMark, read_source
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.prompts import EvaluationPrompt
 from objdrive.evaluation.reference import MEASURED, Reference
 from objdrive.pictures import encode_picture
+from objdrive.sampling.exact import read_photo
 from objdrive.sampling.requests import DrawRequest, Picture
 from objdrive.seeds import seed_of
 
@@ -102,13 +100,7 @@ def read_reference(artifact: ArtifactMetadata, size: int) -> Reference:
     Raises:
         RowError: the photo or its mask is gone or broken.
     """
-    image, mask = artifact.sources.image, artifact.sources.mask
-    pixels = read_source(SourceMark(**image.model_dump()), role="image")
-    if mask and mask.uri == AUTO_MASK:
-        photo = decode_photo(pixels, AUTO_MASK, name=artifact.object_id)
-    else:
-        mask_bytes = read_source(SourceMark(**mask.model_dump()), role="mask") if mask else None
-        photo = decode_photo(pixels, mask_bytes, name=artifact.object_id)
+    photo = read_photo(artifact)
     return Reference.of(artifact.object_id, artifact.class_name, photo, size)
 
 

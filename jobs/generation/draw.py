@@ -10,11 +10,13 @@ import pyarrow as pa
 from PIL import Image
 
 from jobs.drawing import Drawer, Pool
-from jobs.generation.settings import Format, GenerationSettings
+from jobs.generation.settings import GenerationSettings
 from objdrive.adapters.artifact import ArtifactKey
 from objdrive.adapters.storage import open_files
-from objdrive.errors import ObjdriveError
-from objdrive.pictures import encode_picture
+from objdrive.adapters.store import ArtifactStore
+from objdrive.errors import ObjdriveError, UnknownObject
+from objdrive.pictures import BEST, DigitalSource, PictureFormat, picture_file
+from objdrive.sampling.exact import CutOut, Place, compose, read_photo
 from objdrive.sampling.requests import DrawRequest, Picture
 
 _PLANNED: list[tuple[str, pa.DataType]] = [
@@ -46,7 +48,7 @@ OUTCOME = pa.schema(_PLANNED + _OUTCOME)
 
 _ATTEMPTS = 4
 _LOOKS = 16
-_QUALITY: dict[Format, dict[str, int]] = {"webp": {"quality": 90}, "png": {}, "jpeg": {"quality": 92}}
+_QUALITY: dict[PictureFormat, int] = {"webp": 90, "png": BEST, "jpeg": 92}
 Row = dict[str, Any]
 
 
@@ -77,19 +79,46 @@ class DrawBlock:
         return pa.Table.from_pylist(outcomes, OUTCOME)
 
     def _draw(self, rows: Sequence[Row]) -> Iterator[Row]:
-        pictures = self._drawer.draw(self._settings.store, [self._request(row) for row in rows])
-        for row, picture in zip(rows, pictures, strict=True):
+        cut_outs = self._cut_outs(rows)
+        ready = []
+        for row in rows:
+            cut_out = cut_outs.get(row["object_id"])
+            if isinstance(cut_out, ObjdriveError):
+                yield _failed(row, cut_out)
+            else:
+                ready.append((row, cut_out))
+        pictures = self._drawer.draw(self._settings.store, [self._request(row, cut_out) for row, cut_out in ready])
+        for (row, cut_out), picture in zip(ready, pictures, strict=True):
             try:
                 if not isinstance(picture, Picture):
                     raise picture
-                data = self._encode(picture.image)
+                data = self._file(picture, row, cut_out)
                 self._files.replace(row["path"], data)
             except ObjdriveError as error:
                 yield _failed(row, error)
             else:
                 yield _there(row, "drawn", data, picture.image.size)
 
-    def _request(self, row: Row) -> DrawRequest:
+    def _cut_outs(self, rows: Sequence[Row]) -> dict[str, CutOut | ObjdriveError]:
+        """The objects that keep their own pixels, or why they can't, by id; none if objects are drawn."""
+        place = self._settings.place
+        if place is None:
+            return {}
+        digests = {row["object_id"]: row["digest"] for row in rows}
+        return {one: self._cut_out(one, digest, place) for one, digest in digests.items()}
+
+    def _cut_out(self, object_id: str, digest: str, place: Place) -> CutOut | ObjdriveError:
+        try:
+            artifact = ArtifactStore(self._settings.store).metadata(object_id, digest)
+            if artifact is None:
+                raise UnknownObject(
+                    f"{object_id}@{digest} is no longer in {self._settings.store}: run the command again"
+                )
+            return compose(read_photo(artifact), place, self._drawer.size)
+        except ObjdriveError as error:
+            return error
+
+    def _request(self, row: Row, cut_out: CutOut | None) -> DrawRequest:
         return DrawRequest(
             row["prompt"],
             row["seed"],
@@ -97,10 +126,19 @@ class DrawBlock:
             steps=row["steps"],
             guidance_scale=row["guidance_scale"],
             negative_prompt=self._settings.negative_prompt,
+            canvas=cut_out and cut_out.canvas,
         )
 
-    def _encode(self, picture: Image.Image) -> bytes:
-        return encode_picture(picture, self._settings.format, **_QUALITY[self._settings.format])
+    def _file(self, picture: Picture, row: Row, cut_out: CutOut | None) -> bytes:
+        image = cut_out.over(picture.image) if cut_out else picture.image
+        source: DigitalSource = "compositeWithTrainedAlgorithmicMedia" if cut_out else "trainedAlgorithmicMedia"
+        facts = {
+            "model": str(picture.objects[0]),
+            "prompt": picture.prompt,
+            "base": f"{picture.base} {picture.base_fingerprint}",
+            **{name: str(row[name]) for name in ("seed", "steps", "guidance_scale")},
+        }
+        return picture_file(image, self._settings.format, facts, source=source, quality=_QUALITY[self._settings.format])
 
     def _look(self, row: Row) -> Row | None:
         try:

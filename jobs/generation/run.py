@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+import ray.data
 from ray.exceptions import RayError
 from tqdm import tqdm
 

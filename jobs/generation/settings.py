@@ -3,12 +3,13 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from jobs.drawing import PlannedBase
+from objdrive.pictures import PictureFormat
+from objdrive.sampling.exact import Place
 
-Format = Literal["webp", "png", "jpeg"]
-FORMATS: tuple[Format, ...] = get_args(Format)
+FORMATS: tuple[PictureFormat, ...] = get_args(PictureFormat)
 PICTURES = "pictures"
 INDEX = "index"
 
@@ -23,13 +24,15 @@ class GenerationSettings:
         out: the address that pictures, index and report go to.
         format: of the pictures' files.
         negative_prompt: what guidance leads away from.
+        place: where an object stands that keeps its own pixels; none: objects are drawn.
     """
 
     base: PlannedBase
     store: str
     out: str
-    format: Format
-    negative_prompt: str
+    format: PictureFormat
+    negative_prompt: str = ""
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class PlannedPicture:
             "base": settings.base.fingerprint,
             "format": settings.format,
             "negative_prompt": settings.negative_prompt,
+            "place": settings.place and asdict(settings.place),
         }
         return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:32]
 

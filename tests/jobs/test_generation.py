@@ -3,9 +3,11 @@
 import hashlib
 import io
 import re
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -19,13 +21,16 @@ from jobs.generation.plan import Plan
 from jobs.generation.prompts import Prompt, read_prompts
 from jobs.generation.settings import GenerationSettings
 from jobs.generation.sheet import write_rejects, write_sheet
-from objdrive.adapters.artifact import LORA_FILE
+from objdrive.adapters.artifact import LORA_FILE, ArtifactKey, SourceRecord, Sources
 from objdrive.adapters.storage import open_files
 from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import ObjdriveError, RowError
+from objdrive.generate import generate
+from objdrive.sampling.exact import Place, compose, read_photo
 from objdrive.sampling.requests import DrawRequest, Picture
 
 ROOT = Path(__file__).parents[2]
+CATALOG = ROOT / "examples" / "catalog"
 GRASS = Prompt(id="grass", text="a photo of {} on grass")
 TEAPOTS = Prompt(id="tea", text="{} and tea", classes=("teapot",))
 
@@ -83,7 +88,7 @@ class TestPrompts:
             read_prompts(f"{tmp_path}/no.yaml")
 
     def test_the_example_has_twelve_contexts_for_every_object(self):
-        read = read_prompts(str(ROOT / "examples" / "catalog" / "prompts.yaml"))
+        read = read_prompts(str(CATALOG / "prompts.yaml"))
         assert len(read) == 12
         assert not any(prompt.classes for prompt in read)
 
@@ -131,9 +136,9 @@ def plan(filled, tiny64, tmp_path):
     """Call it: a plan of the store's objects, by default with two prompts and two seeds."""
     opened = []
 
-    def plan(*, known=(), prompts=(GRASS, TEAPOTS), seeds=(7, 8), out=tmp_path / "out"):
+    def plan(*, known=(), prompts=(GRASS, TEAPOTS), seeds=(7, 8), out=tmp_path / "out", place=None):
         base = PlannedBase("tiny64", None, tiny64.fingerprint)
-        settings = GenerationSettings(base, filled.url, str(out), "webp", "")
+        settings = GenerationSettings(base, filled.url, str(out), "webp", place=place)
         made = Plan(settings, prompts, seeds, steps=2, guidance_scale=None)
         opened.append(made)
         made.know(known)
@@ -272,8 +277,6 @@ class TestWorker:
         assert {row["sha256"] for row in again.values()} == {row["sha256"] for row in rows[1:]}
 
     def test_a_seed_draws_what_objdrive_generate_draws(self, plan, work, filled, tmp_path):
-        from objdrive.generate import generate
-
         (row, *_) = work(plan(out=tmp_path / "png"))
         (expected,) = generate(filled, "mug-1", GRASS.text, seeds=[7], steps=2)
         with Image.open(tmp_path / "png" / row["path"]) as picture:
@@ -311,9 +314,56 @@ class TestWorker:
             assert (alone.latents - picture.latents).abs().max() < 1e-3
 
 
-def _key(artifact):
-    from objdrive.adapters.artifact import ArtifactKey
+class TestExact:
+    @pytest.fixture
+    def store(self, tmp_path, tiny64, put_adapter):
+        """A store of two objects with photos, the second one's of which goes away."""
+        store = ArtifactStore(str(tmp_path / "store"))
+        for seed, object_id in enumerate(("alarm-clock-01", "drum-01")):
+            files = [tmp_path / f"{object_id}{kind}.png" for kind in ("", "-mask")]
+            Image.open(next((CATALOG / "images").glob(f"{object_id}.*"))).save(files[0])
+            files[1].write_bytes((CATALOG / "masks" / f"{object_id}.png").read_bytes())
+            image, mask = (SourceRecord(uri=str(path), size=path.stat().st_size, mark="") for path in files)
+            put_adapter(store, tiny64, object_id, seed, sources=Sources(image=image, mask=mask))
+        return store
 
+    def test_a_product_keeps_its_own_pixels_and_one_whose_photo_is_gone_is_a_line(
+        self, store, drawer, tiny64, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr("jobs.generation.draw.Drawer", lambda base, pool: drawer)
+        base, place = PlannedBase("tiny64", None, tiny64.fingerprint), Place(0.5, 0.4, 0.5)
+        settings = GenerationSettings(base, store.url, str(tmp_path / "out"), "png", place=place)
+        with closing(Plan(settings, (GRASS,), (7, 8), steps=2, guidance_scale=None)) as plan:
+            for object_id, artifact in select(store, tiny64.fingerprint):
+                plan.add(object_id, artifact)
+            (tmp_path / "drum-01.png").unlink()
+            (block,) = blocks(plan.to_draw(0, 10), 64)
+        rows = DrawBlock(settings, Pool(1, 0.0))(block).to_pylist()
+        assert {(row["object_id"], row["code"]) for row in rows} == {
+            ("alarm-clock-01", None),
+            ("drum-01", "image_missing"),
+        }
+        cut_out = compose(read_photo(store.current("alarm-clock-01")), place, (64, 64))
+        own = cut_out.kept == 1
+        assert own.sum() > 100
+        pictures = [np.asarray(Image.open(tmp_path / "out" / row["path"])) for row in rows if not row["code"]]
+        assert len(pictures) == 2
+        for picture in pictures:
+            assert (picture[own] == cut_out.image[own]).all()
+        around = cut_out.kept == 0
+        assert (pictures[0][around] != pictures[1][around]).any()
+
+    def test_pictures_of_another_place_are_others(self, plan):
+        keys = [plan(place=place).to_draw(0, 1)[0]["key"] for place in (None, Place(), Place(0.5))]
+        assert len(set(keys)) == 3
+
+    def test_a_place_without_exact_is_refused(self, filled, prompts_file, tmp_path, capsys):
+        words = [filled.url, "--prompts", prompts_file("- a {}"), "--out", str(tmp_path / "out"), "--place", "0.5"]
+        assert main(words) == 2
+        assert "give --exact too" in capsys.readouterr().err
+
+
+def _key(artifact):
     return ArtifactKey(artifact.object_id, artifact.digest)
 
 
@@ -409,8 +459,6 @@ def test_outcomes_have_all_that_the_index_holds():
 
 
 def test_a_plan_leaves_no_file_behind(plan, tmp_path, monkeypatch):
-    import tempfile
-
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with closing(plan()):
         assert list(tmp_path.glob("objdrive-plan-*"))
