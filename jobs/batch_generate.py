@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         help="with --exact: how large the object is and where its middle stands, in parts of the picture "
         "(default: 0.6@0.5,0.6)",
     )  # fmt: skip
+    parser.add_argument("--scores", action="store_true", help="measure pictures by the base's CLIP, for the index")
     add_base_options(parser)
     parser.add_argument("--workers", metavar="N", help="processes that draw (default: one per GPU, else per core)")
     parser.add_argument("--gpus-per-worker", type=number, metavar="G",
@@ -128,7 +129,9 @@ def _run(arguments: argparse.Namespace) -> int:
     selection = Selection(_address(arguments.objects), arguments.classes, planned.fingerprint)
     request = WorkersRequest.of(arguments.workers, arguments.gpus_per_worker)
     place = (arguments.place or Place()) if arguments.exact else None
-    settings = GenerationSettings(planned, store.url, files.url, arguments.format, arguments.negative_prompt, place)
+    settings = GenerationSettings(
+        planned, store.url, files.url, arguments.format, arguments.negative_prompt, place, arguments.scores
+    )
     seeds = range(arguments.seed, arguments.seed + arguments.n)
     started = time.monotonic()
     interrupted: Interrupted | None = None

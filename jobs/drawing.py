@@ -62,12 +62,14 @@ class PlannedBase:
 class Drawer:
     """A base that draws, with an engine whose adapters stay where they are from one call to the next.
 
+    Others may use `base` while nothing is being drawn.
+
     Raises:
         ObjdriveError: the base here is another one than was planned.
     """
 
     def __init__(self, base: PlannedBase, pool: Pool) -> None:
-        self._base = load_planned(base.name, base.fingerprint, clip=base.clip, device=pool.prepare())
+        self.base = load_planned(base.name, base.fingerprint, clip=base.clip, device=pool.prepare())
         self._rank = _FIRST_RANK
         self._store = ""
         self._engine: Engine | None = None
@@ -75,7 +77,7 @@ class Drawer:
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of the pictures."""
-        return self._base.resolution, self._base.resolution
+        return self.base.resolution, self.base.resolution
 
     def draw(self, store: str, requests: Sequence[DrawRequest]) -> Iterator[Picture | ObjdriveError]:
         """Draw objects of the store at that address, many in a batch.
@@ -97,10 +99,10 @@ class Drawer:
     def _on(self, store: str) -> Engine:
         if self._engine is None or self._store != store:
             self._close()
-            batch_size = min(fitting_batch_size(self._base), _MOST_IN_BATCH)
+            batch_size = min(fitting_batch_size(self.base), _MOST_IN_BATCH)
             self._store = store
             self._engine = Engine(
-                self._base,
+                self.base,
                 ArtifactStore(store),
                 batch_size=batch_size,
                 slots=min(batch_size, _MOST_SLOTS),

@@ -10,6 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from jobs.drawing import Drawer, Pool
+from jobs.generation.scores import SCORES, score
 from jobs.generation.settings import GenerationSettings
 from objdrive.adapters.artifact import ArtifactKey
 from objdrive.adapters.storage import open_files
@@ -40,6 +41,7 @@ _OUTCOME: list[tuple[str, pa.DataType]] = [
     ("height", pa.int64()),
     ("code", pa.string()),
     ("message", pa.string()),
+    *((name, pa.float64()) for name in SCORES),
 ]
 PLANNED = pa.schema(_PLANNED)
 """See `jobs.generation.settings.PlannedPicture`; `id` is the plan's own."""
@@ -76,6 +78,8 @@ class DrawBlock:
         left = [row for row, found in zip(rows, looked, strict=True) if found is None]
         outcomes = [found for found in looked if found is not None]
         outcomes += self._draw(left)
+        if self._settings.scored:
+            outcomes = score(outcomes, self._drawer.base, ArtifactStore(self._settings.store))
         return pa.Table.from_pylist(outcomes, OUTCOME)
 
     def _draw(self, rows: Sequence[Row]) -> Iterator[Row]:
@@ -156,6 +160,7 @@ def _there(row: Row, status: str, data: bytes, size: tuple[int, int]) -> Row:
         "size": len(data),
         "width": size[0],
         "height": size[1],
+        "data": data,
     }
 
 

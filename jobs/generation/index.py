@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.generation.scores import SCORES
 from jobs.generation.settings import INDEX
 from objdrive.adapters.parallel import in_parallel
 from objdrive.adapters.storage import Files
@@ -28,6 +29,7 @@ _COLUMNS: list[tuple[str, pa.DataType]] = [
     ("width", pa.int64()),
     ("height", pa.int64()),
     ("key", pa.string()),
+    *((name, pa.float64()) for name in SCORES),
 ]
 SCHEMA = pa.schema(_COLUMNS)
 """`size` is in bytes; `key` is of all that the file depends on: pictures of one key are one picture."""

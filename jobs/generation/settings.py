@@ -25,6 +25,7 @@ class GenerationSettings:
         format: of the pictures' files.
         negative_prompt: what guidance leads away from.
         place: where an object stands that keeps its own pixels; none: objects are drawn.
+        scored: whether pictures are measured.
     """
 
     base: PlannedBase
@@ -33,6 +34,7 @@ class GenerationSettings:
     format: PictureFormat
     negative_prompt: str = ""
     place: Place | None = None
+    scored: bool = False
 
 
 @dataclass(frozen=True)
