@@ -101,7 +101,7 @@ class DrawBlock:
             except ObjdriveError as error:
                 yield _failed(row, error)
             else:
-                yield _there(row, "drawn", data, picture.image.size)
+                yield self._there(row, "drawn", data, picture.image.size)
 
     def _cut_outs(self, rows: Sequence[Row]) -> dict[str, CutOut | ObjdriveError]:
         """The objects that keep their own pixels, or why they can't, by id; none if objects are drawn."""
@@ -150,18 +150,17 @@ class DrawBlock:
         except ObjdriveError as error:
             return _failed(row, error)
         size = None if data is None else _size(data)
-        return None if data is None or size is None else _there(row, "found", data, size)
+        return None if data is None or size is None else self._there(row, "found", data, size)
 
-
-def _there(row: Row, status: str, data: bytes, size: tuple[int, int]) -> Row:
-    return row | {
-        "status": status,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "size": len(data),
-        "width": size[0],
-        "height": size[1],
-        "data": data,
-    }
+    def _there(self, row: Row, status: str, data: bytes, size: tuple[int, int]) -> Row:
+        about = {
+            "status": status,
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "size": len(data),
+            "width": size[0],
+            "height": size[1],
+        }
+        return row | about | ({"data": data} if self._settings.scored else {})
 
 
 def _failed(row: Row, error: ObjdriveError) -> Row:
