@@ -21,11 +21,11 @@ from objdrive.adapters.store import ArtifactStore
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
-IDS = [f"mug-{number}" for number in range(6)]
+IDS = [f"mug-{number}" for number in range(4)]
 PROMPTS = "- a photo of {} on grass\n- a photo of {} on sand\n- {id: night, text: 'a photo of {} at night'}\n"
 SEEDS = 6
 WHOLE = len(IDS) * 3 * SEEDS
-PATIENCE = 300
+PATIENCE = 800
 
 
 @dataclass
@@ -136,12 +136,6 @@ def test_a_killed_run_goes_on_where_it_stopped_and_draws_nothing_twice(generate)
     assert {path: second.files()[path] for path in left} == left
     assert f"{WHOLE - len(left)} drawn" in output
 
-    third = generate("--n", str(SEEDS + 1))
-    output = third.finish()
-    assert third.process.returncode == 0, output
-    assert_whole(third, WHOLE // SEEDS * (SEEDS + 1))
-    assert f"{WHOLE // SEEDS} drawn, {WHOLE} already" in output
-
 
 def test_a_worker_that_is_killed_costs_no_picture(generate):
     run = generate("--workers", "2")
@@ -152,7 +146,7 @@ def test_a_worker_that_is_killed_costs_no_picture(generate):
     assert_whole(run)
 
 
-def test_an_interrupted_run_says_how_far_it_came(generate):
+def test_an_interrupted_run_says_how_far_it_came_and_one_with_more_seeds_goes_on(generate):
     run = generate()
     run.wait_for_files(1)
     run.process.send_signal(signal.SIGTERM)
@@ -160,10 +154,15 @@ def test_an_interrupted_run_says_how_far_it_came(generate):
     assert run.process.returncode == 143, output
     assert re.search(r"interrupted: \d+ pictures left; run the same command to go on", output)
     assert "report " in output
-    again = generate()
+    left = run.files()
+    indexed = len(index_of(run.out))
+    more = WHOLE // SEEDS * (SEEDS + 1)
+    again = generate("--n", str(SEEDS + 1))
     output = again.finish()
     assert again.process.returncode == 0, output
-    assert_whole(again)
+    assert_whole(again, more)
+    assert f"{more - len(left)} drawn" in output
+    assert (f"{indexed} already" in output) == bool(indexed)
 
 
 def test_what_cannot_be_drawn_is_a_line_with_a_reason_and_the_rest_goes_to_a_bucket(generate, store, tmp_path):
