@@ -374,7 +374,7 @@ class TestExact:
             asked = EvaluationPrompt(id=prompt_id, kind="context", text=text)
             encoder = BaseClip(tiny64)
             with Image.open(tmp_path / "out" / clock[prompt_id]["path"]) as picture:
-                pixels = as_pixels(np.asarray(picture)[None])
+                pixels = as_pixels(np.array(picture)[None])
             ruler = Ruler(encoder, [reference], [asked])
             (expected,) = ruler.measure(encoder, pixels, [Asked("alarm-clock-01", prompt_id)])
             for name in ("whole", "object", "text"):
