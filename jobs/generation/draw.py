@@ -130,7 +130,7 @@ class DrawBlock:
             steps=row["steps"],
             guidance_scale=row["guidance_scale"],
             negative_prompt=self._settings.negative_prompt,
-            canvas=cut_out and cut_out.canvas,
+            canvas=None if cut_out is None else cut_out.canvas,
         )
 
     def _file(self, picture: Picture, row: Row, cut_out: CutOut | None) -> bytes:
