@@ -120,5 +120,6 @@ def test_every_call_of_the_api_page(address: str, folder: Path) -> None:
             run_python(text, folder)
         elif one.language == "bash" and "curl" in text:
             run_shell(text, folder)
-    assert_picture(folder / "linked.png")
+    for name in ("linked.png", "exact.png", "cut-out.png", "around.png"):
+        assert_picture(folder / name)
     assert_picture(folder / "snow.png")
