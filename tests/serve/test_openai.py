@@ -151,18 +151,20 @@ def test_raises_its_own_errors(client, server):
     assert limited.value.code == "rate_limit_exceeded"
 
 
+@pytest.fixture(scope="module")
+def aliased(small_base, filled, tmp_path_factory):
+    """A server with other names for models."""
+    aliases = {"gpt-image-2": "acme-mug-1", "dall-e-3": "base"}
+    with serving(small_base, filled, tmp_path_factory.mktemp("aliases"), model_aliases=aliases) as server:
+        yield server
+
+
 class TestImages:
     """The calls of openai-python's own tests, with pictures that are some."""
 
-    @pytest.fixture(scope="class")
-    def server(self, small_base, filled, tmp_path_factory):
-        aliases = {"gpt-image-2": "acme-mug-1", "dall-e-3": "base"}
-        with serving(small_base, filled, tmp_path_factory.mktemp("aliases"), model_aliases=aliases) as server:
-            yield server
-
     @pytest.fixture
-    def client(self, server):
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    def client(self, aliased):
+        with openai.OpenAI(base_url=f"{aliased.url}/v1", api_key="none", max_retries=0) as client:
             yield client
 
     @pytest.fixture
@@ -258,16 +260,20 @@ def png_file(mode, alpha):
 IDS = [f"mug-{number:04}" for number in range(230)]
 
 
+@pytest.fixture(scope="module")
+def many(small_base, tmp_path_factory):
+    """A server of more objects than a page lists."""
+    store = ArtifactStore(str(tmp_path_factory.mktemp("many")))
+    for object_id in IDS:
+        store.commit({}, metadata_of(object_id, small_base))
+    with serving(small_base, store, tmp_path_factory.mktemp("models")) as server:
+        yield server
+
+
 class TestModels:
-    @pytest.fixture(scope="class")
-    def client(self, small_base, tmp_path_factory):
-        store = ArtifactStore(str(tmp_path_factory.mktemp("many")))
-        for object_id in IDS:
-            store.commit({}, metadata_of(object_id, small_base))
-        with (
-            serving(small_base, store, tmp_path_factory.mktemp("models")) as server,
-            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
-        ):
+    @pytest.fixture
+    def client(self, many):
+        with openai.OpenAI(base_url=f"{many.url}/v1", api_key="none", max_retries=0) as client:
             yield client
 
     def test_the_list_goes_to_the_end(self, client):
