@@ -159,7 +159,7 @@ class ErrorDetails(BaseModel):
         json_schema_extra={
             "examples": [
                 {
-                    "message": "there is no object 'teapot-99'",
+                    "message": "there is no object 'teapot-99': GET /v1/models lists them all",
                     "type": "invalid_request_error",
                     "param": "model",
                     "code": "unknown_object",

@@ -47,8 +47,9 @@ class Known:
     @classmethod
     def of(cls, base: Base, canvas: Canvas, noise: Tensor) -> "Known":
         """What a canvas tells a drawing that starts from `noise` (1, C, h, w)."""
-        latents = base.encode_latents(as_pixels(canvas.image[None]).to(base.device))
-        draw = torch.from_numpy(canvas.draw).to(base.device)[None, None]
+        # Copied, as arrays that came from another process can't be written to, which torch warns of.
+        latents = base.encode_latents(as_pixels(canvas.image[None].copy()).to(base.device))
+        draw = torch.tensor(canvas.draw, device=base.device)[None, None]
         # A place of which a part is drawn is drawn: what is kept of it is laid over at the end.
         free = (F.adaptive_max_pool2d(draw, latents.shape[-2:]) >= 0.5 / 255).to(latents)
         return cls(latents, noise, free)

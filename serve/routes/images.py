@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from objdrive.adapters.artifact import ArtifactKey
 from objdrive.sampling.requests import DrawRequest
 from serve.auth import ApiKey
-from serve.dependencies import Asking, Serving, described, media, visible
+from serve.dependencies import Asking, Serving, described, visible
 from serve.draw_requests import draw_requests, object_ids
 from serve.drawing import BaseInfo, model_id
 from serve.errors import ApiError, error_responses
@@ -32,6 +32,10 @@ STREAMED = {
     "description": "The pictures. With `stream`: server-sent events, partial pictures and the finished one.",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
+_PICTURE = {
+    "description": "The picture.",
+    "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()},
+}
 
 
 @router.post(
@@ -44,13 +48,12 @@ async def generate(asked: GenerationRequest, key: Asking, services: Serving, req
     """Draw pictures of an object, of several, or of none."""
     artifacts = await visible(services, key, object_ids(asked.model, services.model_aliases))
     base = await described(services.generators, services.draw_seconds)
-    finish = Finish.of(asked)
-    if asked.exact or asked.place:
-        cut_out = await placed(asked, artifacts, (base.resolution, base.resolution))
-        finish = Finish.of(asked, cut_out=cut_out, given=asked.place or "")
+    size = (base.resolution, base.resolution)
+    cut_out = await placed(asked, artifacts, size) if asked.exact or asked.place else None
+    finish = Finish.of(asked, cut_out=cut_out, given=asked.place or "")
     draws = draw_requests(asked, artifacts, base)
-    if finish.cut_out:
-        draws = [replace(draw, canvas=finish.cut_out.canvas) for draw in draws]
+    if cut_out:
+        draws = [replace(draw, canvas=cut_out.canvas) for draw in draws]
     return await answer(request, services, key, asked, draws, base, finish)
 
 
@@ -66,7 +69,8 @@ async def answer(
     """Draw, and answer with the pictures or with a stream of events."""
     headers = _origin(draws, base)
     name = name_of(draws, finish)
-    work = services.kept.find(name)
+    # A stream has its client wait step by step: no proxy gives it up.
+    work = None if asked.stream else services.kept.find(name)
     if not work and not finish.transparent:
         services.gate.spend(key, len(draws))
     linked = asked.response_format == "url"
@@ -97,7 +101,7 @@ async def answer(
 @router.get(
     "/v1/images/results/{token}",
     response_class=Response,
-    responses=error_responses(403, 404, 408, 409, 429, 503) | {200: media("image/*", "The picture.")},
+    responses=error_responses(403, 404, 408, 409, 429, 503) | {200: _PICTURE},
 )
 async def result(
     token: Annotated[str, Path(description="The last part of an answer's `url`.", examples=["eNq..."])],
@@ -138,11 +142,13 @@ def _linked(services: Services, token: str) -> tuple[ApiKey, DrawRequest | None,
     claims = services.signer.read(token)
     key = services.gate.named(claims["key"])
     fields: dict[str, Any] | None = claims.get("draw")
-    draw = fields and DrawRequest(**fields | {"objects": tuple(ArtifactKey(**one) for one in fields["objects"])})
+    draw = None
+    if fields is not None:
+        draw = DrawRequest(**fields | {"objects": tuple(ArtifactKey(**one) for one in fields["objects"])})
     shown = [one.object_id for one in draw.objects] if draw else claims["objects"]
     if key is None or not all(map(key.may_see, shown)):
         raise ApiError("invalid_signature", "the API key that made this link is no longer valid for these objects")
-    return key, draw or None, Finish(claims["format"], claims["quality"])
+    return key, draw, Finish(claims["format"], claims["quality"])
 
 
 def _origin(draws: Sequence[DrawRequest], base: BaseInfo) -> dict[str, str]:

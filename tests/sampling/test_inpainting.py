@@ -25,6 +25,8 @@ def a_canvas(edge, *, left=0.5):
     image[::4] = (200, 120, 40)
     draw = np.zeros((edge, edge), np.float32)
     draw[:, round(left * edge) :] = 1
+    # As they come from another process.
+    image.flags.writeable = draw.flags.writeable = False
     return Canvas(image, draw)
 
 
