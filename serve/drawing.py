@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from objdrive.sampling.engine import Engine
 from objdrive.sampling.requests import Drawing, DrawingEvent, DrawRequest, Partial, Picture
 from serve.errors import api_error
 
+_ENCODERS = 2
 BASE_MODEL_ID = "base"
 """The model id of pictures that the base alone draws."""
 
@@ -82,6 +84,8 @@ class LocalGenerators:
 
     def __init__(self, base: Base, engine: Engine) -> None:
         self._engine = engine
+        # Its own: a picture does not wait for what else the process does in threads.
+        self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encode")
         self._info = BaseInfo(base.name, base.fingerprint, base.resolution)
 
     async def describe(self) -> BaseInfo:
@@ -98,7 +102,7 @@ class LocalGenerators:
         try:
             yield Accepted()
             async for event in _told(drawing):
-                yield await asyncio.to_thread(_encoded, event, request)
+                yield await asyncio.get_running_loop().run_in_executor(self._encoders, _encoded, event, request)
         finally:
             drawing.cancel()
 

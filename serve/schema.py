@@ -22,7 +22,7 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": _EXAMPLES})
 
-    prompt: Annotated[str, Field(min_length=1, max_length=1000)] = Field(
+    prompt: Annotated[str, Field(min_length=1)] = Field(
         description="`{}` stands for the object. With several objects, write one `{}` for each; a single object fills "
         "every `{}`. In a prompt without `{}`, a single object takes the place of its class word. Several objects, and "
         "one whose class word is missing, come in front of the prompt."
@@ -53,7 +53,7 @@ class GenerationRequest(BaseModel):
     adapter_scale: Annotated[FiniteFloat, Field(ge=0, le=2)] = Field(
         1.0, description="How strongly the adapter acts. 0 draws the class word with the base alone."
     )
-    negative_prompt: Annotated[str, Field(max_length=1000)] = Field("", description="What the picture should not show.")
+    negative_prompt: str = Field("", description="What the picture should not show.")
     scheduler: Literal["ddim", "dpmsolver++"] = "ddim"
     output_format: Literal["png"] | None = None
     background: Literal["auto", "opaque"] | None = None

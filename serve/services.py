@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from serve.auth import Gate
 from serve.catalog import Catalog
+from serve.drain import Drain
 from serve.drawing import Generators
-from serve.guard import Drain
 from serve.metrics import Meter
 from serve.objects import Objects
 from serve.results import Results
@@ -27,6 +27,7 @@ class Services:
         results: pictures for links.
         public_url: the server's address as clients see it; empty: the one that each request was sent to.
         draw_seconds: a picture's time limit, counted from its request.
+        metrics: whether a server of one process answers `/metrics`.
     """
 
     generators: Generators
@@ -39,3 +40,4 @@ class Services:
     results: Results = field(default_factory=Results)
     public_url: str = ""
     draw_seconds: float = 120.0
+    metrics: bool = True

@@ -10,6 +10,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from objdrive.sampling.requests import DrawRequest
+from serve.auth import Spending
 from serve.drawing import Accepted, BaseInfo, FinishedPicture, PartialPicture, PictureEvent, model_id
 from serve.errors import api_error
 from serve.schema import CompletedEvent, PartialImageEvent
@@ -18,14 +19,19 @@ from serve.waiting import picture_events, unless_gone
 
 
 async def streamed(
-    request: Request, services: Services, draw: DrawRequest, base: BaseInfo, headers: dict[str, str]
+    request: Request,
+    services: Services,
+    draw: DrawRequest,
+    base: BaseInfo,
+    headers: dict[str, str],
+    spending: Spending,
 ) -> StreamingResponse:
     """Answer with the drawing's events. A drawing that is refused at once has the refusal's own status.
 
     Raises:
         ApiError: see `serve.waiting.picture_events`.
     """
-    events = picture_events(services, draw)
+    events = picture_events(services, draw, spending)
     try:
         accepted = await anext(events)
     except BaseException:

@@ -41,11 +41,11 @@ async def generate(asked: GenerationRequest, key: Asking, services: Serving, req
     artifacts = await visible(services, key, object_ids(asked.model))
     base = await described(services.generators, services.draw_seconds)
     draws = draw_requests(asked, artifacts, base)
-    services.gate.spend(key, len(draws))
+    spending = services.gate.spend(key, len(draws))
     headers = _origin(draws, base)
     if asked.stream:
-        return await streamed(request, services, draws[0], base, headers)
-    pictures = await unless_gone(request, draw_all(services, draws))
+        return await streamed(request, services, draws[0], base, headers, spending)
+    pictures = await unless_gone(request, draw_all(services, draws, spending))
     linked = asked.response_format == "url"
     images = [
         Image(
@@ -75,8 +75,7 @@ async def result(
     key, draw = _linked(services, token)
     png = services.results.get(token)
     if png is None:
-        services.gate.spend(key)
-        [picture] = await unless_gone(request, draw_all(services, [draw]))
+        [picture] = await unless_gone(request, draw_all(services, [draw], services.gate.spend(key)))
         png = picture.png
         services.results.keep(token, png)
     base = await described(services.generators, services.draw_seconds)
