@@ -21,7 +21,8 @@ def store(tmp_path):
 
 def run(store, run_id, *rows):
     table = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows)), table)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    pq.write_table(pa.Table.from_pylist([dict.fromkeys(columns) | row for row in rows]), table)
     store.write_run_file(run_id, "results.parquet", table.getvalue())
 
 

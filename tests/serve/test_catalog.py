@@ -145,7 +145,7 @@ def test_follows_the_store_on_whatever_befalls_a_refresh(store, monkeypatch):
 
 def results(store, run_id, *rows):
     table = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([{"class_name": "vase", **row} for row in rows]), table)
+    pq.write_table(pa.Table.from_pylist([{"class_name": "vase", "title": None, **row} for row in rows]), table)
     store.write_run_file(run_id, "results.parquet", table.getvalue())
 
 
@@ -205,7 +205,7 @@ def test_a_refresh_writes_only_what_has_changed(store, catalog, monkeypatch):
     assert written == []
     commit(store, "new")
     catalog.refresh()
-    assert 0 < len(written) < 20
+    assert 0 < len([sql for sql in written if not sql.startswith("--")]) < 15
     assert catalog.page(100)[0] == "new"
 
 
