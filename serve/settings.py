@@ -31,7 +31,7 @@ class Settings(BaseModel):
         rank: the highest rank that an adapter may have.
         host_mib: host memory for adapters, in MiB.
         queue_limit: requests that may wait for each generator; others are refused with 429.
-        threads: PyTorch's threads on the CPU; None: PyTorch chooses.
+        threads: PyTorch's threads on the CPU; None: as many as a short measurement at the start finds fastest.
         generators: on a cluster, the number of replicas that draw, as MIN or MIN:MAX. 0:MAX keeps none, and no GPU,
             while nothing is asked; the first request then waits until one has started.
         ingress: on a cluster, the number of replicas that answer HTTP, as MIN or MIN:MAX.
