@@ -3,7 +3,9 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from PIL.PngImagePlugin import PngInfo
@@ -102,7 +104,9 @@ class LocalGenerators:
         try:
             yield Accepted()
             async for event in _told(drawing):
-                yield await asyncio.get_running_loop().run_in_executor(self._encoders, _encoded, event, request)
+                # In this request's context, which lines of the log name.
+                encode = partial(copy_context().run, _encoded, event, request)
+                yield await asyncio.get_running_loop().run_in_executor(self._encoders, encode)
         finally:
             drawing.cancel()
 
