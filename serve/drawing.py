@@ -11,7 +11,9 @@ from objdrive.pictures import DigitalSource, encode_picture, picture_file
 from objdrive.sampling.engine import Engine
 from objdrive.sampling.requests import Drawing, DrawingEvent, DrawRequest, Partial, Picture
 from serve.errors import api_error
+from serve.pools import Pool
 
+_ENCODERS = 2
 BASE_MODEL_ID = "base"
 """The model id of pictures that the base alone draws."""
 
@@ -83,6 +85,8 @@ class LocalGenerators:
 
     def __init__(self, base: Base, engine: Engine) -> None:
         self._engine = engine
+        # Its own: a picture does not wait for what else the process does in threads.
+        self._encoders = Pool(_ENCODERS, "encode")
         self._info = BaseInfo(base.name, base.fingerprint, base.resolution)
 
     async def describe(self) -> BaseInfo:
@@ -99,7 +103,7 @@ class LocalGenerators:
         try:
             yield Accepted()
             async for event in _told(drawing):
-                yield await asyncio.to_thread(_encoded, event, request)
+                yield await self._encoders.run(_encoded, event, request)
         finally:
             drawing.cancel()
 

@@ -1,6 +1,5 @@
 """The multipart form of an edit: OpenAI's fields, a picture and a mask, under the limits of intake."""
 
-import asyncio
 import hashlib
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,8 @@ from serve.schema import DrawingFields
 
 MAX_FORM_BYTES = 2 * MAX_BYTES + 2**20
 """An image, a mask, and the fields."""
+FORM_SECONDS = 120.0
+"""How long a form may take to arrive: clients on the road have a megabit or two."""
 _MOST_FILES, _MOST_FIELDS, _LONGEST_FIELD = 3, 40, 64 * 1024
 _FILES: dict[str, Role] = {"image": "image", "image[]": "image", "mask": "mask"}
 
@@ -90,17 +91,12 @@ async def read_form(request: Request) -> EditForm:
     return EditForm(asked, files["image"], files.get("mask"))
 
 
-async def decode_edit(form: EditForm, decoding: asyncio.Semaphore) -> Edit:
-    """The edit of a form's files; `decoding` bounds how many are decoded at once.
+def decode_edit(form: EditForm) -> Edit:
+    """The edit of a form's files.
 
     Raises:
         ApiError: 400, a file is no picture within the limits, or no place is transparent.
     """
-    async with decoding:
-        return await asyncio.to_thread(_decoded, form)
-
-
-def _decoded(form: EditForm) -> Edit:
     try:
         image = decode(form.image, "image", "image").picture
         mask = None if form.mask is None else decode(form.mask, "mask", "mask").picture

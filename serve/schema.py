@@ -23,7 +23,7 @@ class DrawingFields(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: Annotated[str, Field(min_length=1, max_length=1000)] = Field(
+    prompt: Annotated[str, Field(min_length=1)] = Field(
         description="`{}` stands for the object. With several objects, write one `{}` for each; a single object fills "
         "every `{}`. In a prompt without `{}`, a single object takes the place of its class word. Several objects, and "
         "one whose class word is missing, come in front of the prompt."
@@ -54,7 +54,7 @@ class DrawingFields(BaseModel):
     adapter_scale: Annotated[FiniteFloat, Field(ge=0, le=2)] = Field(
         1.0, description="How strongly the adapter acts. 0 draws the class word with the base alone."
     )
-    negative_prompt: Annotated[str, Field(max_length=1000)] = Field("", description="What the picture should not show.")
+    negative_prompt: str = Field("", description="What the picture should not show.")
     scheduler: Literal["ddim", "dpmsolver++"] = "ddim"
     exact: bool | None = Field(
         None, description="The object keeps its photo's own pixels, and the base draws around them. For one object."

@@ -10,6 +10,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from objdrive.sampling.requests import DrawRequest
+from serve.auth import Spending
 from serve.drawing import Accepted, BaseInfo, FinishedPicture, PartialPicture, PictureEvent, model_id
 from serve.errors import api_error
 from serve.finishing import Finish
@@ -26,6 +27,7 @@ async def streamed(
     finish: Finish,
     headers: dict[str, str],
     link: Callable[[DrawRequest, bytes], str | None],
+    spending: Spending,
 ) -> StreamingResponse:
     """Answer with the drawing's events. A drawing that is refused at once has the refusal's own status.
 
@@ -34,7 +36,7 @@ async def streamed(
     Raises:
         ApiError: see `serve.waiting.finished_events`.
     """
-    events = finished_events(services, draw, finish)
+    events = finished_events(services, draw, finish, spending)
     try:
         accepted = await anext(events)
     except BaseException:

@@ -9,16 +9,21 @@ from typing import TypeVar
 from fastapi import Request
 
 from objdrive.sampling.requests import DrawRequest
+from serve.auth import Spending
 from serve.drawing import Accepted, FinishedPicture, PictureEvent, Refused
 from serve.errors import ApiError
 from serve.finishing import Finish
 from serve.services import Services
 
 _T = TypeVar("_T")
+_WAS_DRAWN = ("cancelled", "drawing_failed", "internal_error", "timeout")
+"""What ends a drawing that took its time: it counts for the key all the same."""
 
 
-async def picture_events(services: Services, draw: DrawRequest) -> AsyncGenerator[PictureEvent, None]:
-    """A drawing's events, within `Services.draw_seconds`; its outcome is counted.
+async def picture_events(
+    services: Services, draw: DrawRequest, spending: Spending
+) -> AsyncGenerator[PictureEvent, None]:
+    """A drawing's events, within `Services.draw_seconds`; its outcome is counted, and for its key what was drawn.
 
     Raises:
         ApiError: the drawing is refused, or takes too long (408).
@@ -26,16 +31,21 @@ async def picture_events(services: Services, draw: DrawRequest) -> AsyncGenerato
     started = time.monotonic()
     outcome = "cancelled"
     try:
-        async with aclosing(services.generators.draw(draw)) as events:
-            while (event := await _next(events, started + services.draw_seconds)) is not None:
-                if isinstance(event, Refused):
-                    raise ApiError(event.code, event.message, retry_after=event.retry_after)
-                if isinstance(event, FinishedPicture):
-                    outcome = "ok"
-                    services.meter.observe("picture_seconds", time.monotonic() - started)
-                yield event
+        with services.drain.drawing():
+            async with aclosing(services.generators.draw(draw)) as events:
+                while (event := await _next(events, started + services.draw_seconds)) is not None:
+                    if isinstance(event, Refused):
+                        raise ApiError(event.code, event.message, retry_after=event.retry_after)
+                    if isinstance(event, Accepted):
+                        spending.take()
+                    if isinstance(event, FinishedPicture):
+                        outcome = "ok"
+                        services.meter.observe("picture_seconds", time.monotonic() - started)
+                    yield event
     except ApiError as error:
         outcome = error.code
+        if outcome not in _WAS_DRAWN:
+            spending.give_back()
         raise
     except Exception:
         outcome = "internal_error"
@@ -44,7 +54,9 @@ async def picture_events(services: Services, draw: DrawRequest) -> AsyncGenerato
         services.meter.count("pictures", outcome=outcome)
 
 
-async def finished_events(services: Services, draw: DrawRequest, finish: Finish) -> AsyncGenerator[PictureEvent, None]:
+async def finished_events(
+    services: Services, draw: DrawRequest, finish: Finish, spending: Spending
+) -> AsyncGenerator[PictureEvent, None]:
     """A drawing's events, as `finish` has them.
 
     Raises:
@@ -52,14 +64,16 @@ async def finished_events(services: Services, draw: DrawRequest, finish: Finish)
     """
     if finish.transparent:
         yield Accepted()
-        yield await asyncio.to_thread(finish.alone, draw)
+        yield await services.finishing.run(finish.alone, draw)
         return
-    async with aclosing(picture_events(services, draw)) as events:
+    async with aclosing(picture_events(services, draw, spending)) as events:
         async for event in events:
-            yield await asyncio.to_thread(finish, event)
+            yield await services.finishing.run(finish, event)
 
 
-async def draw_all(services: Services, draws: Sequence[DrawRequest], finish: Finish) -> list[FinishedPicture]:
+async def draw_all(
+    services: Services, draws: Sequence[DrawRequest], finish: Finish, spending: Spending
+) -> list[FinishedPicture]:
     """The pictures, drawn side by side. The first drawing that fails ends the others.
 
     Raises:
@@ -67,7 +81,7 @@ async def draw_all(services: Services, draws: Sequence[DrawRequest], finish: Fin
     """
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_finished(services, draw, finish)) for draw in draws]
+            tasks = [group.create_task(_finished(services, draw, finish, spending)) for draw in draws]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
@@ -94,8 +108,8 @@ async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
                 await task
 
 
-async def _finished(services: Services, draw: DrawRequest, finish: Finish) -> FinishedPicture:
-    async with aclosing(finished_events(services, draw, finish)) as events:
+async def _finished(services: Services, draw: DrawRequest, finish: Finish, spending: Spending) -> FinishedPicture:
+    async with aclosing(finished_events(services, draw, finish, spending)) as events:
         async for event in events:
             if isinstance(event, FinishedPicture):
                 return event

@@ -1,6 +1,5 @@
 """OpenAI's edits: an object is drawn into a place of a picture."""
 
-import asyncio
 from dataclasses import replace
 
 from fastapi import APIRouter, Request
@@ -33,12 +32,12 @@ async def edit(key: Asking, services: Serving, request: Request) -> Response:
     asked = form.asked
     artifacts = await visible(services, key, object_ids(asked.model, services.model_aliases))
     base = await described(services.generators, services.draw_seconds)
-    edited = await decode_edit(form, services.decoding)
+    edited = await services.decoding.run(decode_edit, form)
     _check_size(asked, edited)
     if asked.exact:
-        edited = await asyncio.to_thread(edited.exact, await own_photo(artifacts))
+        edited = await services.decoding.run(edited.exact, await own_photo(services, artifacts))
     finish = Finish.of(asked, edit=edited, given=form.digest)
-    canvas = await asyncio.to_thread(edited.canvas, base.resolution)
+    canvas = await services.decoding.run(edited.canvas, base.resolution)
     draws = draw_requests(asked.model_copy(update={"size": None}), artifacts, base)
     draws = [replace(draw, canvas=canvas) for draw in draws]
     return await answer(request, services, key, asked, draws, base, finish)

@@ -49,7 +49,7 @@ async def generate(asked: GenerationRequest, key: Asking, services: Serving, req
     artifacts = await visible(services, key, object_ids(asked.model, services.model_aliases))
     base = await described(services.generators, services.draw_seconds)
     size = (base.resolution, base.resolution)
-    cut_out = await placed(asked, artifacts, size) if asked.exact or asked.place else None
+    cut_out = await placed(services, asked, artifacts, size) if asked.exact or asked.place else None
     finish = Finish.of(asked, cut_out=cut_out, given=asked.place or "")
     draws = draw_requests(asked, artifacts, base)
     if cut_out:
@@ -71,16 +71,15 @@ async def answer(
     name = name_of(draws, finish)
     # A stream has its client wait step by step: no proxy gives it up.
     work = None if asked.stream else services.kept.find(name)
-    if not work and not finish.transparent:
-        services.gate.spend(key, len(draws))
+    spending = services.gate.spend(key, 0 if work or finish.transparent else len(draws))
     linked = asked.response_format == "url"
 
     def link(draw: DrawRequest, data: bytes) -> str | None:
         return _link(request, services, key, draw, finish, data) if linked else None
 
     if asked.stream:
-        return await streamed(request, services, draws[0], base, finish, headers, link)
-    work = work or services.kept.begin(name, draw_all(services, draws, finish))
+        return await streamed(request, services, draws[0], base, finish, headers, link, spending)
+    work = work or services.kept.begin(name, draw_all(services, draws, finish, spending))
     pictures = await unless_gone(request, services.kept.wait(work))
     images = [
         Image(
@@ -114,8 +113,7 @@ async def result(
     if data is None:
         if draw is None:
             raise ApiError("not_found", "this picture is no longer kept: ask for it again")
-        services.gate.spend(key)
-        [picture] = await unless_gone(request, draw_all(services, [draw], finish))
+        [picture] = await unless_gone(request, draw_all(services, [draw], finish, services.gate.spend(key)))
         data = picture.data
         services.results.keep(token, data)
     headers = {"cache-control": "private, max-age=3600"}

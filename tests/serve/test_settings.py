@@ -1,13 +1,26 @@
 import pytest
+from ray.serve._private.build_app import build_app
 
 from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import ObjdriveError
+from serve.app import build
 from serve.settings import Settings
 
 
 def test_takes_text_as_the_command_line_gives_it():
     settings = Settings.of(store="s3://bucket/adapters", no_auth="true", batch_size="4", generators="2:6")
     assert (settings.no_auth, settings.batch_size, settings.generators) == (True, 4, "2:6")
+
+
+def test_replicas_are_settings(tmp_path):
+    key = tmp_path / "key"
+    key.write_bytes(b"k" * 32)
+    asked = {"store": str(tmp_path), "base": "tiny64", "no_auth": True, "signing_key_file": str(key)}
+    built = build(asked | {"generators": "0:3", "ingress": "2:5"})
+    schema = {one.name: one for one in build_app(built, name="objdrive").deployments}
+    scaled = {name: one._deployment_config.autoscaling_config for name, one in schema.items()}
+    assert (scaled["Generator"].min_replicas, scaled["Generator"].max_replicas) == (0, 3)
+    assert (scaled["Api"].min_replicas, scaled["Api"].max_replicas) == (2, 5)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +30,8 @@ def test_takes_text_as_the_command_line_gives_it():
         ({"store": "s", "no_auth": True, "batchsize": 3}, "batchsize"),
         ({"store": "s", "no_auth": True, "batch_size": 0}, "batch_size"),
         ({"store": "s", "no_auth": True, "generators": "0"}, "generators"),
+        ({"store": "s", "no_auth": True, "generators": "0:0"}, "generators"),
+        ({"store": "s", "no_auth": True, "ingress": "0:2"}, "ingress"),
         ({"store": "s"}, "api_keys"),
         ({"store": "s", "no_auth": True, "api_keys": "keys.yaml"}, "api_keys"),
     ],
