@@ -75,6 +75,11 @@ class Finish:
         return self.edit is None and self.cut_out is None
 
     @property
+    def as_drawn(self) -> bool:
+        """Whether what is drawn is what the client gets."""
+        return self.lasting and self.format == "png"
+
+    @property
     def background(self) -> Literal["opaque", "transparent"]:
         """What is behind the picture."""
         return "transparent" if self.transparent else "opaque"
@@ -94,7 +99,7 @@ class Finish:
         return FinishedPicture(data, draw.prompt)
 
     def _finished(self, png: bytes) -> bytes:
-        if self.lasting and self.format == "png":
+        if self.as_drawn:
             return png
         drawn = Image.open(io.BytesIO(png))
         picture: Image.Image = drawn

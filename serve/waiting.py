@@ -68,7 +68,9 @@ async def finished_events(
         return
     async with aclosing(picture_events(services, draw, spending)) as events:
         async for event in events:
-            yield await services.finishing.run(finish, event)
+            # What needs no finishing waits for no other picture's.
+            at_once = finish.as_drawn or isinstance(event, Accepted)
+            yield event if at_once else await services.finishing.run(finish, event)
 
 
 async def draw_all(

@@ -1,9 +1,7 @@
 import pytest
-from ray.serve._private.build_app import build_app
 
 from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import ObjdriveError
-from serve.app import build
 from serve.settings import Settings
 
 
@@ -12,7 +10,13 @@ def test_takes_text_as_the_command_line_gives_it():
     assert (settings.no_auth, settings.batch_size, settings.generators) == (True, 4, "2:6")
 
 
+# Pydantic's word on Ray's own fields, where no other test has imported Serve yet.
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")
 def test_replicas_are_settings(tmp_path):
+    from ray.serve._private.build_app import build_app
+
+    from serve.app import build
+
     key = tmp_path / "key"
     key.write_bytes(b"k" * 32)
     asked = {"store": str(tmp_path), "base": "tiny64", "no_auth": True, "signing_key_file": str(key)}
