@@ -5,11 +5,13 @@ import socket
 import threading
 import time
 
+import httpx2
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from raw import answer, connect
 
+from serve.bodies import MAX_BODY_BYTES
 from serve.drain import Drain
 from serve.errors import add_error_handlers
 from serve.guard import Guard
@@ -31,6 +33,7 @@ def serving(body_seconds):
     add_error_handlers(app)
 
     @app.post("/")
+    @app.post("/v1/images/edits")
     async def length(request: Request) -> int:
         return len(await request.body())
 
@@ -63,6 +66,20 @@ def test_a_body_in_pieces_is_read():
         connection.sendall(b"y" * 50)
         status, received = answer(connection)
     assert (status, received[-3:]) == (200, b"100")
+
+
+def test_an_edit_s_form_may_take_longer_and_be_larger():
+    body = b"x" * (MAX_BODY_BYTES + 1)
+    head = HEAD.replace(b" / ", b" /v1/images/edits ").replace(b": 100", f": {len(body)}\r\nConnection: close".encode())
+    with serving(0) as (url, drain):
+        with connect(url) as connection:
+            connection.sendall(head)
+            while not drain._cuts:
+                time.sleep(0.01)
+            connection.sendall(body)
+            status, received = answer(connection)
+        assert (status, received[-5:]) == (200, str(len(body)).encode())
+        assert httpx2.post(url, content=body).status_code == 413
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -16,6 +16,7 @@ from random_store import commit, digest_of
 
 from objdrive.adapters.artifact import SourceRecord, Sources
 from objdrive.adapters.store import ArtifactStore
+from serve import exactness
 
 SIZE = (200, 150)
 BOX = (40, 30, 120, 110)
@@ -258,6 +259,34 @@ class TestExact:
         assert error(answer, status) == code
         assert answer.json()["error"]["param"] == param
         assert "gone.png" not in answer.text
+
+    def test_what_draws_nothing_is_not_counted(self, small_base, photo, tmp_path):
+        store = ArtifactStore(str(tmp_path / "store"))
+        files = {
+            name: SourceRecord(uri=str(tmp_path / f"{name}.png"), size=None, mark="") for name in ("image", "mask")
+        }
+        commit(store, small_base, "mug-1", sources=Sources(**files))
+        alone = {"model": "mug-1", "exact": True, "background": "transparent"}
+        with (
+            serving(small_base, store, tmp_path, keys=[("shop", {"burst": 1})]) as server,
+            server.client("shop") as client,
+        ):
+            png(server.draw(client, **alone))
+            # More than the key may draw at once: a debt is left.
+            png(server.draw(client, model="mug-1", n=2, steps=1))
+            png(server.draw(client, **alone))
+            assert error(server.draw(client, model="mug-1"), 429) == "rate_limit_exceeded"
+
+    def test_storage_that_hangs_holds_up_no_other_request(self, small_base, tmp_path, monkeypatch):
+        monkeypatch.setattr(exactness, "PHOTO_SECONDS", 0.2)
+        store = ArtifactStore(str(tmp_path / "store"))
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            address = f"http://127.0.0.1:{silent.getsockname()[1]}/mug.png"
+            commit(store, small_base, "mug-1", sources=Sources(image=SourceRecord(uri=address, size=1, mark="")))
+            with serving(small_base, store, tmp_path) as server, server.client() as client:
+                for _ in range(8):
+                    assert error(server.draw(client, model="mug-1", exact=True), 503) == "unavailable"
+                assert png(edit(client, model="mug-1"))
 
 
 class TestFormats:
