@@ -30,6 +30,11 @@ def a_canvas(edge, *, left=0.5):
     return Canvas(image, draw)
 
 
+def pixels_of(canvas):
+    # Torch warns of what can't be written to.
+    return as_pixels(canvas.image[None].copy())
+
+
 def difference(one, other):
     return float((one - other).abs().max())
 
@@ -38,14 +43,14 @@ class TestBlendedLatents:
     @pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver++"])
     def test_what_is_kept_has_the_pictures_own_latents(self, tiny64, scheduler):
         canvas = a_canvas(64)
-        own = tiny64.encode_latents(as_pixels(canvas.image[None]))
+        own = tiny64.encode_latents(pixels_of(canvas))
         drawn = draw_latents(tiny64, [spec(canvas=canvas, scheduler=scheduler)])
         assert torch.equal(drawn[..., :8], own[..., :8])
         assert difference(drawn[..., 8:], own[..., 8:]) > 0.5
 
     def test_a_cell_that_is_drawn_in_part_is_drawn(self, tiny64):
         canvas = a_canvas(64, left=0.5 + 3 / 64)
-        own = tiny64.encode_latents(as_pixels(canvas.image[None]))
+        own = tiny64.encode_latents(pixels_of(canvas))
         drawn = draw_latents(tiny64, [spec(canvas=canvas)])
         assert torch.equal(drawn[..., :8], own[..., :8])
         assert difference(drawn[..., 8:9], own[..., 8:9]) > 0.1
@@ -56,7 +61,7 @@ class TestBlendedLatents:
         pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED / "tiny64", dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
         pipe.scheduler.set_timesteps(STEPS)
-        own = pipe.vae.encode(as_pixels(canvas.image[None]) * 2 - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
+        own = pipe.vae.encode(pixels_of(canvas) * 2 - 1).latent_dist.mode() * pipe.vae.config.scaling_factor
         noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(7))
 
         def noised(step):
@@ -99,7 +104,7 @@ class TestEngine:
             plain, into, other = [engine.submit(one) for one in requests]
             latents = [drawing.result(60).latents for drawing in (plain, into, other)]
             alone = engine.submit(requests[1]).result(60).latents
-        own = small.encode_latents(as_pixels(a_canvas(edge).image[None]))[0]
+        own = small.encode_latents(pixels_of(a_canvas(edge)))[0]
         assert torch.equal(latents[1][..., :4], own[..., :4])
         assert difference(latents[1], alone) < 1e-3
         assert difference(latents[1][..., 4:], latents[0][..., 4:]) > 0.01
