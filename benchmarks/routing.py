@@ -220,7 +220,7 @@ class Simulation:
             use_replica_queue_len_cache=True,
             get_curr_time_s=self._clock,
         )
-        router.initialize_state(spill_at=2 * self.load.batch)
+        router.initialize_state(spill_at=2 * self.load.batch, full_at=self.load.queue_limit + self.load.batch)
         router.update_replicas(self._replicas)
         # Serve asks new replicas for their queues in a task.
         await asyncio.sleep(0.01)
@@ -244,7 +244,9 @@ class Simulation:
         request = Request(rank, self._clock.now, router, Reservation([key]))
         replica = self._choose(router, str(key))
         request.generator = replica.number
-        homes = ranked(str(key), {one.replica_id.unique_id: 0 for one in self._replicas}, choices=2, spill_at=1)[:2]
+        homes = ranked(
+            str(key), {one.replica_id.unique_id: 0 for one in self._replicas}, choices=2, spill_at=1, full_at=1
+        )[:2]
         request.spilled = [replica.replica_id.unique_id] not in homes
         generator = self._generators[replica.number]
         generator.take(request, self._clock.now)

@@ -28,9 +28,10 @@ from comparing import (
 )
 from PIL import Image
 
+from jobs.drawing import Pool
 from jobs.evaluation.compose import MANIFEST_FILE, PROMPTS, Subject, choose_subjects, compose_group, read_halves
 from jobs.evaluation.pages import SHEET_FILE
-from jobs.evaluation.pictures import BASE_METHOD, SCENES, Pool
+from jobs.evaluation.pictures import BASE_METHOD, SCENES
 from jobs.evaluation.scoring import Scorer, read_gallery
 from jobs.pretrain.folders import Folders
 from jobs.pretrain.sprites import Sprites, draw_sprites, have_sprites

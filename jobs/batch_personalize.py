@@ -23,11 +23,12 @@ from jobs.room import WorkersRequest
 from jobs.run import BatchRun, new_run_id
 from jobs.settings import FineTuneSettings
 from jobs.worker import make_fine_tune
+from objdrive.adapters.index import compact
 from objdrive.adapters.store import RESULTS_FILE, ArtifactStore
 from objdrive.base.files import find_base
 from objdrive.catalog.addresses import unsigned
 from objdrive.catalog.manifest import pieces
-from objdrive.errors import ObjdriveError
+from objdrive.errors import ObjdriveError, StoreError
 from objdrive.evaluation.report import CaptionedPicture, Failure, Report, ReportedObject, render
 from objdrive.training.recipe import PRESETS, Recipe, make_recipe
 
@@ -143,10 +144,19 @@ def _run(arguments: argparse.Namespace) -> int:
                 facts = [("manifest", unsigned(arguments.manifest)), ("base", base.name), ("recipe", _describe(recipe))]
                 store.write_run_file(run.id, REPORT_FILE, _report(run, store, facts, seconds).encode())
                 _print_summary(run, store, seconds, dry=False)
+                _keep_index(store)
         lost = ledger.counts["rejected"] + ledger.counts["failed"]
     if interrupted is not None:
         return interrupted.exit_status
     return _EXIT_ROWS_LOST if lost and not arguments.allow_rejects else _EXIT_OK
+
+
+def _keep_index(store: ArtifactStore) -> None:
+    """Bring the index that servers read up to date; the run is complete without it."""
+    try:
+        compact(store)
+    except StoreError as error:
+        print(f"the catalog's index stays as it was, and the next run brings it up to date: {error}", flush=True)
 
 
 def _interruption(standing: Standing, ledger: Ledger) -> str:

@@ -15,13 +15,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from jobs.cluster import connect
 from jobs.command import absolute, absolute_model, add_base_options, exit_status, number, positive
+from jobs.drawing import PlannedBase, Pool
 from jobs.evaluation.compose import PROMPTS
 from jobs.evaluation.pages import PICTURES_FILE, REPORT_FILE, SCORES_FILE, write_pages
 from jobs.evaluation.pictures import (
     BASE_METHOD,
     CONTROLS,
     DrawingSettings,
-    Pool,
     control_pictures,
     draw,
     find_artifacts,
@@ -62,12 +62,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     names = options.encoder or ENCODERS
     _look_ahead(names, references, prompts, options)
     drawing = DrawingSettings(
-        options.base,
-        options.clip,
-        base.fingerprint,
+        PlannedBase(options.base, options.clip, base.fingerprint, options.vae),
         options.steps or recipe.sample_steps,
         options.guidance_scale or recipe.guidance_scale,
-        options.vae,
     )
     request = WorkersRequest.of(str(options.workers) if options.workers else None, options.gpus_per_worker)
     connect()
@@ -136,7 +133,7 @@ def _facts(
     chance = [("identity in its class by chance", f"{by_chance(options.gallery, ids):.3f}")] if options.gallery else []
     return [
         *((f"method {name}", url) for name, url in stores.items()),
-        ("base", f"{drawing.base}, {drawing.fingerprint}"),
+        ("base", f"{drawing.base.name}, {drawing.base.fingerprint}"),
         ("drawn", f"{len(references)} objects, {len(prompts)} prompts, {options.seeds} seeds, {drawing.steps} steps, "
                   f"guidance {drawing.guidance_scale:g}"),
         *chance,

@@ -24,13 +24,15 @@ class Standing:
     Attributes:
         done: in the store.
         failed: rejected or failed.
-        known: read from the manifest.
-        total: of the manifest; None as long as it is still being read.
-        trained: of those done, how many this run has fine-tuned.
-        working: being fine-tuned.
+        known: read from the source.
+        total: of the source; None as long as it is still being read.
+        trained: of those done, how many this run has made.
+        working: being made.
         step: of `steps`, how far those in work are; a mean.
         steps: of those in work; 0 as long as it is not known.
         waiting: for what the cluster is waited for; empty if it is not.
+        things: what is made.
+        source: what is read to know of rows.
     """
 
     done: int
@@ -42,6 +44,8 @@ class Standing:
     step: float = 0.0
     steps: int = 0
     waiting: str = ""
+    things: str = "objects"
+    source: str = "manifest"
 
     @property
     def left(self) -> int:
@@ -87,15 +91,17 @@ class Pace:
 
 
 def describe(standing: Standing, seconds: float, to_go: float | None = None) -> str:
-    """One line: done, failed, in work, left, objects per minute, time to go, what is waited for."""
+    """One line: done, failed, in work, left, things per minute, time to go, what is waited for."""
     parts = [f"{standing.done} done", f"{standing.failed} failed"]
     if standing.working:
         how_far = f" (step {standing.step:.0f} of {standing.steps})" if standing.steps else ""
         parts.append(f"{standing.working} in work{how_far}")
     left = standing.left - standing.working
-    parts.append(f"{left} left" if standing.total is not None else f"{left} left so far, still reading the manifest")
+    parts.append(
+        f"{left} left" if standing.total is not None else f"{left} left so far, still reading the {standing.source}"
+    )
     if standing.trained:
-        parts.append(f"{standing.trained / seconds * 60:.1f} objects a minute")
+        parts.append(f"{standing.trained / seconds * 60:.1f} {standing.things} a minute")
     if to_go is not None:
         parts.append(f"{_duration(to_go)} to go")
     if standing.waiting:

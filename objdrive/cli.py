@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from objdrive.adapters.formats import EXPORT_FORMATS
 from objdrive.adapters.store import ArtifactStore
 from objdrive.base.sizes import parse_size
 from objdrive.errors import ObjdriveError, StoreError
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="objdrive", description="Personalized pictures of products.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="draw pictures of an object"))
+    _add_export(commands.add_parser("export", help="write an object's adapter as files of another tool"))
     store = commands.add_parser("store", help="look after a store of artifacts")
     _add_store(store.add_subparsers(required=True, metavar="COMMAND"))
     # Rooms that build on the library bring commands of their own.
@@ -88,6 +90,40 @@ def _generate(arguments: argparse.Namespace) -> int:
         path = arguments.out / f"{arguments.object}-{seed}.png"
         picture.save(path)
         print(path)
+    return 0
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", help="the store's address")
+    parser.add_argument("object", metavar="ID", help="the object")
+    parser.add_argument("--format", required=True, choices=EXPORT_FORMATS, help="whose form")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(),
+        help="folder, such as the tool's own: files go where it looks (default: here)",
+    )
+    parser.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    # Heavy imports, which listing a store does not need.
+    from objdrive.adapters.adapter import parse_adapter
+    from objdrive.adapters.export import export_adapter
+    from objdrive.base.family import STABLE_DIFFUSION
+
+    metadata, files = ArtifactStore(arguments.store).read(arguments.object)
+    adapter = parse_adapter(files, token=metadata.token, family=STABLE_DIFFUSION)
+    exported = export_adapter(adapter, metadata, arguments.format, family=STABLE_DIFFUSION)
+    for name, data in sorted(exported.files.items()):
+        path = arguments.out / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        except OSError as error:
+            raise ObjdriveError(f"{path} can't be written: {error}") from error
+        print(path)
+    print(f"prompt: {exported.prompt}")
     return 0
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from PIL import Image
-from pydantic import ValidationError
 
 from objdrive.adapters.adapter import parse_adapter
 from objdrive.adapters.artifact import ArtifactMetadata
@@ -15,7 +14,7 @@ from objdrive.base.stable_diffusion import Base
 from objdrive.base.steppers import SchedulerName
 from objdrive.errors import ObjdriveError
 from objdrive.sampling.sampler import Layout, SampleSpec, draw_pictures
-from objdrive.training.recipe import Recipe
+from objdrive.training.recipe import drawing_recipe
 
 
 def generate(
@@ -58,7 +57,7 @@ def generate(
     if any(seed.bit_length() > 63 for seed in seeds):
         raise ObjdriveError(f"the seeds {seeds[0]} to {seeds[-1]} must fit 63 bits: choose smaller ones")
     metadata, files = store.read(object_id)
-    recipe = _drawing_recipe(metadata, sample_steps=steps, guidance_scale=guidance_scale)
+    recipe = drawing_recipe(metadata.recipe, object_id, steps=steps, guidance_scale=guidance_scale)
     loaded = _matching_base(metadata, base, clip, vae)
     adapter = parse_adapter(files, token=metadata.token, family=loaded.family)
     phrase = marked_phrase(metadata.phrase, metadata.class_name, token=metadata.token)
@@ -81,16 +80,6 @@ def generate(
             for seed in seeds
         ]
         return draw_pictures(loaded, specs, bank=bank)
-
-
-def _drawing_recipe(metadata: ArtifactMetadata, **asked: float | None) -> Recipe:
-    """The artifact's recipe, with the fields that a caller has set."""
-    # Not the others: an artifact may have been made with fields of another version.
-    made_with = {name: metadata.recipe[name] for name in asked if name in metadata.recipe}
-    try:
-        return Recipe.model_validate(made_with | {name: v for name, v in asked.items() if v is not None})
-    except ValidationError as error:
-        raise ObjdriveError(f"can't draw {metadata.object_id!r} with its recipe and what was asked: {error}") from error
 
 
 def _matching_base(metadata: ArtifactMetadata, name: str | None, clip: str | None, vae: str | None) -> Base:

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from serve.errors import add_error_handlers
 from serve.guard import Guard
 from serve.metrics import PrometheusMeter
-from serve.routes import catalog, images, models, operations, page
+from serve.routes import catalog, edits, images, models, operations, page
 from serve.services import Services
 
 
@@ -25,11 +25,11 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     add_error_handlers(app)
-    for routes in (images, models, catalog, operations, page):
+    for routes in (images, edits, models, catalog, operations, page):
         app.include_router(routes.router)
-    if isinstance(services.meter, PrometheusMeter):
+    if services.metrics and isinstance(services.meter, PrometheusMeter):
         app.include_router(operations.metrics_router(services.meter))
-    app.add_middleware(Guard, meter=services.meter, drain=services.drain)
+    app.add_middleware(Guard, meter=services.meter, drain=services.drain, local_only=services.gate.open)
     return app
 
 
@@ -37,7 +37,11 @@ def create_app(services: Services) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     services.catalog.start()
+    services.gate.start()
     yield
     services.drain.begin()
     await asyncio.to_thread(services.catalog.close)
+    await asyncio.to_thread(services.gate.close)
     services.objects.close()
+    for pool in (services.decoding, services.finishing, services.photos):
+        pool.close()

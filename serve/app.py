@@ -17,6 +17,7 @@ from serve.settings import Settings
 from serve.signing import Signer
 
 _INGRESS_REQUESTS = 1000
+_INGRESS_TARGET = 100
 _DRAIN_MARGIN_SECONDS = 10.0
 
 
@@ -42,6 +43,7 @@ class Api:
                 signer=Signer(self._secret),
                 meter=RayMeter(),
                 public_url=settings.public_url,
+                model_aliases=settings.model_aliases,
                 draw_seconds=settings.draw_seconds,
             )
         )
@@ -55,21 +57,19 @@ def build(args: dict[str, Any]) -> Application:
     """
     settings = Settings.of(**args)
     settings = settings.model_copy(update={"base": settings.base_name()})
-    least, _, most = settings.generators.partition(":")
     grace = settings.draw_seconds + _DRAIN_MARGIN_SECONDS
     generator: Any = serve.deployment(
-        # The engine queues. What it has no room for goes to another replica, then waits at the ingress.
-        max_ongoing_requests=settings.queue_limit + settings.batch_size,
+        # The engine queues, those that wait for the store beside those that wait for a place.
+        max_ongoing_requests=2 * settings.queue_limit + settings.batch_size,
         max_queued_requests=settings.queue_limit,
-        autoscaling_config={
-            "min_replicas": int(least),
-            "max_replicas": int(most or least),
-            "target_ongoing_requests": settings.batch_size,
-        },
+        autoscaling_config=_scaled(settings.generators, target=settings.batch_size),
         ray_actor_options={"num_cpus": 1},
         request_router_config={
             "request_router_class": "serve.router:WarmRouter",
-            "request_router_kwargs": {"spill_at": 2 * settings.batch_size},
+            "request_router_kwargs": {
+                "spill_at": 2 * settings.batch_size,
+                "full_at": settings.queue_limit + settings.batch_size,
+            },
         },
         health_check_period_s=10,
         health_check_timeout_s=60,
@@ -79,8 +79,19 @@ def build(args: dict[str, Any]) -> Application:
         max_ongoing_requests=_INGRESS_REQUESTS,
         # Beyond this, Serve itself refuses, with a message of its own.
         max_queued_requests=_INGRESS_REQUESTS,
+        autoscaling_config=_scaled(settings.ingress, target=_INGRESS_TARGET),
         ray_actor_options={"num_cpus": 0.5},
         graceful_shutdown_timeout_s=grace,
     )
     bound: Application = api(Api).bind(settings, settings.signing_secret(), generator(Generator).bind(settings))
     return bound
+
+
+def _scaled(replicas: str, *, target: int) -> dict[str, int]:
+    """Serve's configuration for a number of replicas, as MIN or MIN:MAX, each with about `target` requests."""
+    least, _, most = replicas.partition(":")
+    return {
+        "min_replicas": int(least),
+        "max_replicas": int(most or least),
+        "target_ongoing_requests": target,
+    }

@@ -1,12 +1,12 @@
 """API keys: which objects a key sees, and how many pictures it may draw."""
 
 import hashlib
-import hmac
-import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,13 +14,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from objdrive.errors import ObjdriveError
-from serve.errors import ApiError
-
-logger = logging.getLogger("objdrive.serve")
+from serve.errors import ApiError, logger
 
 _KEY_PREFIX = "od-"
 _KEY_BYTES = 32
 _RELOAD_SECONDS = 5.0
+# PyYAML's own parser takes a second for a few thousand keys; wheels bring libyaml's.
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class ApiKey(BaseModel):
@@ -32,7 +32,7 @@ class ApiKey(BaseModel):
         name: for logs, and to find the entry when the key is to be revoked.
         sha256: of the key, hexadecimal.
         prefix: the key sees only objects whose ids begin with it; empty: every object.
-        requests_per_minute: pictures that may be drawn, on average. Requests that draw nothing are not counted.
+        requests_per_minute: pictures that may be drawn, on average. What is refused is not counted.
         burst: pictures that may be drawn at once.
     """
 
@@ -79,11 +79,10 @@ def read_keys(path: Path) -> list[ApiKey]:
         ObjdriveError: the file can't be read, is not of that form, or has two keys of one name.
     """
     try:
-        keys = _KeyFile.model_validate(yaml.safe_load(path.read_text())).keys
+        keys = _KeyFile.model_validate(yaml.load(path.read_text(), _Loader)).keys
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ObjdriveError(f"the key file {path} can't be used: {error}") from error
-    names = [key.name for key in keys]
-    twice = {name for name in names if names.count(name) > 1}
+    twice = [name for name, count in Counter(key.name for key in keys).items() if count > 1]
     if twice:
         raise ObjdriveError(
             f"the key file {path} names {', '.join(sorted(twice))} twice: give each key a name of its own"
@@ -91,8 +90,21 @@ def read_keys(path: Path) -> list[ApiKey]:
     return keys
 
 
+@dataclass(frozen=True)
+class _Keys:
+    """The keys of a key file, as it was when it had this mark."""
+
+    by_hash: Mapping[str, ApiKey]
+    by_name: Mapping[str, ApiKey]
+    mark: object = None
+
+    @classmethod
+    def of(cls, keys: Sequence[ApiKey], mark: object) -> "_Keys":
+        return cls({key.sha256: key for key in keys}, {key.name: key for key in keys}, mark)
+
+
 class Gate:
-    """Admits requests by their key. Safe for use from threads.
+    """Admits requests by their key. Safe for use from threads; no request waits for the key file.
 
     A change of the key file takes effect within seconds: a key that was removed is refused. While the file can't be
     read, the keys stay as they were.
@@ -100,20 +112,52 @@ class Gate:
     Args:
         path: the key file; None: requests need no key.
         clock: seconds, never running backwards.
+        reload_seconds: time between two looks at the file, once `start` was called.
     """
 
-    def __init__(self, path: Path | None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        reload_seconds: float = _RELOAD_SECONDS,
+    ) -> None:
         self._path = path
         self._clock = clock
+        self._reload_seconds = reload_seconds
         self._lock = threading.Lock()
         self._buckets: dict[str, TokenBucket] = {}
-        self._keys = [] if path is None else read_keys(path)
-        self._looked = clock()
+        self._keys = _Keys({}, {}) if path is None else _Keys.of(read_keys(path), _mark(path))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="keys", daemon=True)
 
     @property
     def open(self) -> bool:
         """Whether requests need no key."""
         return self._path is None
+
+    def start(self) -> None:
+        """Start to follow the key file, in a thread."""
+        if self._path is not None:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def refresh(self) -> None:
+        """Read the key file if it has changed."""
+        if self._path is None:
+            return
+        try:
+            # Looked at first: a change while the file is read is found by the next look.
+            mark = _mark(self._path)
+            if mark != self._keys.mark:
+                self._keys = _Keys.of(read_keys(self._path), mark)
+        except (OSError, ObjdriveError) as error:
+            logger.error("the key file can't be read, and the keys stay as they were: %s", error)
 
     def key(self, authorization: str | None) -> ApiKey:
         """The key of a request with this ``Authorization`` header.
@@ -126,30 +170,35 @@ class Gate:
         scheme, _, secret = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not secret:
             raise ApiError("invalid_api_key", 'send your API key in a header "Authorization: Bearer <key>"')
-        hashed = _hash(secret.strip())
-        # Every key is compared: the time that it takes must not tell which one was nearly right.
-        found = [key for key in self._current() if hmac.compare_digest(key.sha256, hashed)]
-        if not found:
+        # By hash: how long a look-up takes tells of the guess's own hash alone.
+        found = self._keys.by_hash.get(_hash(secret.strip()))
+        if found is None:
             raise ApiError("invalid_api_key", "this API key is not valid")
-        return found[0]
+        return found
 
     def named(self, name: str) -> ApiKey | None:
         """The key of this name; None if there is none such any more."""
         if self._path is None:
             return ANYONE if name == ANYONE.name else None
-        return next((key for key in self._current() if key.name == name), None)
+        return self._keys.by_name.get(name)
 
-    def spend(self, key: ApiKey, amount: int = 1) -> None:
-        """Count pictures that will be drawn for a key.
+    def spend(self, key: ApiKey, amount: int = 1) -> "Spending":
+        """Ask to draw pictures for a key. They are counted when the first of them is let in.
 
         Raises:
             ApiError: 429, the key has used up its rate.
         """
+        self._take(key, amount, only_ask=True)
+        return Spending(self, key, amount)
+
+    def _take(self, key: ApiKey, amount: int, *, only_ask: bool = False) -> None:
         with self._lock:
             bucket = self._buckets.get(key.name)
             if bucket is None or bucket.key != key:
                 bucket = self._buckets[key.name] = TokenBucket(key, self._clock())
-            wait = bucket.take(amount, self._clock())
+            wait = bucket.wait(amount, self._clock())
+            if not wait and not only_ask:
+                bucket.add(-amount)
         if wait:
             raise ApiError(
                 "rate_limit_exceeded",
@@ -157,16 +206,46 @@ class Gate:
                 retry_after=max(1, round(wait + 0.5)),
             )
 
-    def _current(self) -> list[ApiKey]:
-        assert self._path is not None
+    def _give_back(self, key: ApiKey, amount: int) -> None:
         with self._lock:
-            if self._clock() - self._looked >= _RELOAD_SECONDS:
-                self._looked = self._clock()
-                try:
-                    self._keys = read_keys(self._path)
-                except ObjdriveError:
-                    logger.exception("the key file can't be read; the keys stay as they were")
-            return self._keys
+            bucket = self._buckets.get(key.name)
+            if bucket is not None and bucket.key == key:
+                bucket.add(amount)
+
+    def _follow(self) -> None:
+        while not self._stop.wait(self._reload_seconds):
+            self.refresh()
+
+
+class Spending:
+    """The pictures of one request, as they count for its key: those that are refused do not.
+
+    They are counted only once one of them has a place: of many requests at once, those for which there is no place
+    must not use up the rate of the others.
+    """
+
+    def __init__(self, gate: Gate, key: ApiKey, amount: int) -> None:
+        self._gate = gate
+        self._key = key
+        self._amount = amount
+        self._taken = False
+        self._refused = False
+
+    def take(self) -> None:
+        """Count them, once.
+
+        Raises:
+            ApiError: 429, others have used up the key's rate meanwhile.
+        """
+        if not self._taken and not self._refused:
+            self._gate._take(self._key, self._amount)
+            self._taken = True
+
+    def give_back(self) -> None:
+        """The request was refused as a whole: count none of them."""
+        if self._taken and not self._refused:
+            self._gate._give_back(self._key, self._amount)
+        self._refused = True
 
 
 class TokenBucket:
@@ -178,16 +257,23 @@ class TokenBucket:
         self._tokens = float(key.burst)
         self._filled = now
 
-    def take(self, amount: int, now: float) -> float:
-        """Take tokens and return 0.0. If there are too few, take none and return the seconds until there are enough."""
+    def wait(self, amount: int, now: float) -> float:
+        """The seconds until there are enough tokens; 0.0: there are. Of none there are enough even in debt."""
         self._tokens = min(self.key.burst, self._tokens + (now - self._filled) * self._rate)
         self._filled = now
         # A request for more than the bucket can hold is admitted when it is full, and leaves a debt.
         needed = min(amount, self.key.burst)
-        if self._tokens < needed:
-            return (needed - self._tokens) / self._rate
-        self._tokens -= amount
-        return 0.0
+        return max(0.0, (needed - self._tokens) / self._rate) if amount else 0.0
+
+    def add(self, amount: int) -> None:
+        """Give tokens back, or take them (less than 0)."""
+        self._tokens = min(self.key.burst, self._tokens + amount)
+
+
+def _mark(path: Path) -> object:
+    """What changes with every change of a file."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _hash(secret: str) -> str:

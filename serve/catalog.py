@@ -4,42 +4,67 @@ A store of a million objects can't be listed for every page. So an index (SQLite
 date in the background, and a request reads one page of it. The index may lag behind the store: before an object is
 shown, the store is asked about it (see `serve.objects`).
 
-The ids come from a listing of the store. Classes and free columns come from the runs' tables of results, which read a
-million rows in seconds; objects that are in no table are read from their artifacts.
+What is known of the objects comes from the table that the jobs keep in the store (`objdrive.adapters.index`), and from
+the results of runs that are not in it yet: a million rows are read in seconds. A listing of the store then tells which
+objects came or went without a run, and those that are in no table are read from their artifacts. Each refresh writes
+only what has changed.
 """
 
+import asyncio
 import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-import pyarrow.parquet as pq
-
-from objdrive.adapters.artifact import ArtifactMetadata
-from objdrive.adapters.store import RESULTS_FILE, ArtifactStore
-from objdrive.errors import ObjdriveError
+from objdrive.adapters.index import IndexRow, index_row, read_index, run_batches
+from objdrive.adapters.store import ArtifactStore
+from objdrive.errors import CorruptArtifact, ObjdriveError, StoreError
 from serve.errors import logger
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 _REFRESH_SECONDS = 30.0
 _BATCH = 2000
-_THREADS = 16
+_ARTIFACT_THREADS = 16
+_READERS = 4
 _AFTER_ALL_IDS = "\x7f"
+_LEAST_SEARCHABLE = 3
+_FEW = 2000
 _SCHEMA = """
+pragma journal_mode = wal;
 create table objects (
-    object_id text primary key,
-    class_name text,    -- null: not known yet
-    words text,         -- what a search looks at
-    listed integer      -- the last refresh that saw it
-) without rowid;
+    id integer primary key,
+    object_id text unique,
+    class_name text,        -- null: not known yet
+    words text not null     -- what a search looks at
+);
 create index by_class on objects (class_name, object_id);
+create index as_listed on objects (object_id || '/');
+create virtual table search using fts5(
+    words, content = 'objects', content_rowid = 'id', tokenize = 'trigram case_sensitive 1'
+);
 """
-_RESULT_COLUMNS = ("status", "digest", "scene", "where", "warning")
+_SEARCHABLE = """
+begin;
+insert into search (search) values ('rebuild');
+create trigger added after insert on objects begin
+    insert into search (rowid, words) values (new.id, new.words);
+end;
+create trigger removed after delete on objects begin
+    insert into search (search, rowid, words) values ('delete', old.id, old.words);
+end;
+create trigger changed after update of words on objects begin
+    insert into search (search, rowid, words) values ('delete', old.id, old.words);
+    insert into search (rowid, words) values (new.id, new.words);
+end;
+commit;
+"""
 
 
 class Catalog:
@@ -54,10 +79,12 @@ class Catalog:
         self._store = store
         self._refresh_seconds = refresh_seconds
         self._folder = tempfile.TemporaryDirectory(prefix="objdrive-catalog-")
-        self._lock = threading.Lock()
-        self._index = self._connect()
-        self._index.executescript(f"pragma journal_mode=wal; {_SCHEMA}")
-        self._refreshes = 0
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="catalog-read")
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._connect().executescript(_SCHEMA)
+        self._searchable = False
+        self._index_written: float | None = None
         self._runs_read: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_fresh, name="catalog", daemon=True)
@@ -67,12 +94,18 @@ class Catalog:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop the thread, and delete the index."""
+        """Stop the threads, and delete the index."""
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
-        self._index.close()
+        self._readers.shutdown()
+        for connection in self._connections:
+            connection.close()
         self._folder.cleanup()
+
+    async def aside(self, ask: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Ask on one of the catalog's own threads: no search holds up anything but searches."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, partial(ask, *args, **kwargs))
 
     def page(self, limit: int, *, after: str = "", prefix: str = "", q: str = "", class_name: str = "") -> list[str]:
         """The first `limit` ids, in order, after `after`.
@@ -84,12 +117,11 @@ class Catalog:
             q: only objects whose id, class or free columns contain it; upper and lower case are the same.
             class_name: only objects of this class.
         """
-        sql = "select object_id from objects where object_id > ? and object_id >= ? and object_id < ?"
-        values: list[Any] = [after, prefix, prefix + _AFTER_ALL_IDS]
+        found, values = self._containing(q.lower())
+        sql = f"select object_id from {found} and object_id > ? and object_id >= ? and object_id < ?"
+        values += [after, prefix, prefix + _AFTER_ALL_IDS]
         if class_name:
             sql, values = f"{sql} and class_name = ?", [*values, class_name]
-        if q:
-            sql, values = f"{sql} and instr(words, ?) > 0", [*values, q.lower()]
         return [row[0] for row in self._read(f"{sql} order by object_id limit ?", [*values, limit])]
 
     def classes(self, limit: int, *, prefix: str = "") -> list[tuple[str, int]]:
@@ -104,15 +136,32 @@ class Catalog:
         """Bring the index up to date with the store, now.
 
         Raises:
-            StoreError: the store can't be listed.
+            StoreError: the store can't be read.
         """
-        writer = self._connect()
+        writer = self._open()
         try:
-            self._list(writer)
+            self._read_index(writer)
             self._read_runs(writer)
+            self._list(writer)
             self._read_artifacts(writer)
+            if not self._searchable:
+                writer.executescript(_SEARCHABLE)
+                self._searchable = True
         finally:
             writer.close()
+
+    def _containing(self, text: str) -> tuple[str, list[Any]]:
+        """SQL for the objects whose words contain a text, with its values."""
+        if not text:
+            return "objects where true", []
+        if self._searchable and len(text) >= _LEAST_SEARCHABLE and "\0" not in text:
+            phrase = '"' + text.replace('"', '""') + '"'
+            count = "select count(*) from (select 1 from search where search match ? limit ?)"
+            if self._read(count, [phrase, _FEW])[0][0] < _FEW:
+                # These first, then their order: `cross join` keeps SQLite from going through all objects in order.
+                return "search cross join objects on objects.id = search.rowid where search match ?", [phrase]
+        # Where many contain it, a page is soon full.
+        return "objects where instr(words, ?) > 0", [text]
 
     def _keep_fresh(self) -> None:
         while True:
@@ -128,67 +177,93 @@ class Catalog:
             if self._stop.wait(max(self._refresh_seconds, 10 * took)):
                 return
 
-    def _list(self, writer: sqlite3.Connection) -> None:
-        self._refreshes += 1
-        number = self._refreshes
-        for some in _batches(self._store.object_ids()):
-            with writer:
-                writer.executemany(
-                    "insert into objects (object_id, words, listed) values (?, lower(?), ?) "
-                    "on conflict (object_id) do update set listed = excluded.listed",
-                    [(object_id, object_id, number) for object_id in some],
-                )
-        with writer:
-            writer.execute("delete from objects where listed < ?", [number])
+    def _read_index(self, writer: sqlite3.Connection) -> None:
+        written = self._store.index_written()
+        if written == self._index_written:
+            return
+        index = read_index(self._store)
+        if index is not None and not index.runs <= self._runs_read:
+            for rows in index.batches():
+                if self._stop.is_set():
+                    return
+                _describe(writer, rows)
+            self._runs_read |= index.runs
+        self._index_written = written
 
     def _read_runs(self, writer: sqlite3.Connection) -> None:
         for run_id in self._store.run_ids():
             if run_id in self._runs_read or self._stop.is_set():
                 continue
             try:
-                with self._store.open_run_file(run_id, RESULTS_FILE) as file:
-                    for batch in pq.ParquetFile(file).iter_batches(_BATCH):
-                        _describe(writer, (_described_row(row) for row in batch.to_pylist()))
-            except (ObjdriveError, OSError, ValueError, KeyError) as error:
+                for rows in run_batches(self._store, run_id):
+                    _describe(writer, rows)
+            except (StoreError, OSError, ValueError, KeyError) as error:
                 # A run that is still going has no table yet; what it commits is read from the artifacts.
                 logger.debug("no results of run %s: %s", run_id, error)
                 continue
             self._runs_read.add(run_id)
 
+    def _list(self, writer: sqlite3.Connection) -> None:
+        """Add and remove what the listing tells: both it and the table go in the order of the ids with a slash."""
+        known = "select object_id from objects where object_id || '/' > ? and object_id || '/' <= ?"
+        last = ""
+        for some in _batches(self._store.object_ids()):
+            until = f"{some[-1]}/"
+            there = {row[0] for row in writer.execute(known, [last, until])}
+            _change(writer, [one for one in some if one not in there], there.difference(some))
+            last = until
+        gone = [row[0] for row in writer.execute("select object_id from objects where object_id || '/' > ?", [last])]
+        _change(writer, [], gone)
+
     def _read_artifacts(self, writer: sqlite3.Connection) -> None:
-        unknown = [row[0] for row in self._read("select object_id from objects where class_name is null", [])]
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="catalog") as threads:
+        unknown = [row[0] for row in writer.execute("select object_id from objects where class_name is null")]
+        with ThreadPoolExecutor(_ARTIFACT_THREADS, thread_name_prefix="catalog") as threads:
             for some in _batches(unknown):
                 if self._stop.is_set():
                     return
-                artifacts = threads.map(self._store.current, some)
-                _describe(writer, (_described(artifact) for artifact in artifacts if artifact is not None))
+                _describe(writer, [row for row in threads.map(self._row, some) if row is not None])
+
+    def _row(self, object_id: str) -> IndexRow | None:
+        try:
+            artifact = self._store.look_up(object_id)
+        except CorruptArtifact as error:
+            logger.warning("the catalog leaves an object out: %s", error)
+            return None
+        return None if artifact is None else index_row(artifact)
 
     def _read(self, sql: str, values: list[Any]) -> list[Any]:
-        with self._lock:
-            return self._index.execute(sql, values).fetchall()
+        # A connection for each thread: on one, readers would take turns.
+        if not hasattr(self._local, "connection"):
+            self._local.connection = self._connect()
+        return list(self._local.connection.execute(sql, values).fetchall())
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(Path(self._folder.name) / "index.sqlite", timeout=60, check_same_thread=False)
+        connection = self._open()
+        self._connections.append(connection)
+        return connection
+
+    def _open(self) -> sqlite3.Connection:
+        path = Path(self._folder.name) / "index.sqlite"
+        connection = sqlite3.connect(path, timeout=60, check_same_thread=False)
+        # The file does not outlive the process.
+        connection.execute("pragma synchronous = off")
+        return connection
 
 
-def _describe(writer: sqlite3.Connection, described: Iterable[tuple[str, str, str]]) -> None:
+def _describe(writer: sqlite3.Connection, rows: Iterable[IndexRow]) -> None:
     with writer:
-        writer.executemany("update objects set class_name = ?, words = ? where object_id = ?", described)
+        writer.executemany(
+            "insert into objects (object_id, class_name, words) values (?, ?, ?) on conflict (object_id) do update "
+            "set class_name = excluded.class_name, words = excluded.words "
+            "where class_name is not excluded.class_name or words is not excluded.words",
+            rows,
+        )
 
 
-def _described(artifact: ArtifactMetadata) -> tuple[str, str, str]:
-    return artifact.class_name, _words(artifact.object_id, artifact.class_name, artifact.row), artifact.object_id
-
-
-def _described_row(row: dict[str, Any]) -> tuple[str, str, str]:
-    free = {name: value for name, value in row.items() if name not in _RESULT_COLUMNS}
-    return row["class_name"], _words(row["object_id"], row["class_name"], free), row["object_id"]
-
-
-def _words(object_id: str, class_name: str, row: dict[str, Any]) -> str:
-    texts = [value for value in row.values() if isinstance(value, str)]
-    return "\n".join([object_id, class_name, *texts]).lower()
+def _change(writer: sqlite3.Connection, new: Iterable[str], gone: Iterable[str]) -> None:
+    with writer:
+        writer.executemany("insert into objects (object_id, words) values (?, ?)", [(one, one.lower()) for one in new])
+        writer.executemany("delete from objects where object_id = ?", [(one,) for one in gone])
 
 
 def _batches(items: Iterable[_T]) -> Iterator[list[_T]]:

@@ -1,6 +1,7 @@
 """The commands `objdrive serve` and `objdrive api-key`."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def _api_key(arguments: argparse.Namespace) -> int:
     from serve.auth import new_key
 
     secret, entry = new_key(arguments.name, prefix=arguments.prefix)
-    prefix = f', prefix: "{entry.prefix}"' if entry.prefix else ""
+    # Quoted: a name such as 2024 is a number to YAML, and so is a hash such as 12e34...
+    fields = {"name": entry.name, "sha256": entry.sha256} | ({"prefix": entry.prefix} if entry.prefix else {})
+    quoted = ", ".join(f"{name}: {json.dumps(value)}" for name, value in fields.items())
     print(f"# The key, shown only this once: {secret}")
-    print(f'# Its entry in the key file, under "keys:":\n- {{name: {entry.name}, sha256: {entry.sha256}{prefix}}}')
+    print(f'# Its entry in the key file, under "keys:":\n- {{{quoted}}}')
     return 0

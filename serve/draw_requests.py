@@ -1,27 +1,30 @@
 """Turns a generation request into draw requests, one for each picture."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from objdrive.adapters.artifact import ArtifactKey, ArtifactMetadata
 from objdrive.base.sizes import Size, parse_size
 from objdrive.errors import ObjdriveError
 from objdrive.sampling.requests import DrawRequest
-from serve.drawing import BaseInfo
+from serve.drawing import BASE_MODEL_ID, BaseInfo
 from serve.errors import ApiError
-from serve.schema import MAX_OBJECTS, GenerationRequest
+from serve.schema import MAX_OBJECTS, DrawingFields
 
 _RANDOM_SEED_BITS = 32
 
 
-def object_ids(model: str | None) -> list[str]:
+def object_ids(model: str | None, aliases: Mapping[str, str]) -> list[str]:
     """The objects that a request's `model` names: one, several as ``a+b``, or none (None).
+
+    `aliases` are other names for a model; one that stands for `BASE_MODEL_ID` names no object.
 
     Raises:
         ApiError: 400, there are too many, or one is named twice.
     """
-    ids = model.split("+") if model else []
+    named = aliases.get(model, model) if model else None
+    ids = [] if named is None or (named == BASE_MODEL_ID and model in aliases) else named.split("+")
     if len(ids) > MAX_OBJECTS:
         raise ApiError(
             "invalid_request", f"model: names {len(ids)} objects, at most {MAX_OBJECTS} are allowed", param="model"
@@ -47,7 +50,7 @@ def defaults(artifact: ArtifactMetadata, usual: Defaults) -> Defaults:
     )
 
 
-def draw_requests(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata], base: BaseInfo) -> list[DrawRequest]:
+def draw_requests(asked: DrawingFields, artifacts: Sequence[ArtifactMetadata], base: BaseInfo) -> list[DrawRequest]:
     """One request for each picture asked for, with seeds that count up.
 
     Args:
@@ -77,10 +80,11 @@ def draw_requests(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata
             objects=tuple(ArtifactKey(artifact.object_id, artifact.digest) for artifact in artifacts),
             steps=steps,
             guidance_scale=usual.guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
-            adapter_scale=asked.adapter_scale,
+            # Around the object's own pixels the base draws alone, by the class word.
+            adapter_scale=0.0 if asked.exact else asked.adapter_scale,
             negative_prompt=asked.negative_prompt,
             scheduler=asked.scheduler,
-            size=_size(asked),
+            size=asked_size(asked, base),
             # A picture has no more of them than steps.
             partial_images=min(asked.partial_images or 0, max(0, steps)) if asked.stream else 0,
         )
@@ -88,18 +92,22 @@ def draw_requests(asked: GenerationRequest, artifacts: Sequence[ArtifactMetadata
     ]
 
 
-def _size(asked: GenerationRequest) -> Size | None:
-    return None if asked.size in (None, "auto") else parse_size(asked.size)
+def asked_size(asked: DrawingFields, base: BaseInfo) -> Size:
+    """Width and height of the pictures that a request asks for.
+
+    Raises:
+        ApiError: 400, the base does not draw that size.
+    """
+    if asked.size in (None, "auto"):
+        return base.sizes.square
+    try:
+        size = parse_size(asked.size)
+        base.sizes.check(size)
+    except ObjdriveError as error:
+        raise ApiError("invalid_request", str(error), param="size") from error
+    return size
 
 
-def _check(asked: GenerationRequest, base: BaseInfo) -> None:
-    size = _size(asked)
-    if size is not None:
-        try:
-            base.sizes.check(size)
-        except ObjdriveError as error:
-            raise ApiError("invalid_request", str(error), param="size") from error
+def _check(asked: DrawingFields, base: BaseInfo) -> None:
     if asked.stream and (asked.n or 1) > 1:
         raise ApiError("invalid_request", "n: a stream carries one picture only", param="n")
-    if asked.stream and asked.response_format == "url":
-        raise ApiError("invalid_request", "response_format: a stream carries b64_json only", param="response_format")

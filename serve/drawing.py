@@ -5,16 +5,16 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from PIL.PngImagePlugin import PngInfo
-
 from objdrive.base.sizes import Sizes
 from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
-from objdrive.pictures import encode_picture
+from objdrive.pictures import DigitalSource, encode_picture, picture_file
 from objdrive.sampling.engine import Engine
 from objdrive.sampling.requests import Drawing, DrawingEvent, DrawRequest, Partial, Picture
 from serve.errors import api_error
+from serve.pools import Pool
 
+_ENCODERS = 2
 BASE_MODEL_ID = "base"
 """The model id of pictures that the base alone draws."""
 
@@ -42,17 +42,20 @@ class Accepted:
 
 @dataclass(frozen=True)
 class PartialPicture:
-    """The picture before it is finished (PNG); `index` counts from 0."""
+    """The picture before it is finished; `index` counts from 0. A PNG, until `serve.finishing` makes it another."""
 
     index: int
-    png: bytes
+    data: bytes
 
 
 @dataclass(frozen=True)
 class FinishedPicture:
-    """The picture (PNG; its text chunks say what drew it) and the prompt that was drawn. The last event."""
+    """The picture, whose file says what drew it, and the prompt that was drawn. The last event.
 
-    png: bytes
+    A PNG, until `serve.finishing` makes it another.
+    """
+
+    data: bytes
     prompt: str
 
 
@@ -90,6 +93,8 @@ class LocalGenerators:
 
     def __init__(self, base: Base, engine: Engine) -> None:
         self._engine = engine
+        # Its own: a picture does not wait for what else the process does in threads.
+        self._encoders = Pool(_ENCODERS, "encode")
         usual = base.files.tuning
         self._info = BaseInfo(
             base.name,
@@ -114,7 +119,7 @@ class LocalGenerators:
         try:
             yield Accepted()
             async for event in _told(drawing):
-                yield await asyncio.to_thread(_encoded, event, request)
+                yield await self._encoders.run(_encoded, event, request)
         finally:
             drawing.cancel()
 
@@ -140,27 +145,25 @@ def _encoded(event: DrawingEvent, request: DrawRequest) -> PictureEvent:
         return _refused(event)
     if isinstance(event, Partial):
         return PartialPicture(event.index, encode_picture(event.image, "PNG"))
-    return FinishedPicture(encode_picture(event.image, "PNG", pnginfo=_facts(event, request)), event.prompt)
+    source: DigitalSource = (
+        "trainedAlgorithmicMedia" if request.canvas is None else "compositeWithTrainedAlgorithmicMedia"
+    )
+    return FinishedPicture(picture_file(event.image, "png", _facts(event, request), source=source), event.prompt)
 
 
-def _facts(picture: Picture, request: DrawRequest) -> PngInfo:
-    """What drew the picture, for its text chunks."""
-    facts = {
-        "Software": "objdrive",
-        "objdrive:model": model_id(request),
-        "objdrive:base": f"{picture.base}@{picture.base_fingerprint}",
-        "objdrive:seed": str(picture.seed),
-        "objdrive:prompt": picture.prompt,
-        "objdrive:negative_prompt": request.negative_prompt,
-        "objdrive:steps": str(request.steps),
-        "objdrive:guidance_scale": f"{request.guidance_scale:g}",
-        "objdrive:adapter_scale": f"{request.adapter_scale:g}",
-        "objdrive:scheduler": request.scheduler,
+def _facts(picture: Picture, request: DrawRequest) -> dict[str, str]:
+    """What drew the picture, for its file."""
+    return {
+        "model": model_id(request),
+        "base": f"{picture.base}@{picture.base_fingerprint}",
+        "seed": str(picture.seed),
+        "prompt": picture.prompt,
+        "negative_prompt": request.negative_prompt,
+        "steps": str(request.steps),
+        "guidance_scale": f"{request.guidance_scale:g}",
+        "adapter_scale": f"{request.adapter_scale:g}",
+        "scheduler": request.scheduler,
     }
-    info = PngInfo()
-    for name, value in facts.items():
-        info.add_itxt(name, value)
-    return info
 
 
 def _refused(error: ObjdriveError) -> Refused:

@@ -1,17 +1,15 @@
 """The engine of a server, made to its settings."""
 
-import torch
-
 from objdrive.base.stable_diffusion import Base
 from objdrive.sampling.engine import Engine
 from serve.settings import Settings
+from serve.threads import use_threads
 
 
 def make_engine(settings: Settings) -> tuple[Base, Engine]:
     """Load the base and start an engine on it."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     base = Base.load(settings.base_name(), clip=settings.clip, vae=settings.vae)
+    use_threads(base, settings.threads)
     engine = Engine(
         base,
         settings.open_store(),

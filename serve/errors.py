@@ -10,15 +10,18 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from objdrive.errors import ObjdriveError, QueueFull
+from serve.request_ids import WithRequestId
 from serve.schema import ErrorDetails, ErrorResponse
 
 logger = logging.getLogger("objdrive.serve")
+logger.addFilter(WithRequestId())
 
 RETRY_AFTER_SECONDS = 2
 OUTCOME = "objdrive.outcome"
 """Where the scope of a request notes the code of its error."""
 STATUS = {
     "invalid_request": 400,
+    "invalid_image": 400,
     "invalid_api_key": 401,
     "forbidden_object": 403,
     "invalid_signature": 403,
@@ -30,10 +33,12 @@ STATUS = {
     "wrong_base": 409,
     "corrupt_artifact": 409,
     "adapter_too_large": 409,
+    "photo_unreadable": 409,
     "body_too_large": 413,
     "invalid_prompt": 422,
     "queue_full": 429,
     "rate_limit_exceeded": 429,
+    "headers_too_large": 431,
     "cancelled": 499,
     "drawing_failed": 500,
     "internal_error": 500,
@@ -48,6 +53,7 @@ _PARAMS = {
     "wrong_base": "model",
     "corrupt_artifact": "model",
     "adapter_too_large": "model",
+    "photo_unreadable": "model",
     "invalid_prompt": "prompt",
 }
 _PUBLIC_MESSAGES = {
@@ -57,7 +63,13 @@ _PUBLIC_MESSAGES = {
     "drawing_failed": "the picture could not be drawn",
 }
 """For clients, in place of messages that name addresses of the store."""
-_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_HTTP_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    413: "body_too_large",
+    503: "draining",
+}
 
 
 class ApiError(ObjdriveError):
@@ -88,8 +100,8 @@ class ApiError(ObjdriveError):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The answer's headers. OpenAI's clients try again after a 409 unless told not to."""
-        headers = {"x-should-retry": "false"} if self.status == 409 else {}
+        """The answer's headers. OpenAI's clients try again after a 408 or a 409 unless told not to."""
+        headers = {"x-should-retry": "false"} if self.status in (408, 409) else {}
         if self.retry_after is not None:
             headers["retry-after"] = str(self.retry_after)
         if self.status == 401:
@@ -146,6 +158,11 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def _invalid(errors: Sequence[Any]) -> ApiError:
     first = errors[0]
+    if first["type"] == "json_invalid":
+        at, reason = first["loc"][-1], first["ctx"]["error"]
+        return ApiError("invalid_request", f"the body is not JSON: {reason}, at character {at}")
+    if tuple(first["loc"]) == ("body",):
+        return ApiError("invalid_request", 'send a JSON object, with a header "content-type: application/json"')
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     named = ".".join(where) or None
     message = str(first["msg"])

@@ -24,7 +24,8 @@ class HealthCheck:
         if self._has_moved():
             return
         try:
-            drawing = self._engine.submit(DrawRequest(prompt="", seed=0, steps=1, guidance_scale=1.0))
+            request = DrawRequest(prompt="", seed=0, steps=1, guidance_scale=1.0)
+            drawing = self._engine.submit(request, whatever_waits=True)
             await asyncio.to_thread(drawing.result, self._seconds)
         except Draining:
             return

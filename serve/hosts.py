@@ -1,6 +1,10 @@
-"""Which addresses are this machine's own."""
+"""Which names and addresses are this machine's own, and under which one a request asks for the server."""
 
 import ipaddress
+import re
+from collections.abc import Iterable
+
+_HOST = re.compile(rb"(?:\[(?P<v6>[0-9A-Fa-f:.]{2,45})\]|(?P<name>[A-Za-z0-9._-]{1,253}))(?::[0-9]{1,5})?")
 
 
 def is_loopback(host: str) -> bool:
@@ -9,3 +13,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def asked_host(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """The one name or address in a request's ``Host`` header, as it was sent; None: there is no such, or no single one.
+
+    Not Starlette's: where it can't read the header, it says the address of the socket.
+    """
+    values = [value for name, value in headers if name == b"host"]
+    found = _HOST.fullmatch(values[0]) if len(values) == 1 else None
+    return (found["v6"] or found["name"]).decode().lower() if found else None

@@ -5,13 +5,18 @@ Ray finds it by the environment of its processes:
 """
 
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.request_ids import HEADER
 
 _NOT_FOR_CLIENTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id")
 
 
 class StripHeaders:
-    """ASGI middleware that removes headers by which a client could change Serve's time limits and routing."""
+    """ASGI middleware that removes headers by which a client could change Serve's time limits and routing.
+
+    Serve puts a request's id into the answer, and so does `serve.guard`: one of them is enough.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -21,7 +26,18 @@ class StripHeaders:
         if scope["type"] == "http":
             kept = [(name, value) for name, value in scope["headers"] if _dashed(name) not in _NOT_FOR_CLIENTS]
             scope = {**scope, "headers": kept}
-        await self._app(scope, receive, send)
+        await self._app(scope, receive, _with_one_id(send))
+
+
+def _with_one_id(send: Send) -> Send:
+    async def answer(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = list(message.get("headers", ()))
+            ids = [pair for pair in headers if pair[0].lower() == HEADER]
+            message["headers"] = [pair for pair in headers if pair[0].lower() != HEADER] + ids[:1]
+        await send(message)
+
+    return answer
 
 
 def _dashed(name: bytes) -> bytes:

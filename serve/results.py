@@ -12,10 +12,10 @@ class Results:
         self._pictures: OrderedDict[str, bytes] = OrderedDict()
         self._bytes = 0
 
-    def keep(self, token: str, png: bytes) -> None:
+    def keep(self, token: str, data: bytes) -> None:
         """Remember a picture; the oldest ones make room for it."""
-        self._bytes += len(png) - len(self._pictures.pop(token, b""))
-        self._pictures[token] = png
+        self._bytes += len(data) - len(self._pictures.pop(token, b""))
+        self._pictures[token] = data
         while self._bytes > self._MAX_BYTES:
             self._bytes -= len(self._pictures.popitem(last=False)[1])
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
 
 from objdrive.adapters.artifact import BaseRef
+from objdrive.pictures import PictureFormat
 
 MAX_OBJECTS = 4
 MAX_PICTURES = 10
@@ -17,12 +18,12 @@ _EXAMPLES: list[JsonValue] = [
 ]
 
 
-class GenerationRequest(BaseModel):
+class DrawingFields(BaseModel):
     """What to draw. Fields of OpenAI's API that mean nothing here are accepted and ignored."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": _EXAMPLES})
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: Annotated[str, Field(min_length=1, max_length=1000)] = Field(
+    prompt: Annotated[str, Field(min_length=1)] = Field(
         description="`{}` stands for the object. With several objects, write one `{}` for each; a single object fills "
         "every `{}`. In a prompt without `{}`, a single object takes the place of its class word. Several objects, and "
         "one whose class word is missing, come in front of the prompt."
@@ -55,10 +56,19 @@ class GenerationRequest(BaseModel):
     adapter_scale: Annotated[FiniteFloat, Field(ge=0, le=2)] = Field(
         1.0, description="How strongly the adapter acts. 0 draws the class word with the base alone."
     )
-    negative_prompt: Annotated[str, Field(max_length=1000)] = Field("", description="What the picture should not show.")
+    negative_prompt: str = Field("", description="What the picture should not show.")
     scheduler: Literal["ddim", "dpmsolver++"] = "ddim"
-    output_format: Literal["png"] | None = None
-    background: Literal["auto", "opaque"] | None = None
+    exact: bool | None = Field(
+        None, description="The object keeps its photo's own pixels, and the base draws around them. For one object."
+    )
+    output_format: PictureFormat | None = Field(None, description="Of the picture's file (default `png`).")
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="Quality of a `webp` or `jpeg` (default 100, at which `webp` is without loss)."
+    )
+    background: Literal["auto", "opaque", "transparent"] | None = Field(
+        None, description="`transparent` wants `exact`: the object's own pixels, cut out; nothing is drawn."
+    )
+    complexity: str | None = Field(None, description="Not used.")
     quality: str | None = Field(None, description="Not used.")
     style: str | None = Field(None, description="Not used.")
     moderation: str | None = Field(None, description="Not used.")
@@ -66,8 +76,19 @@ class GenerationRequest(BaseModel):
     safety_identifier: str | None = Field(None, description="Not used.")
 
 
+class GenerationRequest(DrawingFields):
+    """A picture on an empty canvas."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": _EXAMPLES})
+
+    place: Annotated[str, Field(max_length=32)] | None = Field(
+        None,
+        description="With `exact`: where the object stands, as `SIZE` or `SIZE@ACROSS,DOWN` in parts of the picture.",
+    )
+
+
 class Image(BaseModel):
-    """One picture: its PNG in base64, or its address."""
+    """One picture: its file in base64, or its address."""
 
     b64_json: str | None = None
     url: str | None = None
@@ -81,8 +102,8 @@ class ImagesResponse(BaseModel):
 
     created: int
     data: list[Image]
-    output_format: Literal["png"] = "png"
-    background: Literal["opaque"] = "opaque"
+    output_format: PictureFormat = "png"
+    background: Literal["opaque", "transparent"] = "opaque"
 
 
 class TokensDetails(BaseModel):
@@ -107,22 +128,23 @@ class _ImageEvent(BaseModel):
     size: str
     seed: int
     model: str
-    background: Literal["opaque"] = "opaque"
-    output_format: Literal["png"] = "png"
+    background: Literal["opaque", "transparent"] = "opaque"
+    output_format: PictureFormat = "png"
     quality: Literal["auto"] = "auto"
 
 
 class PartialImageEvent(_ImageEvent):
     """A picture before it is finished."""
 
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"]
     partial_image_index: int
 
 
 class CompletedEvent(_ImageEvent):
     """The finished picture."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
+    type: Literal["image_generation.completed", "image_edit.completed"]
+    url: str | None = None
     revised_prompt: str
     usage: Usage = Usage()
 
@@ -139,7 +161,7 @@ class ErrorDetails(BaseModel):
         json_schema_extra={
             "examples": [
                 {
-                    "message": "there is no object 'teapot-99'",
+                    "message": "there is no object 'teapot-99': GET /v1/models lists them all",
                     "type": "invalid_request_error",
                     "param": "model",
                     "code": "unknown_object",

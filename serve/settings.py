@@ -4,13 +4,23 @@ import secrets
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import ObjdriveError
 
 _LEAST_SECRET_BYTES = 32
 Count = Annotated[int, Field(ge=1)]
+
+
+def _pairs(value: object) -> object:
+    """A mapping of text such as ``a=b,c=d``."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part]
+    if not all(name and target for name, _, target in pairs):
+        raise ValueError(f"{value!r} must be NAME=MODEL, several with commas between them")
+    return {name: target for name, _, target in pairs}
 
 
 class Settings(BaseModel):
@@ -32,9 +42,15 @@ class Settings(BaseModel):
         rank: the highest rank that an adapter may have.
         host_mib: host memory for adapters, in MiB.
         queue_limit: requests that may wait for each generator; others are refused with 429.
-        threads: PyTorch's threads on the CPU; None: PyTorch chooses.
-        generators: on a cluster, the number of replicas that draw, as MIN or MIN:MAX.
+        threads: PyTorch's threads on the CPU; None: as many as a short measurement at the start finds fastest.
+        generators: on a cluster, the number of replicas that draw, as MIN or MIN:MAX. 0:MAX keeps none, and no GPU,
+            while nothing is asked; the first request then waits until one has started.
+        ingress: on a cluster, the number of replicas that answer HTTP, as MIN or MIN:MAX.
+        model_aliases: other names of models, and what each stands for: an object's id, several as `a+b`, or `base` for
+            the base alone. As a mapping, or as text such as ``gpt-image-1=base,dall-e-3=teapot-02``.
         refresh_seconds: time between two listings of the store, for the catalog's pages.
+        metrics: whether a server on one machine answers `/metrics`.
+        connections: of a server on one machine, at most; further ones are answered with 503.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,8 +70,12 @@ class Settings(BaseModel):
     host_mib: Annotated[int, Field(ge=0)] = 1024
     queue_limit: Count = 64
     threads: Count | None = None
-    generators: Annotated[str, Field(pattern=r"^[1-9][0-9]*(:[1-9][0-9]*)?$")] = "1:4"
+    generators: Annotated[str, Field(pattern=r"^([1-9][0-9]*|[0-9]+:[1-9][0-9]*)$")] = "1:4"
+    ingress: Annotated[str, Field(pattern=r"^[1-9][0-9]*(:[1-9][0-9]*)?$")] = "1"
+    model_aliases: Annotated[dict[str, str], BeforeValidator(_pairs)] = {}
     refresh_seconds: Annotated[float, Field(gt=0)] = 30.0
+    metrics: bool = True
+    connections: Count = 1000
 
     @classmethod
     def of(cls, **values: object) -> "Settings":

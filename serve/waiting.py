@@ -9,15 +9,21 @@ from typing import TypeVar
 from fastapi import Request
 
 from objdrive.sampling.requests import DrawRequest
-from serve.drawing import FinishedPicture, PictureEvent, Refused
+from serve.auth import Spending
+from serve.drawing import Accepted, FinishedPicture, PictureEvent, Refused
 from serve.errors import ApiError
+from serve.finishing import Finish
 from serve.services import Services
 
 _T = TypeVar("_T")
+_WAS_DRAWN = ("cancelled", "drawing_failed", "internal_error", "timeout")
+"""What ends a drawing that took its time: it counts for the key all the same."""
 
 
-async def picture_events(services: Services, draw: DrawRequest) -> AsyncGenerator[PictureEvent, None]:
-    """A drawing's events, within `Services.draw_seconds`; its outcome is counted.
+async def picture_events(
+    services: Services, draw: DrawRequest, spending: Spending
+) -> AsyncGenerator[PictureEvent, None]:
+    """A drawing's events, within `Services.draw_seconds`; its outcome is counted, and for its key what was drawn.
 
     Raises:
         ApiError: the drawing is refused, or takes too long (408).
@@ -25,16 +31,21 @@ async def picture_events(services: Services, draw: DrawRequest) -> AsyncGenerato
     started = time.monotonic()
     outcome = "cancelled"
     try:
-        async with aclosing(services.generators.draw(draw)) as events:
-            while (event := await _next(events, started + services.draw_seconds)) is not None:
-                if isinstance(event, Refused):
-                    raise ApiError(event.code, event.message, retry_after=event.retry_after)
-                if isinstance(event, FinishedPicture):
-                    outcome = "ok"
-                    services.meter.observe("picture_seconds", time.monotonic() - started)
-                yield event
+        with services.drain.drawing():
+            async with aclosing(services.generators.draw(draw)) as events:
+                while (event := await _next(events, started + services.draw_seconds)) is not None:
+                    if isinstance(event, Refused):
+                        raise ApiError(event.code, event.message, retry_after=event.retry_after)
+                    if isinstance(event, Accepted):
+                        spending.take()
+                    if isinstance(event, FinishedPicture):
+                        outcome = "ok"
+                        services.meter.observe("picture_seconds", time.monotonic() - started)
+                    yield event
     except ApiError as error:
         outcome = error.code
+        if outcome not in _WAS_DRAWN:
+            spending.give_back()
         raise
     except Exception:
         outcome = "internal_error"
@@ -43,7 +54,28 @@ async def picture_events(services: Services, draw: DrawRequest) -> AsyncGenerato
         services.meter.count("pictures", outcome=outcome)
 
 
-async def draw_all(services: Services, draws: Sequence[DrawRequest]) -> list[FinishedPicture]:
+async def finished_events(
+    services: Services, draw: DrawRequest, finish: Finish, spending: Spending
+) -> AsyncGenerator[PictureEvent, None]:
+    """A drawing's events, as `finish` has them.
+
+    Raises:
+        ApiError: see `picture_events`.
+    """
+    if finish.transparent:
+        yield Accepted()
+        yield await services.finishing.run(finish.alone, draw)
+        return
+    async with aclosing(picture_events(services, draw, spending)) as events:
+        async for event in events:
+            # What needs no finishing waits for no other picture's.
+            at_once = finish.as_drawn or isinstance(event, Accepted)
+            yield event if at_once else await services.finishing.run(finish, event)
+
+
+async def draw_all(
+    services: Services, draws: Sequence[DrawRequest], finish: Finish, spending: Spending
+) -> list[FinishedPicture]:
     """The pictures, drawn side by side. The first drawing that fails ends the others.
 
     Raises:
@@ -51,7 +83,7 @@ async def draw_all(services: Services, draws: Sequence[DrawRequest]) -> list[Fin
     """
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_finished(services, draw)) for draw in draws]
+            tasks = [group.create_task(_finished(services, draw, finish, spending)) for draw in draws]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
@@ -78,8 +110,8 @@ async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
                 await task
 
 
-async def _finished(services: Services, draw: DrawRequest) -> FinishedPicture:
-    async with aclosing(picture_events(services, draw)) as events:
+async def _finished(services: Services, draw: DrawRequest, finish: Finish, spending: Spending) -> FinishedPicture:
+    async with aclosing(finished_events(services, draw, finish, spending)) as events:
         async for event in events:
             if isinstance(event, FinishedPicture):
                 return event

@@ -12,6 +12,7 @@ from objdrive.adapters.bank import AdapterBank
 
 RANK = 4
 STEPS = 2
+SECRET = Sources(image=SourceRecord(uri="s3://inside/secret.png", size=1, mark="m"))
 PREVIEWS = {"input": "input", "picture": "a photo of {} on grass"}
 
 
@@ -33,7 +34,9 @@ def random_adapter(base, object_id, version=0):
     return Adapter(lora, {"clip_l": torch.randn(width, generator=generator)})
 
 
-def metadata_of(object_id, base, *, version=0, class_name="mug", row=None, fingerprint=None, previews=None):
+def metadata_of(
+    object_id, base, *, version=0, class_name="mug", row=None, fingerprint=None, previews=None, sources=SECRET
+):
     """What an artifact of that object says of itself."""
     token = f"<{object_id}>"
     return ArtifactMetadata(
@@ -48,7 +51,7 @@ def metadata_of(object_id, base, *, version=0, class_name="mug", row=None, finge
         recipe_digest="r",
         method_version=1,
         metrics={"loss": 0.5},
-        sources=Sources(image=SourceRecord(uri="s3://inside/secret.png", size=1, mark="m")),
+        sources=sources,
         previews=[
             Preview(file=f"previews/{number}.webp", kind=kind, caption=caption)
             for number, (kind, caption) in enumerate((previews or {}).items())

@@ -7,7 +7,17 @@ import pytest
 
 pytestmark = pytest.mark.cluster
 
-EXTRAS = ("ray", "fastapi", "starlette", "uvicorn", "prometheus_client", "itsdangerous", "scipy", "matplotlib")
+EXTRAS = (
+    "ray",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+    "itsdangerous",
+    "python_multipart",
+    "scipy",
+    "matplotlib",
+)
 """Packages that only extras install."""
 
 

@@ -23,6 +23,7 @@ RUN_BY = {
     "from pathlib import Path": "test_stock_diffusers_loads_the_folder",
     "object_id,": "test_the_manifest_is_one",
     "python jobs/batch_personalize.py": "cluster/test_readme_commands.py::test_the_first_catalog",
+    "python jobs/batch_generate.py": "cluster/test_readme_commands.py::test_the_first_pictures",
     "objdrive serve": "cluster/test_readme_commands.py::test_the_first_server",
     "curl -s": "cluster/test_readme_commands.py::test_the_first_server",
     "import base64": "cluster/test_readme_commands.py::test_the_first_server",

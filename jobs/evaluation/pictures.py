@@ -3,10 +3,9 @@
 import hashlib
 import io
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import torch
 from PIL import Image
 
-from jobs.bases import load_planned
-from objdrive.adapters.adapter import Adapter, parse_adapter
-from objdrive.adapters.artifact import ArtifactMetadata
-from objdrive.adapters.bank import AdapterBank
+from jobs.drawing import Drawer, PlannedBase, Pool
+from objdrive.adapters.artifact import ArtifactKey, ArtifactMetadata
 from objdrive.adapters.store import ArtifactStore
-from objdrive.base.prompts import marked_phrase
-from objdrive.catalog.photos import decode_photo
-from objdrive.catalog.rows import AUTO_MASK
-from objdrive.catalog.sources import SourceMark, read_source
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.prompts import EvaluationPrompt
 from objdrive.evaluation.reference import MEASURED, Reference
 from objdrive.pictures import encode_picture
-from objdrive.sampling.sampler import Layout, SampleSpec, draw_pictures
+from objdrive.sampling.exact import read_photo
+from objdrive.sampling.requests import DrawRequest, Picture
 from objdrive.seeds import seed_of
 
 BASE_METHOD = "base"
@@ -61,45 +54,14 @@ class DrawingSettings:
     """How pictures are drawn; the same for every method.
 
     Attributes:
-        base: name of the base.
-        clip: see `objdrive.base.files.find_base`.
-        fingerprint: of the base that is meant.
+        base: what draws.
         steps: of the scheduler.
         guidance_scale: of classifier-free guidance.
-        vae: see `objdrive.base.files.find_base`.
     """
 
-    base: str
-    clip: str | None
-    fingerprint: str
+    base: PlannedBase
     steps: int
     guidance_scale: float
-    vae: str | None = None
-
-
-@dataclass(frozen=True)
-class Pool:
-    """How many processes work at once, each with how many GPUs."""
-
-    workers: int
-    gpus: float
-
-    def options(self, rows: int) -> dict[str, Any]:
-        """As Ray Data's `map_batches` takes it for so many rows."""
-        return {
-            "compute": ray.data.ActorPoolStrategy(size=min(self.workers, _batches(rows))),
-            "num_cpus": 0.9,
-            "num_gpus": self.gpus,
-            "batch_size": _ROWS_PER_BATCH,
-            "batch_format": "pyarrow",
-        }
-
-    def prepare(self) -> str:
-        """Set a worker up; the device for it."""
-        if self.gpus:
-            return "cuda"
-        torch.set_num_threads(1)
-        return "cpu"
 
 
 def find_artifacts(stores: Mapping[str, str], fingerprint: str) -> dict[str, dict[str, ArtifactMetadata]]:
@@ -138,13 +100,7 @@ def read_reference(artifact: ArtifactMetadata, size: int) -> Reference:
     Raises:
         RowError: the photo or its mask is gone or broken.
     """
-    image, mask = artifact.sources.image, artifact.sources.mask
-    pixels = read_source(SourceMark(**image.model_dump()), role="image")
-    if mask and mask.uri == AUTO_MASK:
-        photo = decode_photo(pixels, AUTO_MASK, name=artifact.object_id)
-    else:
-        mask_bytes = read_source(SourceMark(**mask.model_dump()), role="mask") if mask else None
-        photo = decode_photo(pixels, mask_bytes, name=artifact.object_id)
+    photo = read_photo(artifact)
     return Reference.of(artifact.object_id, artifact.class_name, photo, size)
 
 
@@ -238,62 +194,46 @@ def as_tables(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
         yield table
 
 
-def _batches(rows: int) -> int:
-    return max(1, math.ceil(rows / _ROWS_PER_BATCH))
-
-
 class DrawRows:
-    """Ray Data's worker that draws rows with the base and their adapters."""
+    """Ray Data's worker that draws rows with the base and their adapters.
 
-    def __init__(self, drawing: DrawingSettings, pool: Pool) -> None:
-        """Load the base.
+    Args:
+        drawing: how.
+        pool: whose worker this is.
+        store: any store, for rows that need none.
+    """
 
-        Raises:
-            ObjdriveError: the base here is another one.
-        """
-        self._base = load_planned(
-            drawing.base, drawing.fingerprint, clip=drawing.clip, vae=drawing.vae, device=pool.prepare()
-        )
+    def __init__(self, drawing: DrawingSettings, pool: Pool, store: str) -> None:
+        self._drawer = Drawer(drawing.base, pool)
         self._drawing = drawing
+        self._store = store
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """The rows with their pictures."""
-        rows = batch.to_pylist()
-        keys = list(dict.fromkeys((row["store"], row["object_id"], row["digest"]) for row in rows if row["store"]))
-        read = {key: self._read(*key) for key in keys}
-        # Methods without LoRA take no slot.
-        taught = [key for key in keys if read[key][1].lora]
-        rank = max((read[key][1].rank for key in taught), default=0)
-        with AdapterBank(self._base.unet, self._base.family.lora_targets, slots=max(1, len(taught)), rank=rank) as bank:
-            for slot, key in enumerate(taught):
-                bank.load(slot, read[key][1].lora, least_rank=read[key][0].least_rank)
-            slots = {key: slot for slot, key in enumerate(taught)}
-            requests = [self._spec(row, read, slots) for row in rows]
-            pictures = draw_pictures(self._base, requests, bank=bank)
-        drawn = [encode_picture(picture, "PNG") for picture in pictures]
-        return pa.Table.from_pylist([row | {"picture": png} for row, png in zip(rows, drawn, strict=True)], SCHEMA)
+        """The rows with their pictures.
 
-    def _spec(
-        self,
-        row: Mapping[str, Any],
-        read: Mapping[tuple[str, str, str], tuple[ArtifactMetadata, Adapter]],
-        slots: Mapping[tuple[str, str, str], int],
-    ) -> SampleSpec:
-        # Not by method: all draw an object's prompt from the same noise, so that their figures can be paired.
-        seed = seed_of(f"{row['object_id']}:{row['prompt_id']}:{row['number']}")
-        specify = partial(SampleSpec, steps=self._drawing.steps, guidance_scale=self._drawing.guidance_scale)
-        if not row["store"]:
-            return specify(row["text"], seed, (row["class_name"],))
-        key = (row["store"], row["object_id"], row["digest"])
-        artifact, adapter = read[key]
-        adapted = {slots[key]: 1.0} if key in slots else {}
-        phrase = marked_phrase(artifact.phrase, artifact.class_name, token=artifact.token)
-        layout = Layout.of([artifact.layout_noise], [artifact.class_name], [adapted])
-        return specify(row["text"], seed, (phrase,), (adapter.embeddings,), adapted, layout=layout)
+        Raises:
+            ObjdriveError: one could not be drawn.
+        """
+        drawn = []
+        for store, rows in groupby(batch.to_pylist(), key=lambda row: row["store"] or self._store):
+            some = list(rows)
+            pictures = self._drawer.draw(store, [self._request(row) for row in some])
+            for row, picture in zip(some, pictures, strict=True):
+                if not isinstance(picture, Picture):
+                    raise picture
+                drawn.append(row | {"picture": encode_picture(picture.image, "PNG")})
+        return pa.Table.from_pylist(drawn, SCHEMA)
 
-    def _read(self, store: str, object_id: str, digest: str) -> tuple[ArtifactMetadata, Adapter]:
-        artifact, files = ArtifactStore(store).read(object_id, digest)
-        return artifact, parse_adapter(files, token=artifact.token, family=self._base.family)
+    def _request(self, row: Mapping[str, Any]) -> DrawRequest:
+        alone = not row["store"]
+        return DrawRequest(
+            row["text"].replace("{}", row["class_name"]) if alone else row["text"],
+            # Not by method: all draw an object's prompt from the same noise, so that their figures can be paired.
+            seed_of(f"{row['object_id']}:{row['prompt_id']}:{row['number']}"),
+            () if alone else (ArtifactKey(row["object_id"], row["digest"]),),
+            steps=self._drawing.steps,
+            guidance_scale=self._drawing.guidance_scale,
+        )
 
 
 def draw(
@@ -315,14 +255,17 @@ def draw(
 def _drawn(rows: Sequence[dict[str, Any]], drawing: DrawingSettings, pool: Pool) -> Iterator[pa.Table]:
     if not rows:
         return
-    asked = pa.Table.from_pylist(list(rows), pa.schema(list(SCHEMA)[:-1]))
-    drawn = as_dataset(asked).map_batches(DrawRows, fn_constructor_args=(drawing, pool), **pool.options(len(rows)))
+    asked = as_dataset(pa.Table.from_pylist(list(rows), pa.schema(list(SCHEMA)[:-1])))
+    store = next((row["store"] for row in rows if row["store"]), "")
+    drawn = asked.map_batches(DrawRows, fn_constructor_args=(drawing, pool, store), **pool.options(asked.num_blocks()))
     for table in as_tables(drawn):
         yield table.select(SCHEMA.names).cast(SCHEMA)
 
 
 def _digest(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]], drawing: DrawingSettings) -> bytes:
-    digest = hashlib.sha256(json.dumps([drawing.fingerprint, drawing.steps, drawing.guidance_scale, rows]).encode())
+    digest = hashlib.sha256(
+        json.dumps([drawing.base.fingerprint, drawing.steps, drawing.guidance_scale, rows]).encode()
+    )
     for row in controls:
         digest.update(f"{row['method']}:{row['object_id']}:{row['prompt_id']}:".encode() + row["picture"])
     return digest.hexdigest().encode()

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from jobs.evaluation.pictures import Pool, as_dataset, as_tables, decode_pictures
+from jobs.drawing import Pool
+from jobs.evaluation.pictures import as_dataset, as_tables, decode_pictures
 from objdrive.errors import ObjdriveError
 from objdrive.evaluation.encoders import identify, load_encoder
 from objdrive.evaluation.layout import around, find_things
@@ -120,8 +121,9 @@ def score(
             ruler = make_ruler.options(**options).remote(scorer, pool, references, prompts, shown)
             # Waited for here: it would hold a core that the pool's workers wait for.
             ray.wait([ruler], fetch_local=False)
-            scored = as_dataset(drawn).map_batches(
-                Measure, fn_constructor_args=(scorer, pool, [ruler]), **pool.options(drawn.num_rows)
+            shots = as_dataset(drawn)
+            scored = shots.map_batches(
+                Measure, fn_constructor_args=(scorer, pool, [ruler]), **pool.options(shots.num_blocks())
             )
             for table in as_tables(scored):
                 writer.write_table(table.select(SCHEMA.names).cast(SCHEMA))
@@ -182,10 +184,8 @@ def _features(path: Path, scorer: Scorer, pool: Pool) -> Path:
     key = hashlib.sha256(f"{content}:{name}:{_FEATURES}:{MEASURED}".encode()).hexdigest()[:12]
     out = path.with_name(f"{path.stem}-{re.sub(r'[^A-Za-z0-9]+', '-', scorer.name)}-{key}.parquet")
     if not out.is_file():
-        shown = pq.read_table(path, filters=[("number", ">=", MEASURED)])
-        embedded = as_dataset(shown).map_batches(
-            Embed, fn_constructor_args=(scorer, pool), **pool.options(shown.num_rows)
-        )
+        shown = as_dataset(pq.read_table(path, filters=[("number", ">=", MEASURED)]))
+        embedded = shown.map_batches(Embed, fn_constructor_args=(scorer, pool), **pool.options(shown.num_blocks()))
         partial = out.with_suffix(".partial")
         pq.write_table(pa.concat_tables(as_tables(embedded)), partial)
         partial.replace(out)

@@ -12,8 +12,8 @@ from objdrive.adapters.artifact import EMBEDDING_FILE, LORA_FILE
 from objdrive.base.family import Family
 from objdrive.errors import ObjdriveError
 
-_LORA_A = ".lora_A.weight"
-_LORA_B = ".lora_B.weight"
+LORA_A = ".lora_A.weight"
+LORA_B = ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Adapter:
     @property
     def rank(self) -> int:
         """The highest rank of its layers; 0 without LoRA."""
-        return max((len(tensor) for key, tensor in self.lora.items() if key.endswith(_LORA_A)), default=0)
+        return max((len(tensor) for key, tensor in self.lora.items() if key.endswith(LORA_A)), default=0)
 
 
 def adapter_files(adapter: Adapter, *, token: str, family: Family) -> dict[str, bytes]:
@@ -91,17 +91,17 @@ def _check_adapter(adapter: Adapter) -> None:
     for encoder, vector in adapter.embeddings.items():
         _check_tensor(f"the embedding for {encoder!r}", vector, dimensions=(1,))
     for key, tensor in adapter.lora.items():
-        if not key.endswith((_LORA_A, _LORA_B)):
-            raise ObjdriveError(f"LoRA tensor {key!r} is not named <module path>{_LORA_A} or {_LORA_B}")
+        if not key.endswith((LORA_A, LORA_B)):
+            raise ObjdriveError(f"LoRA tensor {key!r} is not named <module path>{LORA_A} or {LORA_B}")
         _check_tensor(f"LoRA tensor {key!r}", tensor, dimensions=(2, 4))
-    modules = dict.fromkeys(key.removesuffix(_LORA_A).removesuffix(_LORA_B) for key in adapter.lora)
+    modules = dict.fromkeys(key.removesuffix(LORA_A).removesuffix(LORA_B) for key in adapter.lora)
     for module in modules:
-        down, up = adapter.lora.get(module + _LORA_A), adapter.lora.get(module + _LORA_B)
+        down, up = adapter.lora.get(module + LORA_A), adapter.lora.get(module + LORA_B)
         if down is None or up is None:
-            raise ObjdriveError(f"LoRA module {module!r} has only one of {_LORA_A} and {_LORA_B}")
+            raise ObjdriveError(f"LoRA module {module!r} has only one of {LORA_A} and {LORA_B}")
         if down.shape[0] != up.shape[1]:
             raise ObjdriveError(
-                f"LoRA module {module!r}: {_LORA_A} {tuple(down.shape)} and {_LORA_B} {tuple(up.shape)} "
+                f"LoRA module {module!r}: {LORA_A} {tuple(down.shape)} and {LORA_B} {tuple(up.shape)} "
                 "differ in rank; expected (rank, in) and (out, rank)"
             )
 

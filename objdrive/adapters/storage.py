@@ -128,8 +128,11 @@ class Files:
         return ((name, None) for name in self.folders(folder))
 
     def open(self, path: str, mode: str) -> IO[Any]:
-        """Open a file as a stream."""
-        return self._tried("open", path, lambda at: self._open(at, mode))
+        """Open a file as a stream. Raises StoreError if it is to be read and is not there."""
+        try:
+            return self._tried("open", path, lambda at: self._open(at, mode), FileNotFoundError)
+        except FileNotFoundError as error:
+            raise StoreError(f"there is no file {self.url}/{path}") from error
 
     def prune(self, folder: str) -> None:
         """Remove `folder` if it is empty. Object stores have no folders to remove."""

@@ -5,6 +5,7 @@
     <url>/objects/<object_id>/current.json              which digest is served
     <url>/objects/<object_id>/<digest>/artifact.json    vouches for the other files of its folder
     <url>/runs/<run_id>/...                             tables and report of a run
+    <url>/catalog/objects.parquet                       what the runs' tables say of every object, see `index`
 
 Files come first, ``artifact.json`` last, ``current.json`` after it, each written atomically. A reader
 trusts only what an ``artifact.json`` vouches for, so that a writer that dies leaves nothing that could be
@@ -41,6 +42,8 @@ RESULTS_FILE = "results.parquet"
 
 _OBJECTS = "objects"
 _RUNS = "runs"
+_CATALOG = "catalog"
+_INDEX_FILE = "objects.parquet"
 _FIRST_POLL_SECONDS = 0.02
 _LAST_POLL_SECONDS = 1.0
 _Result = TypeVar("_Result")
@@ -49,6 +52,8 @@ _Result = TypeVar("_Result")
 class _Current(BaseModel):
     digest: str
     since: float = 0.0
+    artifact: ArtifactMetadata | None = None
+    """What ``artifact.json`` says, so that one read tells all. The first stores lack it."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class ArtifactStore:
                     writes += 1
                     written = self._write(claim, files, document, metadata)
                     standing = self._vouched(object_id, digest)
-                if standing is not None and self._point(claim, object_id, digest, look):
+                if standing is not None and self._point(claim, _parse(standing, object_id, digest), look):
                     break
             finally:
                 claim.release()
@@ -136,6 +141,26 @@ class ArtifactStore:
         """Return what is known of the object's current artifact, None if it has none. Two small reads."""
         digest = self._pointed(object_id)
         return None if digest is None else self.metadata(object_id, digest)
+
+    def look_up(self, object_id: str) -> ArtifactMetadata | None:
+        """Return what is known of the object's current artifact, None if it has none. One small read.
+
+        For those who check the files when they `read` them: its ``artifact.json`` is not asked, and may be gone.
+        Raises CorruptArtifact if what is there says nothing that holds.
+        """
+        address = f"{_object_folder(object_id)}/{CURRENT_FILE}"
+        document = self._files.read(address)
+        if document is None:
+            return None
+        try:
+            current = _parse_current(document, object_id)
+            if current.artifact is not None:
+                return current.artifact
+            address = f"{_folder(object_id, current.digest)}/{METADATA_FILE}"
+            document = self._files.read(address)
+            return None if document is None else _parse(document, object_id, current.digest)
+        except CorruptArtifact as error:
+            raise CorruptArtifact(f"{self.url}/{address}: {error}") from error
 
     def metadata(self, object_id: str, digest: str) -> ArtifactMetadata | None:
         """Return what ``artifact.json`` says, None if there is none or it is not valid. One small read."""
@@ -154,7 +179,7 @@ class ArtifactStore:
         """Make a committed artifact the current one, e.g. to go back to an earlier one. `look`: see `commit`."""
         claim = WriteClaim(self._files, _folder(object_id, digest), self._takeover_after)
         pauses = _pauses()
-        while self.has(object_id, digest):
+        while (metadata := self.metadata(object_id, digest)) is not None:
             if self._pointed(object_id) == digest:
                 return
             if not claim.take():
@@ -162,7 +187,7 @@ class ArtifactStore:
                 continue
             try:
                 # It may have been removed between the look at it and the claim.
-                if self.has(object_id, digest) and self._point(claim, object_id, digest, look):
+                if self.has(object_id, digest) and self._point(claim, metadata, look):
                     return
             finally:
                 claim.release()
@@ -269,7 +294,9 @@ class ArtifactStore:
         sweep = partial(self._sweep, before=before, dry_run=dry_run)
         for object_id, done in in_parallel(sweep, objects):
             yield f"{self.url}/{_OBJECTS}/{object_id}", done
-        for folder, done in in_parallel(partial(self._sweep_leftovers, before=before, dry_run=dry_run), [_RUNS]):
+        for folder, done in in_parallel(
+            partial(self._sweep_leftovers, before=before, dry_run=dry_run), [_RUNS, _CATALOG]
+        ):
             yield f"{self.url}/{folder}", done
 
     def folder(self, object_id: str, digest: str) -> str:
@@ -291,6 +318,18 @@ class ArtifactStore:
     def open_run_file(self, run_id: str, name: str, mode: str = "rb") -> IO[Any]:
         """Open a run's file as a stream. Raises StoreError if it is to be read and is not there."""
         return self._files.open(_run_file(run_id, name), mode)
+
+    def read_index(self) -> bytes | None:
+        """Return the table of all objects, None if there is none. See `objdrive.adapters.index`."""
+        return self._files.read(f"{_CATALOG}/{_INDEX_FILE}")
+
+    def write_index(self, data: bytes) -> None:
+        """Write the table of all objects atomically, over an earlier one if there is."""
+        self._files.replace(f"{_CATALOG}/{_INDEX_FILE}", data)
+
+    def index_written(self) -> float | None:
+        """Return when the table of all objects was last written, None if there is none. One small listing."""
+        return self._files.files(_CATALOG).get(_INDEX_FILE)
 
     def _write(
         self, claim: WriteClaim, files: Mapping[str, bytes], document: bytes, metadata: ArtifactMetadata
@@ -323,12 +362,13 @@ class ArtifactStore:
                 damage.append(str(error))
         return metadata, damage
 
-    def _point(self, claim: WriteClaim, object_id: str, digest: str, look: Look | None) -> bool:
+    def _point(self, claim: WriteClaim, artifact: ArtifactMetadata, look: Look | None) -> bool:
         """Make an artifact current, unless one outdoes it; False if its folder is not held any more: it may go."""
         if not claim.held():
             return False
+        object_id, digest = artifact.object_id, artifact.digest
         if look is None or not self._is_outdone(object_id, digest, look):
-            current = _Current(digest=digest, since=look.time if look else time.time())
+            current = _Current(digest=digest, since=look.time if look else time.time(), artifact=artifact)
             self._files.replace(f"{_object_folder(object_id)}/{CURRENT_FILE}", current.model_dump_json().encode())
         return True
 
@@ -344,10 +384,9 @@ class ArtifactStore:
     def _read_current(self, object_id: str) -> _Current | None:
         document = self._files.read(f"{_object_folder(object_id)}/{CURRENT_FILE}")
         try:
-            current = None if document is None else _Current.model_validate_json(document)
-        except ValidationError:
+            return None if document is None else _parse_current(document, object_id)
+        except CorruptArtifact:
             return None
-        return current if current and re.fullmatch(DIGEST_PATTERN, current.digest) else None
 
     def _digest_folders(self, object_id: str) -> list[str]:
         folders = self._files.folders(_object_folder(object_id))
@@ -470,6 +509,21 @@ def _parse(document: bytes, object_id: str, digest: str) -> ArtifactMetadata:
             f"speaks of object {metadata.object_id!r}, digest {metadata.digest}; personalize the object again"
         )
     return metadata
+
+
+def _parse_current(document: bytes, object_id: str) -> _Current:
+    try:
+        current = _Current.model_validate_json(document)
+    except ValidationError as error:
+        raise CorruptArtifact(f"not valid: {error}; personalize the object again") from error
+    told = current.artifact
+    if not re.fullmatch(DIGEST_PATTERN, current.digest) or (
+        told is not None and (told.object_id, told.digest) != (object_id, current.digest)
+    ):
+        raise CorruptArtifact(
+            f"names {current.digest[:64]!r}, which is no artifact of it; personalize the object again"
+        )
+    return current
 
 
 def _is_object_id(name: str) -> bool:

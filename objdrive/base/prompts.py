@@ -125,8 +125,12 @@ def fill_prompt(prompt: str, phrases: Sequence[str]) -> str:
         phrases = list(phrases) * places
     if places != len(phrases):
         raise InvalidPrompt(
-            f"the prompt {prompt!r} has {places} places {{}} for {len(phrases)} object(s): name each once, "
-            'as in "a photo of {} on grass"'
+            f"the prompt {prompt!r} has {places} places {{}} for {len(phrases)} object(s): "
+            + (
+                f'name each once, as in "{class_prompt(join_objects(["{}"] * len(phrases)))} on grass"'
+                if phrases
+                else "leave {} out"
+            )
         )
     return "".join(piece + phrase for piece, phrase in zip(pieces, [*phrases, ""], strict=True))
 

@@ -57,7 +57,7 @@ def load_encoder(name: str, *, base: str, clip: str | None = None, device: str =
     """
     kind, _, source = name.partition(":")
     if name == "clip":
-        return _BaseClip(Base.load(base, clip=clip, device=device, dtype=torch.float32))
+        return BaseClip(Base.load(base, clip=clip, device=device, dtype=torch.float32))
     if name == "imagenet":
         return _ImageNet(device)
     makers: dict[str, Callable[[str, str], Encoder]] = {"clip": _Clip, "dino": _Dino}
@@ -82,7 +82,9 @@ class _WithoutText:
         raise ObjdriveError(f"this encoder reads no text: {texts[0]!r}")
 
 
-class _BaseClip:
+class BaseClip:
+    """A base's own CLIP as an encoder; see `Encoder`."""
+
     reads_text = True
     object_width: int | None = None
 
@@ -90,10 +92,12 @@ class _BaseClip:
         self._base = base
 
     def images(self, pixels: Tensor) -> Tensor:
+        """See `Encoder.images`."""
         return self._base.encode_images(pixels.to(self._base.device))
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
+        """See `Encoder.texts`."""
         return self._base.embed_text([self._base.tokenize(text) for text in texts])
 
 

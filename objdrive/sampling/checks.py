@@ -5,9 +5,11 @@ from typing import get_args
 
 from objdrive.adapters.artifact import DIGEST_PATTERN, OBJECT_ID_PATTERN
 from objdrive.base.prompts import fill_prompt, refuse_mark
+from objdrive.base.sizes import Size
 from objdrive.base.stable_diffusion import Base
 from objdrive.base.steppers import SchedulerName
 from objdrive.errors import InvalidPrompt, ObjdriveError, UnknownObject
+from objdrive.sampling.inpainting import Canvas
 from objdrive.sampling.requests import DrawRequest
 
 _LONGEST_PROMPT = 4000
@@ -45,5 +47,16 @@ def check_request(request: DrawRequest, base: Base, slots: int) -> None:
             raise ObjdriveError(f"{name}={value} must be at least {least} and at most {most}")
     if request.size is not None:
         base.sizes.check(request.size)
+    if request.canvas is not None:
+        _check_canvas(request.canvas, request.size or base.sizes.square)
     if request.scheduler not in get_args(SchedulerName):
         raise ObjdriveError(f"scheduler={request.scheduler!r} must be one of {', '.join(get_args(SchedulerName))}")
+
+
+def _check_canvas(canvas: Canvas, size: Size) -> None:
+    width, height = size
+    if canvas.image.shape != (height, width, 3) or canvas.draw.shape != (height, width):
+        raise ObjdriveError(
+            f"a canvas of {canvas.image.shape} with a mask of {canvas.draw.shape} must be ({height}, {width}, 3) with "
+            f"({height}, {width})"
+        )

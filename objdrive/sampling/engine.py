@@ -92,7 +92,8 @@ class Engine:
         slots: how many adapters the bank holds; at least as many as one request names.
         rank: the highest rank of an adapter.
         host_bytes: limit of host memory for adapters, see `Residency`.
-        queue_limit: most requests that wait.
+        queue_limit: most requests that wait for a place in the batch; as many more may wait for the store, so that
+            storage that hangs holds up only those whose adapters it has.
     """
 
     def __init__(
@@ -137,8 +138,10 @@ class Engine:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def submit(self, request: DrawRequest) -> Drawing:
+    def submit(self, request: DrawRequest, *, whatever_waits: bool = False) -> Drawing:
         """Take a request; its drawing starts as soon as there is room.
+
+        With `whatever_waits`, it is taken however many wait already: for a check of the engine's health.
 
         Raises:
             QueueFull: too many wait already.
@@ -147,7 +150,7 @@ class Engine:
         """
         try:
             check_request(request, self._base, self._bank.slots)
-            return self._enqueue(request)
+            return self._enqueue(request, whatever_waits)
         except ObjdriveError as error:
             self._count(error.code)
             raise
@@ -190,14 +193,15 @@ class Engine:
         self._residency.close()
         self._bank.close()
 
-    def _enqueue(self, request: DrawRequest) -> Drawing:
+    def _enqueue(self, request: DrawRequest, whatever_waits: bool) -> Drawing:
         drawing = Drawing(request, self._withdraw)
         ticket = _Ticket(drawing, Reservation(request.objects), time.monotonic())
         with self._condition:
             if self._draining:
                 raise Draining("the engine is draining and takes no new requests: ask another")
-            if len(self._waiting) >= self._queue_limit:
-                raise self._queue_full()
+            waiting = self._waiting_like(ticket)
+            if waiting >= self._queue_limit and not whatever_waits:
+                raise self._queue_full(waiting)
             self._waiting.append(ticket)
             self._unfinished += 1
         # Not left to the engine's thread, which may be within a step: the load runs beside it.
@@ -205,10 +209,15 @@ class Engine:
         self._wake()
         return drawing
 
-    def _queue_full(self) -> QueueFull:
-        rounds = math.ceil((len(self._waiting) + 1) / self._batch_size)
+    def _waiting_like(self, ticket: _Ticket) -> int:
+        """How many wait for the store, if the ticket will; else how many wait for a place in the batch."""
+        loading = self._residency.waits_for_store(ticket.reservation)
+        return sum(self._residency.waits_for_store(other.reservation) is loading for other in self._waiting)
+
+    def _queue_full(self, waiting: int) -> QueueFull:
+        rounds = math.ceil((waiting + 1) / self._batch_size)
         seconds = min(max(1.0, rounds * self._mean_draw_seconds), _LONGEST_RETRY_SECONDS)
-        return QueueFull(f"{len(self._waiting)} requests wait already: try again in {seconds:.0f} s", seconds)
+        return QueueFull(f"{waiting} requests wait already: try again in {seconds:.0f} s", seconds)
 
     def _withdraw(self, drawing: Drawing) -> None:
         with self._condition:
@@ -419,6 +428,7 @@ def _sample_spec(request: DrawRequest, prompt: str, shown: Sequence[Resident]) -
         guidance_scale=request.guidance_scale,
         scheduler=request.scheduler,
         size=request.size,
+        canvas=request.canvas,
     )
 
 

@@ -12,6 +12,7 @@ from objdrive.adapters.artifact import ArtifactKey
 from objdrive.base.sizes import Size
 from objdrive.base.steppers import SchedulerName
 from objdrive.errors import ObjdriveError
+from objdrive.sampling.inpainting import Canvas
 
 _logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class DrawRequest:
         scheduler: ``ddim``, or ``dpmsolver++`` for DPM-Solver++(2M).
         size: width and height in pixels; None: the base's native square.
         partial_images: how many pictures of what the drawing will become are delivered on the way, at most one a step.
+        canvas: the picture to draw into, of the size that is drawn; none: an empty one.
     """
 
     prompt: str
@@ -43,6 +45,7 @@ class DrawRequest:
     scheduler: SchedulerName = "ddim"
     size: Size | None = None
     partial_images: int = 0
+    canvas: Canvas | None = None
 
 
 @dataclass(frozen=True)

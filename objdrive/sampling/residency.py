@@ -160,6 +160,13 @@ class Residency:
             self._load_absent(reservation)
             return True
 
+    def waits_for_store(self, reservation: Reservation) -> bool:
+        """Whether something that the reservation needs is in the store alone, or on its way from there."""
+        with self._lock:
+            if not reservation.pinned:
+                return bool(self._absent(reservation))
+            return not all(load.done() for load in reservation.loads.values())
+
     def ready(self, reservation: Reservation) -> bool:
         """Whether the reservation's loads have all succeeded or failed."""
         with self._lock:

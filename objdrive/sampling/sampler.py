@@ -22,6 +22,7 @@ from objdrive.base.sizes import Size
 from objdrive.base.stable_diffusion import Base
 from objdrive.base.steppers import SchedulerName, Stepper
 from objdrive.pictures import to_pictures
+from objdrive.sampling.inpainting import Canvas, Known
 from objdrive.sampling.regions import asks_for_several, find_regions
 
 _PIXELS_PER_BATCH = 4 * 512**2
@@ -70,6 +71,7 @@ class SampleSpec:
         guidance_scale: 1 draws without guidance.
         scheduler: which solver.
         size: width and height in pixels; None: the base's native square.
+        canvas: the picture to draw into; none: an empty one. A single object in it is drawn wherever it is drawn.
     """
 
     prompt: str
@@ -83,6 +85,7 @@ class SampleSpec:
     guidance_scale: float = field(kw_only=True)
     scheduler: SchedulerName = field(default="ddim", kw_only=True)
     size: Size | None = field(default=None, kw_only=True)
+    canvas: Canvas | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class Sample:
         negative: the encoded prompt that guidance leads away from, without a batch axis; none without guidance.
         rows: what is drawn; the rows of several share the picture by `shares`.
         shares: (len(rows), h, w), how much of each place each row has; None: there is one row.
+        known: the places that are kept as a picture has them; None: all is drawn.
         guidance_scale: how far beyond the prompt's prediction to go.
         stepper: its way from noise to picture.
         plan: what its layout is drawn by; None: no layout, or it stands.
@@ -124,6 +128,7 @@ class Sample:
     stepper: Stepper
     plan: _Plan | None = None
     shares: Tensor | None = None
+    known: Known | None = None
 
     @property
     def batch(self) -> list[Row]:
@@ -189,14 +194,17 @@ def begin(base: Base, spec: SampleSpec) -> Sample:
     encoded = base.encode_text(prompts, embeddings).framed([whole] * len(prompts))
     rows = [Row(encoded[guided + place], one.slots) for place, one in enumerate(named)]
     latents, negative = starting_noise(base, [spec.seed], size), encoded[0] if guided else None
+    known = None if spec.canvas is None else Known.of(base, spec.canvas, latents)
+    if known:
+        latents = known.hold(latents, base.noise, stepper.timestep)
     if spec.layout is None:
-        return Sample(latents, negative, rows, spec.guidance_scale, stepper)
-    # Of one object that is asked for more than once, no place belongs to the base.
-    alone = len(spec.phrases) == 1 and asks_for_several(spec.prompt)
+        return Sample(latents, negative, rows, spec.guidance_scale, stepper, known=known)
+    # Of one object that is asked for more than once, or into a picture's place, no place belongs to the base.
+    alone = len(spec.phrases) == 1 and (known is not None or asks_for_several(spec.prompt))
     places = [] if alone else phrase_places(base.tokenizer, spec.prompt, spec.layout.class_names)
     others = set(text_places(base.tokenizer, named[-1].text)).difference(*places)
     plan = _Plan(spec.layout.noise, rows.pop(), places, sorted(others))
-    return Sample(latents, negative, rows, spec.guidance_scale, stepper, plan)
+    return Sample(latents, negative, rows, spec.guidance_scale, stepper, plan, known=known)
 
 
 @dataclass(frozen=True)
@@ -260,6 +268,9 @@ def denoise(base: Base, samples: Sequence[Sample], bank: AdapterBank | None = No
         if maps is not None and settles:
             sample.settle(maps.of_row(int(places[-1])))
         sample.latents = sample.stepper.step(whole, sample.latents)
+        if sample.known:
+            reached = None if sample.stepper.done else sample.stepper.timestep
+            sample.latents = sample.known.hold(sample.latents, base.noise, reached)
 
 
 def _adapted(

@@ -47,7 +47,8 @@ def train(
     trained += [([bank.values], recipe.lora_lr)] if recipe.rank > 0 else []
     values = [value for stacks, _ in trained for value in stacks]
     groups = [{"params": stacks, "lr": lr} for stacks, lr in trained]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    fused = base.device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe))
     sums = torch.zeros(2, bank.slots, device=base.device)
     diverged_at = torch.full((bank.slots,), -1, device=base.device)

@@ -153,6 +153,23 @@ class Recipe(BaseModel):
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def drawing_recipe(
+    noted: Mapping[str, Any], object_id: str, *, steps: int | None, guidance_scale: float | None
+) -> Recipe:
+    """The recipe that an artifact notes, as far as drawing goes by it: with what a caller has set in its place.
+
+    Raises:
+        ObjdriveError: a number is out of range.
+    """
+    # Not the other fields: an artifact may have been made with fields of another version.
+    asked = {"sample_steps": steps, "guidance_scale": guidance_scale}
+    made_with = {name: noted[name] for name in asked if name in noted}
+    try:
+        return Recipe.model_validate(made_with | {name: v for name, v in asked.items() if v is not None})
+    except ValidationError as error:
+        raise ObjdriveError(f"can't draw {object_id!r} with its recipe and what was asked: {error}") from error
+
+
 _PLAIN: dict[str, Any] = {
     "masked": False,
     "timesteps": "uniform",

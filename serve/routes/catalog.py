@@ -1,6 +1,5 @@
 """The catalog: pages of objects, what is known of one, and its pictures."""
 
-import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -40,7 +39,7 @@ async def search_objects(
 @router.get("/classes", responses=error_responses(401))
 async def list_classes(key: Asking, services: Serving) -> list[ClassCount]:
     """The classes with the most objects."""
-    found = await asyncio.to_thread(services.catalog.classes, _CLASSES, prefix=key.prefix)
+    found = await services.catalog.aside(services.catalog.classes, _CLASSES, prefix=key.prefix)
     return [ClassCount(class_name=name, objects=count) for name, count in found]
 
 

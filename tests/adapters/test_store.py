@@ -1,4 +1,5 @@
 import contextlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -24,7 +25,7 @@ from objdrive.adapters.artifact import (
     SourceRecord,
     Sources,
 )
-from objdrive.adapters.store import ArtifactStore, Look
+from objdrive.adapters.store import CURRENT_FILE, ArtifactStore, Look
 from objdrive.errors import CorruptArtifact, ObjdriveError, StoreError, UnknownObject
 
 OBJECT = "mug-1"
@@ -268,6 +269,58 @@ class TestEveryStorage:
         filesystem, path = fsspec.url_to_fs(store.run_path("run-7", "report.html"))
         assert filesystem.cat_file(path) == b"new"
         assert stored(store) == {"runs/run-7/report.html", "runs/run-7/results.parquet"}
+
+    def test_one_read_looks_an_object_up(self, store, monkeypatch):
+        assert store.look_up(OBJECT) is None
+        commit(store, "one")
+        commit(store, "two", digest=OTHER_DIGEST)
+        store.point(OBJECT, DIGEST)
+        reads = []
+        read = store._files.read
+        monkeypatch.setattr(store._files, "read", lambda path: reads.append(path) or read(path))
+        assert store.look_up(OBJECT) == store.metadata(OBJECT, DIGEST)
+        assert len(reads) == 2, "one of them to look up, one to compare"
+        filesystem, path = raw(store, f"objects/{OBJECT}/{CURRENT_FILE}")
+        # As the first stores have it.
+        filesystem.pipe_file(path, json.dumps({"digest": OTHER_DIGEST}).encode())
+        assert store.look_up(OBJECT).digest == OTHER_DIGEST
+
+    def test_a_look_up_tells_damage_from_absence(self, store):
+        commit(store, "one")
+        filesystem, path = raw(store, f"objects/{OBJECT}/{CURRENT_FILE}")
+        document = filesystem.cat_file(path)
+        other = document.replace(OBJECT.encode(), b"mug-2")
+        for bad in (b"", b"\xff", document[:-2], other, b"[]", b'{"digest": "../x"}'):
+            filesystem.pipe_file(path, bad)
+            with pytest.raises(CorruptArtifact, match=CURRENT_FILE):
+                store.look_up(OBJECT)
+        assert commit(store, "one") is False
+        assert store.look_up(OBJECT) == store.current(OBJECT)
+        filesystem.pipe_file(path, json.dumps({"digest": DIGEST}).encode())
+        _, path = raw(store, f"objects/{OBJECT}/{DIGEST}/{METADATA_FILE}")
+        filesystem.pipe_file(path, b"{")
+        with pytest.raises(CorruptArtifact, match=METADATA_FILE):
+            store.look_up(OBJECT)
+
+    def test_the_table_of_all_objects(self, store):
+        assert store.read_index() is None
+        assert store.index_written() is None
+        store.write_index(b"old")
+        store.write_index(b"new")
+        assert store.read_index() == b"new"
+        assert store.index_written() > 0
+        assert list(store.object_ids()) == []
+        assert store.run_ids() == []
+
+    def test_a_run_s_file_that_is_not_there_is_asked_for_once(self, store, monkeypatch):
+        asked = []
+        opened = type(store._files)._open
+        monkeypatch.setattr(
+            type(store._files), "_open", lambda files, path, mode: asked.append(path) or opened(files, path, mode)
+        )
+        with pytest.raises(StoreError, match="there is no file"):
+            store.open_run_file("run-7", "results.parquet")
+        assert len(asked) == 1
 
     @pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
     def test_damage_is_found_and_mended(self, store, harm):

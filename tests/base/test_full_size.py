@@ -8,6 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from objdrive.adapters.adapter import Adapter, adapter_files, parse_adapter
 from objdrive.adapters.bank import AdapterBank
+from objdrive.adapters.layers import find_layers
 from objdrive.base.family import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 
 PUBLISHED = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}
@@ -48,12 +49,13 @@ def test_text_encoders_have_as_many_parameters_as_published():
 def test_an_adapter_has_so_many_layers_and_bytes(unets, kind, layers, megabytes):
     family, unet = FAMILIES[kind], unets[kind]
     with AdapterBank(unet, family.lora_targets, slots=1, rank=1) as bank:
-        assert len(bank.down) == layers
+        found = find_layers(unet, family.lora_targets, 1)
+        assert len(found) == layers
         lora = {}
-        for name, down in bank.down.items():
-            lora[f"{name}.lora_A.weight"] = torch.zeros(down.shape[1:])
-            lora[f"{name}.lora_B.weight"] = torch.zeros(*bank.up[name].shape[1:], *([1, 1] if down.dim() == 5 else []))
+        for one in found:
+            lora[f"{one.name}.lora_A.weight"] = torch.zeros(1, *one.inside)
+            lora[f"{one.name}.lora_B.weight"] = torch.zeros(one.out, 1, *([1, 1] if one.is_convolution else []))
         vectors = {name: torch.zeros(width) for name, width in WIDTHS[kind].items()}
-        files = adapter_files(Adapter(lora, vectors), token="<mug-1>", family=family)
+        files = adapter_files(Adapter(lora, vectors).in_half_precision(), token="<mug-1>", family=family)
         assert sum(map(len, files.values())) / 1e6 == pytest.approx(megabytes, rel=0.03)
         bank.check(parse_adapter(files, token="<mug-1>", family=family).lora)

@@ -23,6 +23,7 @@ from conftest import CATALOG, Finished, Job, assert_whole, commits, write_manife
 from monitoring import scraped
 from PIL import Image
 
+from objdrive.adapters.index import read_index
 from objdrive.adapters.store import ArtifactStore
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
@@ -301,3 +302,9 @@ def test_a_catalog_in_a_bucket(start_job: StartJob, tmp_path: Path) -> None:
     (results,) = storage.glob("adapters/spring/runs/*/results.parquet")
     with storage.open(results, "rb") as file:
         assert pq.read_table(file).column("price").to_pylist() == [7.5, 7.5]
+    index = read_index(store)
+    assert index is not None
+    assert [row for rows in index.batches() for row in rows] == [
+        ("drum-01", "drum", "drum-01\ndrum"),
+        ("key-01", "key", "key-01\nkey"),
+    ]

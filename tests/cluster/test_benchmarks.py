@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
         ("routing.py", ["found in:", "spilled:", "router:"]),
         ("sizing.py", ["its commit", "GPU hours"]),
         ("control_plane.py", ["leases/s", "queue's core"]),
+        ("pictures.py", ["pictures/s", "driver's MiB"]),
     ],
 )
 def test_a_benchmark_in_miniature(cluster, script, words, tmp_path):

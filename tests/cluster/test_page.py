@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,7 +104,9 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
     """Open a server's page in a context of its own. At the end, nothing may have failed in the page unnoticed."""
     contexts, errors = [], []
 
-    def visit(url: str, width: int = 1280, height: int = 900) -> Page:
+    def visit(
+        url: str, width: int = 1280, height: int = 900, before: Callable[[Page], object] = lambda page: None
+    ) -> Page:
         context = browser.new_context(
             viewport={"width": width, "height": height}, permissions=["clipboard-read", "clipboard-write"]
         )
@@ -113,6 +116,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         page.on("pageerror", lambda error: errors.append(str(error)))
         # Chromium notes every answer above 399 as an error of the console.
         page.on("console", lambda note: errors.append(note.text) if is_fault(note) else None)
+        before(page)
         page.goto(url)
         return page
 
@@ -300,6 +304,114 @@ class TestDrawing:
         figure(page, "drawn").get_by_role("button", name="Code").click()
         assert_fits(page)
 
+    def test_on_a_phone_the_pictures_come_into_sight(self, shop, visit):
+        page = visit(shop, width=360, height=740)
+        pick(page, "mug-00")
+        ask(page)
+        expect(page.locator(".run .frame").first).to_be_in_viewport()
+        drawn(page)
+        expect(page.locator("#status")).to_have_text(re.compile("^Done in"))
+        expect(page.locator("#status")).to_be_in_viewport()
+        expect(figure(page, "drawn")).to_be_in_viewport()
+
+    def test_on_a_phone_what_went_wrong_comes_into_sight(self, shop, visit):
+        page = visit(shop, width=360, height=740)
+        pick(page, "mug-00")
+        page.get_by_label("Prompt").fill("a photo of \0 on grass")
+        ask(page)
+        expect(page.get_by_role("alert")).to_be_in_viewport()
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A photo of 96 x 64 pixels."""
+    path = tmp_path / "a scene.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)).save(path)
+    return path
+
+
+def drag(page: Page, *points: tuple[float, float]) -> None:
+    """Over the photo, by parts of its sides."""
+    page.locator("#scene-canvas").scroll_into_view_if_needed()
+    box = page.locator("#scene-canvas").bounding_box()
+    places = [(box["x"] + across * box["width"], box["y"] + down * box["height"]) for across, down in points]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place)
+    page.mouse.up()
+
+
+def assert_drawn_within(page: Page, photo: Path, left: float, top: float, right: float, bottom: float) -> None:
+    """The photo is another in this box alone, by parts of its sides."""
+    before, after = pixels(photo.read_bytes()), drawn(page)
+    changed = (before != after).any(axis=-1)
+    inside = np.zeros_like(changed)
+    inside[round(top * 64) : round(bottom * 64), round(left * 96) : round(right * 96)] = True
+    assert not changed[~inside].any()
+    assert changed[inside].mean() > 0.2
+
+
+class TestPhotos:
+    def test_an_object_is_drawn_into_a_box_of_a_photo(self, shop, visit, photo):
+        page = visit(shop)
+        pick(page, "mug-03")
+        page.locator("#photo").set_input_files(photo)
+        drag(page, (0.25, 0.25), (0.75, 0.75))
+        ask(page)
+        assert_drawn_within(page, photo, 0.25, 0.25, 0.75, 0.75)
+        assert np.abs(drawn(page) - drawn(page, "base alone")).max() > 10
+        with page.expect_download() as download:
+            figure(page, "drawn").get_by_role("button", name="Mask").click()
+        assert download.value.suggested_filename == "mask.png"
+
+    def test_a_photo_is_dropped_and_painted_on(self, shop, visit, photo):
+        page = visit(shop)
+        pick(page, "mug-03")
+        data = base64.b64encode(photo.read_bytes()).decode()
+        transfer = page.evaluate_handle(
+            """data => {
+                const transfer = new DataTransfer();
+                const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
+                transfer.items.add(new File([bytes], 'dropped.png', { type: 'image/png' }));
+                return transfer;
+            }""",
+            data,
+        )
+        page.locator("#compose").dispatch_event("drop", {"dataTransfer": transfer})
+        expect(page.locator("#scene-note")).to_have_text("dropped.png")
+        page.get_by_label("Brush").check()
+        drag(page, (0.3, 0.5), (0.7, 0.5))
+        ask(page)
+        assert_drawn_within(page, photo, 0.2, 0.35, 0.8, 0.65)
+
+    def test_by_the_keyboard(self, shop, visit, photo):
+        page = visit(shop)
+        pick(page, "mug-03")
+        page.locator("#photo").set_input_files(photo)
+        expect(page.locator("#scene-canvas")).to_be_focused()
+        for key in ("ArrowDown", "Shift+ArrowLeft", "ArrowRight"):
+            page.keyboard.press(key)
+        ask(page)
+        assert_drawn_within(page, photo, 0.25, 0.25, 0.78, 0.75)
+
+    def test_a_place_is_asked_for(self, shop, visit, photo):
+        page = visit(shop)
+        pick(page, "mug-03")
+        page.locator("#photo").set_input_files(photo)
+        ask(page)
+        expect(page.get_by_role("alert")).to_contain_text("no_place")
+        page.get_by_role("button", name="Remove the photo").click()
+        ask(page)
+        expect(page.get_by_role("alert")).to_be_hidden()
+        assert drawn(page).shape == (128, 128, 3)
+
+    def test_what_is_no_photo(self, shop, visit, tmp_path):
+        (tmp_path / "no.png").write_bytes(b"no picture")
+        page = visit(shop)
+        page.locator("#photo").set_input_files(tmp_path / "no.png")
+        expect(page.get_by_role("alert")).to_contain_text("invalid_image")
+
 
 class TestFaults:
     def test_what_the_api_refuses_is_shown_with_its_code(self, shop, visit):
@@ -327,6 +439,60 @@ class TestFaults:
         drawn(page)
         expect(page.get_by_role("alert")).to_be_hidden()
 
+    def test_without_a_key_the_page_is_quiet(self, open_shop, visit, keys):
+        asked = []
+
+        def watch(page: Page) -> None:
+            page.clock.install()
+            page.on("request", lambda request: asked.append(request.url))
+
+        page = visit(open_shop(api_keys=keys.file), before=watch)
+        expect(page.get_by_role("alert")).to_contain_text("invalid_api_key")
+        expect(page.get_by_text("No objects yet")).to_have_count(0)
+        page.get_by_role("button", name="Dismiss").click()
+        page.get_by_label("Prompt").fill("a photo")
+        before = list(asked)
+        page.clock.run_for(30_000)
+        # Behind all that the page may have asked meanwhile.
+        assert page.evaluate("fetch('healthz').then(response => response.ok)")
+        assert asked[len(before) :] == [f"{page.url}healthz"]
+        expect(page.get_by_label("Prompt")).to_be_focused()
+        expect(page.get_by_role("alert")).to_be_hidden()
+
+    def test_an_empty_store_is_asked_again_without_a_word(self, sd15, base, visit, tmp_path):
+        store = ArtifactStore(str(tmp_path / "empty"))
+        (tmp_path / "empty").mkdir()
+        known = Settings(
+            store=store.url, base=str(sd15[0]), clip=str(sd15[1]), no_auth=True, threads=1, refresh_seconds=0.2
+        )
+        with local_app(known) as (app, _), listening(app) as url:
+            page = visit(url, before=lambda page: page.clock.install())
+            expect(page.get_by_text("No objects yet")).to_be_visible()
+            page.route("**/classes", lambda route: route.abort())
+            page.get_by_label("Prompt").fill("a photo")
+            page.clock.run_for(10_000)
+            commit(store, base, "mug-01")
+            for _ in range(100):
+                page.clock.run_for(3_000)
+                if objects(page).count():
+                    break
+                page.wait_for_timeout(100)
+            expect(objects(page)).to_have_count(1)
+            expect(page.get_by_role("alert")).to_be_hidden()
+            expect(page.get_by_label("Prompt")).to_be_focused()
+
+    def test_a_key_that_no_header_takes_is_named_as_such(self, open_shop, visit, keys):
+        page = visit(open_shop(api_keys=keys.file))
+        expect(page.get_by_label("API key")).to_be_focused()
+        page.keyboard.type("od-ключ")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_contain_text("This is no API key")
+        expect(page.get_by_role("alert")).not_to_contain_text("unreachable")
+        page.get_by_label("API key").fill(keys.secret)
+        page.keyboard.press("Enter")
+        expect(objects(page)).to_have_count(28)
+        expect(page.get_by_role("alert")).to_be_hidden()
+
     def test_a_key_is_asked_for_and_kept_to_the_tab(self, open_shop, visit, tmp_path):
         secret, entry = new_key("team", prefix="rose-")
         (tmp_path / "keys.yaml").write_text(f"keys: [{entry.model_dump_json()}]")
@@ -350,6 +516,34 @@ class TestFaults:
         expect(objects(page)).to_have_count(28)
         page.get_by_role("button", name="Forget API key").click()
         expect(page.get_by_label("API key")).to_be_visible()
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> SimpleNamespace:
+    """A file with a key, and the key."""
+    secret, entry = new_key("team", prefix="rose-")
+    (tmp_path / "keys.yaml").write_text(f"keys: [{entry.model_dump_json()}]")
+    return SimpleNamespace(file=tmp_path / "keys.yaml", secret=secret)
+
+
+@pytest.mark.parametrize("language", ["curl", "Python"])
+def test_the_copied_call_edits_the_same_photo(shop, visit, tmp_path, photo, language):
+    page = visit(shop)
+    pick(page, "mug-05")
+    page.locator("#photo").set_input_files(photo)
+    drag(page, (0.25, 0.25), (0.75, 0.75))
+    page.get_by_label("Prompt").fill("""@{}, it's "$HOME" `id` \\ on größerem Grund""")
+    ask(page)
+    shown = drawn(page)
+    with page.expect_download() as download:
+        figure(page, "drawn").get_by_role("button", name="Mask").click()
+    download.value.save_as(tmp_path / "mask.png")
+    figure(page, "drawn").get_by_role("button", name="Code").click()
+    call = page.locator(f"#{language.lower()}").inner_text()
+    command = ["bash", "-c", call] if language == "curl" else [sys.executable, "-c", call]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    np.testing.assert_allclose(pixels((tmp_path / "mug-05-7.png").read_bytes()), shown, atol=2)
 
 
 @pytest.mark.parametrize("language", ["curl", "Python"])

@@ -15,6 +15,7 @@ import pytest
 from documents import ROOT, Block, blocks, link_repository, run_shell
 from PIL import Image
 
+from objdrive.adapters.artifact import SourceRecord, Sources
 from objdrive.adapters.store import ArtifactStore
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
@@ -54,7 +55,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny64: object, put_adapter
     store = ArtifactStore(str(folder / "demo-store"))
     for seed, (object_id, class_name) in enumerate(OBJECTS.items()):
         recipe = {"sample_steps": 2, "guidance_scale": 3.0}
-        put_adapter(store, tiny64, object_id, seed, rank=2, class_name=class_name, recipe=recipe)
+        photos = {name: CATALOG / name / "drum-01" for name in ("images", "masks")}
+        sources = Sources(
+            image=SourceRecord(uri=str(photos["images"].with_suffix(".jpg")), size=None, mark=""),
+            mask=SourceRecord(uri=str(photos["masks"].with_suffix(".png")), size=None, mark=""),
+        )
+        put_adapter(store, tiny64, object_id, seed, rank=2, class_name=class_name, recipe=recipe, sources=sources)
     return folder
 
 
@@ -98,6 +104,15 @@ def assert_picture(path: Path) -> None:
         assert picture.size == (64, 64)
 
 
+def test_the_first_pictures(cluster: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    output = run_shell(block("README.md", "python jobs/batch_generate.py").text, folder)
+    assert "36 drawn" in output
+    pictures = list((folder / "demo-pictures" / "pictures").glob("*/*.webp"))
+    assert len(pictures) == 36
+    assert_picture(pictures[0])
+
+
 def test_the_first_server(address: str, folder: Path) -> None:
     run_shell(block("README.md", "curl -s").text.replace(ADDRESS, address), folder)
     run_python(block("README.md", "import base64").text.replace(ADDRESS, address), folder)
@@ -114,5 +129,6 @@ def test_every_call_of_the_api_page(address: str, folder: Path) -> None:
             run_python(text, folder)
         elif one.language == "bash" and "curl" in text:
             run_shell(text, folder)
-    assert_picture(folder / "linked.png")
+    for name in ("linked.png", "exact.png", "cut-out.png", "around.png"):
+        assert_picture(folder / name)
     assert_picture(folder / "snow.png")

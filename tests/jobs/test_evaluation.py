@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from jobs.drawing import PlannedBase, Pool
 from jobs.evaluate import main as evaluate
 from jobs.evaluation.compose import PROMPTS, choose_subjects, read_halves, write_half
 from jobs.evaluation.pages import by_method, choose_trades, summarise, trade_figures, write_pages
@@ -17,7 +18,6 @@ from jobs.evaluation.pictures import (
     BASE_METHOD,
     SCHEMA,
     DrawingSettings,
-    Pool,
     control_pictures,
     draw,
     find_artifacts,
@@ -41,7 +41,7 @@ from objdrive.pictures import encode_picture
 
 SHIPPED = read_prompts(PROMPTS)
 TWO = [prompt for prompt in SHIPPED if prompt.id in ("grass", "night")]
-DRAWING = DrawingSettings("tiny64", None, "0" * 32, 2, 4.0)
+DRAWING = DrawingSettings(PlannedBase("tiny64", None, "0" * 32), 2, 4.0)
 
 
 def test_the_halves_are_disjoint_and_hold_at_least_forty_known_classes_with_a_held_out_drawing(tiny64):

@@ -346,6 +346,25 @@ class TestLimits:
         long.cancel()
         assert [drawing.result(WAIT).seed for drawing in admitted] == [0, 1]
 
+    def test_what_waits_for_the_store_takes_no_place_of_the_others(self, engine, filled, keys):
+        hangs = threading.Event()
+
+        class Slow(ArtifactStore):
+            def read(self, *args, **options):
+                assert hangs.wait(WAIT)
+                return super().read(*args, **options)
+
+        slow = engine(Slow(filled[0].url), queue_limit=2)
+        try:
+            cold = [slow.submit(ask("a photo of {}", seed, (keys[seed],))) for seed in range(2)]
+            with pytest.raises(QueueFull):
+                slow.submit(ask("a photo of {}", 3, (keys[3],)))
+            for seed in range(4):
+                assert draw(slow, ask("a mug", seed)).image
+        finally:
+            hangs.set()
+        assert [drawing.result(WAIT).objects for drawing in cold] == [(keys[0],), (keys[1],)]
+
     def test_draining_finishes_what_was_taken(self, engine, keys):
         one = engine(batch_size=1)
         drawings = [one.submit(ask("{}", seed, (keys[seed],))) for seed in range(3)]

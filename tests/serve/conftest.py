@@ -73,8 +73,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(base, store, tmp_path, *, keys=(), queue_limit=16, batch_size=4, draw_seconds=60.0):
-    """Serve a store. `keys` are entries of the key file, each a name with what it may do."""
+def serving(base, store, tmp_path, *, keys=(), queue_limit=16, batch_size=4, draw_seconds=60.0, **more):
+    """Serve a store. `keys` are entries of the key file, each a name with what it may do; `more` is for `Services`."""
     clock, secrets, path = Clock(), {}, None
     if keys:
         entries = []
@@ -94,6 +94,7 @@ def serving(base, store, tmp_path, *, keys=(), queue_limit=16, batch_size=4, dra
         signer=Signer(b"s" * 32, clock=clock),
         meter=PrometheusMeter(engine.stats),
         draw_seconds=draw_seconds,
+        **more,
     )
     services.catalog.refresh()
     listening = socket.create_server(("127.0.0.1", 0))

@@ -1,13 +1,16 @@
+import asyncio
 import io
 import shutil
 import threading
 import time
+from random import Random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from random_store import metadata_of
 
+from objdrive.adapters.index import compact
 from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import StoreError
 from serve.catalog import Catalog
@@ -82,7 +85,7 @@ def test_what_a_run_wrote_down_is_not_read_from_the_artifacts(store, catalog, mo
     store.write_run_file("20260101-000000-a", "results.parquet", table.getvalue())
     for row in rows:
         commit(store, row["object_id"], "vase")
-    monkeypatch.setattr(store, "current", None)
+    monkeypatch.setattr(store, "look_up", None)
     catalog.refresh()
     assert catalog.page(10, class_name="vase", q="no 3") == ["o3"]
 
@@ -138,3 +141,133 @@ def test_follows_the_store_on_whatever_befalls_a_refresh(store, monkeypatch):
     while catalog.page(10) != ["a"]:
         assert time.monotonic() < deadline
     catalog.close()
+
+
+def results(store, run_id, *rows):
+    table = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{"class_name": "vase", "title": None, **row} for row in rows]), table)
+    store.write_run_file(run_id, "results.parquet", table.getvalue())
+
+
+def test_a_catalog_is_there_before_the_store_is_listed(store, monkeypatch):
+    results(store, "run-1", {"object_id": "a"}, {"object_id": "b", "title": "Blue"})
+    assert compact(store)
+    results(store, "run-2", {"object_id": "c"}, {"object_id": "b", "title": "Red"})
+    listed, go_on = threading.Event(), threading.Event()
+
+    def slowly():
+        listed.set()
+        assert go_on.wait(30)
+        yield from ("b", "c")
+
+    monkeypatch.setattr(store, "object_ids", slowly)
+    monkeypatch.setattr(store, "look_up", None)
+    catalog = Catalog(store)
+    catalog.start()
+    try:
+        assert listed.wait(30)
+        assert catalog.page(10) == ["a", "b", "c"]
+        assert catalog.page(10, q="red") == ["b"]
+        assert catalog.page(10, q="blue") == []
+    finally:
+        go_on.set()
+        catalog.close()
+
+
+def test_the_index_is_read_when_it_has_changed(store, catalog, monkeypatch):
+    results(store, "run-1", {"object_id": "a"})
+    commit(store, "a", "vase")
+    compact(store)
+    catalog.refresh()
+    monkeypatch.setattr("serve.catalog.read_index", None)
+    monkeypatch.setattr("serve.catalog.run_batches", None)
+    catalog.refresh()
+    assert catalog.classes(10) == [("vase", 1)]
+
+
+def test_a_refresh_writes_only_what_has_changed(store, catalog, monkeypatch):
+    results(store, "run-1", *({"object_id": f"o-{number}"} for number in range(50)))
+    for number in range(50):
+        commit(store, f"o-{number}", "vase")
+    catalog.refresh()
+    written = []
+    opened = catalog._open
+
+    def watched():
+        writer = opened()
+        writer.set_trace_callback(
+            lambda sql: written.append(sql) if sql.lower().startswith(("insert", "update", "delete", "--")) else None
+        )
+        return writer
+
+    monkeypatch.setattr(catalog, "_open", watched)
+    catalog.refresh()
+    assert written == []
+    commit(store, "new")
+    catalog.refresh()
+    assert 0 < len([sql for sql in written if not sql.startswith("--")]) < 15
+    assert catalog.page(100)[0] == "new"
+
+
+def test_a_run_without_results_is_asked_about_once_a_refresh(store, catalog, monkeypatch):
+    store.write_run_file("run-1", "rejects.parquet", b"")
+    opened = []
+    kind = type(store._files)
+    ask = kind._open
+    monkeypatch.setattr(kind, "_open", lambda self, path, mode: opened.append(path) or ask(self, path, mode))
+    catalog.refresh()
+    catalog.refresh()
+    assert len(opened) == 2
+
+
+def test_searches_find_the_same_with_and_without_the_index(store, monkeypatch):
+    random = Random(1)
+    words = ["mug", "Fine", "Äpfel", "100%", "a_b", '"quoted"', "mugs", "*", "OR", "NEAR(", "ß", "x y"]
+    for number in range(60):
+        commit(store, f"o-{number:02}", random.choice(["mug", "vase"]), {"title": " ".join(random.choices(words, k=4))})
+    catalog = Catalog(store)
+    catalog.refresh()
+    asked = [*words, "MUG", "fine m", "o-1", "-1", "äpf", "b 100", "quoted", "e\nm", "NOT mug", "mug*", "\0mug"]
+    with_index = [catalog.page(100, q=q) for q in asked]
+    assert any(with_index)
+    monkeypatch.setattr(catalog, "_searchable", False)
+    assert with_index == [catalog.page(100, q=q) for q in asked]
+    monkeypatch.setattr(catalog, "_searchable", True)
+    monkeypatch.setattr("serve.catalog._FEW", 1)
+    assert with_index == [catalog.page(100, q=q) for q in asked]
+    catalog.close()
+
+
+def test_what_changes_is_found_by_its_new_words(store, catalog):
+    commit(store, "a", "lamp")
+    catalog.refresh()
+    assert catalog.page(10, q="lamp") == ["a"]
+    results(store, "run-1", {"object_id": "a", "title": "A Vessel"})
+    catalog.refresh()
+    assert catalog.page(10, q="lamp") == []
+    assert catalog.page(10, q="vessel") == ["a"]
+
+
+def test_searches_do_not_wait_for_one_another(store, catalog):
+    commit(store, "a")
+    catalog.refresh()
+    meet = threading.Barrier(4, timeout=30)
+
+    def search():
+        catalog.page(1)
+        meet.wait()
+        return catalog.page(1)
+
+    async def at_once():
+        return await asyncio.gather(*(catalog.aside(search) for _ in range(4)))
+
+    assert asyncio.run(at_once()) == [["a"]] * 4
+
+
+def test_a_damaged_object_is_left_out(store, catalog, tmp_path, caplog):
+    commit(store, "a")
+    commit(store, "b")
+    (tmp_path / "store/objects/a/current.json").write_bytes(b"")
+    catalog.refresh()
+    assert catalog.page(10, class_name="mug") == ["b"]
+    assert "objects/a/current.json" in caplog.text

@@ -24,6 +24,10 @@ def test_pages_follow_one_another(open_server):
             "acme-mug-2",
             "other-chair-1",
         ]
+        full = client.get("/objects", params={"limit": 4}).json()
+        assert len(full["data"]) == 4
+        assert full["next"] is None
+        assert client.get("/v1/models", params={"limit": 2, "after": "acme-mug-1"}).json()["has_more"] is False
         for limit in (0, 101, "x"):
             assert error(client.get("/objects", params={"limit": limit}), 400) == "invalid_request"
 

@@ -108,3 +108,10 @@ def test_a_name_that_no_key_can_have(capsys):
     assert main(["api-key", "two words"]) == 2
     assert "two words" in capsys.readouterr().err
     assert yaml.safe_load(capsys.readouterr().out) is None
+
+
+@pytest.mark.parametrize("name", ["2024", "1e5", "true", "null", "0x10", "shop"])
+def test_the_entry_of_a_key_of_any_name_is_read(tmp_path, capsys, name):
+    assert main(["api-key", name, "--prefix", name]) == 0
+    (tmp_path / "keys.yaml").write_text("keys:\n" + capsys.readouterr().out)
+    assert [(key.name, key.prefix) for key in read_keys(tmp_path / "keys.yaml")] == [(name, name)]

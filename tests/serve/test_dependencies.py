@@ -1,3 +1,6 @@
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from answers import error
 from conftest import serving
@@ -54,6 +57,32 @@ def test_the_rate_is_counted_by_picture(server):
         assert server.draw(client, model="acme-mug-1", n=2).status_code == 200
     with server.client("all") as client:
         assert server.draw(client, model="acme-mug-1").status_code == 200
+
+
+def test_what_is_refused_does_not_count(server):
+    server.clock.now += 60
+    with server.client("slow") as client:
+        for refused in ({"prompt": "ab " * 500}, {"prompt": "{} and {}", "model": None}, {"model": "nobody"}) * 3:
+            assert server.draw(client, **{"model": "acme-mug-1"} | refused).status_code in (404, 422)
+        assert server.draw(client, model="acme-mug-1", n=3).status_code == 200
+        assert error(server.draw(client, model="acme-mug-1"), 429) == "rate_limit_exceeded"
+
+
+def test_those_without_a_place_do_not_use_up_the_rate(small_base, filled, tmp_path):
+    keys = [("shop", {"requests_per_minute": 1, "burst": 20})]
+    with (
+        serving(small_base, filled, tmp_path, keys=keys, queue_limit=2, batch_size=1) as server,
+        ThreadPoolExecutor(40) as threads,
+    ):
+
+        def draw(seed):
+            with server.client("shop") as client:
+                return server.draw(client, model="acme-mug-1", seed=seed, steps=20)
+
+        assert draw(0).status_code == 200
+        answers = list(threads.map(draw, range(40)))
+    codes = Counter("drawn" if one.status_code == 200 else error(one, 429) for one in answers)
+    assert set(codes) == {"drawn", "queue_full"}, codes
 
 
 def test_looking_is_not_drawing(server):

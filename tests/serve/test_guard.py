@@ -1,9 +1,16 @@
+import dataclasses
 import json
+import logging
+import re
 
+import pytest
 from answers import error
 from conftest import serving
+from random_store import commit
+from raw import exchange
 from starlette.testclient import TestClient
 
+from objdrive.adapters.store import ArtifactStore
 from serve.api import create_app
 
 
@@ -47,3 +54,60 @@ def test_what_breaks_is_counted_as_broken(open_server, monkeypatch):
     assert answer.headers["x-content-type-options"] == "nosniff"
     counted = 'objdrive_http_requests_total{outcome="internal_error",route="/objects",status="500"} 1.0'
     assert counted in client.get("/metrics").text
+
+
+NO_HOST = [
+    (b"Host: a{b}.example",),
+    (b"Host: a`b.example",),
+    (b'Host: a"b.example',),
+    (b"Host:",),
+    (),
+    (b"Host: 127.0.0.1", b"Host: evil.example"),
+    (b"Host: 127.0.0.1, evil.example",),
+    (b"Host: me@127.0.0.1",),
+]
+PATHS = [b"/objects/acme-mug-1", b"/v1/models", b"/metrics", b"/readyz", b"/healthz", b"/"]
+
+
+@pytest.mark.parametrize("lines", NO_HOST, ids=lambda lines: b"+".join(lines).decode())
+def test_a_request_without_one_host_that_can_be_read_is_refused(open_server, lines):
+    for path in PATHS:
+        status, answer = exchange(open_server.url, b"GET %s HTTP/1.1" % path, *lines)
+        assert status == 400, answer
+
+
+def test_without_keys_other_names_see_nothing_of_the_server(open_server):
+    for path in PATHS:
+        status, answer = exchange(open_server.url, b"GET %s HTTP/1.1" % path, b"Host: evil.example")
+        assert status == (200 if path == b"/healthz" else 401), answer
+        assert exchange(open_server.url, b"GET %s HTTP/1.1" % path, b"Host: LocalHost:1")[0] == 200
+
+
+def test_metrics_can_be_switched_off(open_server):
+    services = dataclasses.replace(open_server.services, metrics=False)
+    client = TestClient(create_app(services), "http://127.0.0.1", client=("127.0.0.1", 4711))
+    assert error(client.get("/metrics"), 404) == "not_found"
+
+
+@pytest.mark.parametrize("headers", [{f"x-{number}": "1" for number in range(101)}, {"x-long": "a" * 17_000}])
+def test_a_head_that_is_too_long(open_server, headers):
+    with open_server.client() as client:
+        assert error(client.get("/healthz", headers=headers), 431) == "headers_too_large"
+
+
+def test_a_request_has_an_id_in_its_answer_and_in_the_log(small_base, tmp_path, caplog):
+    store = ArtifactStore(str(tmp_path / "store"))
+    digest = commit(store, small_base, "mug-1")
+    (tmp_path / "store/objects/mug-1" / digest / "artifact.json").write_bytes(b"{")
+    with serving(small_base, store, tmp_path) as server, server.client() as client, caplog.at_level(logging.WARNING):
+        told = client.get("/healthz", headers={"x-request-id": "shop-1:2.3_4"})
+        assert told.headers.get_list("x-request-id") == ["shop-1:2.3_4"]
+        made = {client.get("/nowhere").headers["x-request-id"] for _ in range(2)}
+        assert len(made) == 2
+        for bad in ("two words", "a" * 129, "a%s", "{}"):
+            other = client.get("/healthz", headers={"x-request-id": bad}).headers["x-request-id"]
+            assert re.fullmatch("[0-9a-f]{32}", other)
+        asked = {"model": "mug-1", "prompt": "{}"}
+        refused = client.post("/v1/images/generations", json=asked, headers={"x-request-id": "find-me"})
+    assert error(refused, 409) == "corrupt_artifact"
+    assert any("find-me" in record.getMessage() for record in caplog.records), caplog.text

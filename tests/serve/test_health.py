@@ -5,7 +5,7 @@ import pytest
 from random_store import RANK
 
 from objdrive.base.stable_diffusion import Base
-from objdrive.errors import ObjdriveError
+from objdrive.errors import ObjdriveError, QueueFull
 from objdrive.sampling.engine import Engine
 from objdrive.sampling.requests import DrawRequest
 from serve.health import HealthCheck
@@ -49,3 +49,18 @@ def test_an_engine_that_is_stuck_is_found_out(engine, monkeypatch):
 def test_an_engine_that_drains_is_well(engine):
     engine.drain()
     asyncio.run(HealthCheck(engine).check())
+
+
+def test_an_engine_is_well_however_many_wait(engine, monkeypatch):
+    drawing = [engine.submit(DrawRequest(prompt="a mug", seed=0, steps=20))]
+    while engine.stats().waiting:
+        pass
+    drawing.append(engine.submit(DrawRequest(prompt="a mug", seed=1, steps=1)))
+    with pytest.raises(QueueFull):
+        engine.submit(DrawRequest(prompt="a mug", seed=2, steps=1))
+    health = HealthCheck(engine, seconds=600)
+    # As if it had not taken a step since the last check.
+    monkeypatch.setattr(health, "_has_moved", lambda: False)
+    asyncio.run(health.check())
+    for one in drawing:
+        one.cancel()

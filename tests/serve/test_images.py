@@ -14,7 +14,7 @@ from random_store import RANK, STEPS, commit, digest_of
 from starlette.testclient import TestClient
 
 from objdrive.adapters.artifact import METADATA_FILE, ArtifactKey
-from objdrive.adapters.store import ArtifactStore
+from objdrive.adapters.store import CURRENT_FILE, ArtifactStore
 from objdrive.sampling.engine import Engine
 from objdrive.sampling.requests import DrawRequest
 from serve.local import local_app
@@ -132,7 +132,8 @@ class TestRefusals:
         ("asked", "status", "code", "param"),
         [
             ({"prompt": ""}, 400, "invalid_request", "prompt"),
-            ({"prompt": "x" * 1001}, 400, "invalid_request", "prompt"),
+            ({"prompt": "ab " * 500}, 422, "invalid_prompt", "prompt"),
+            ({"prompt": "x", "negative_prompt": "ab " * 500}, 422, "invalid_prompt", "prompt"),
             ({"n": 0}, 400, "invalid_request", "n"),
             ({"n": 11}, 400, "invalid_request", "n"),
             ({"steps": 0}, 400, "invalid_request", "steps"),
@@ -161,6 +162,40 @@ class TestRefusals:
         with open_server.client() as client:
             answer = client.post("/v1/images/generations", content=body, headers={"content-type": "application/json"})
         assert error(answer, 400) == "invalid_request"
+
+    def test_what_is_wrong_with_a_body_is_said_in_plain_words(self, open_server):
+        kind = {"content-type": "application/json"}
+        with open_server.client() as client:
+            cut = client.post("/v1/images/generations", content=b'{"prompt": ', headers=kind)
+            untold = client.post(
+                "/v1/images/generations", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"}
+            )
+            listed = client.post("/v1/images/generations", content=b"[]", headers=kind)
+        for answer, words in ((cut, "not JSON"), (untold, "content-type: application/json"), (listed, "a JSON object")):
+            assert error(answer, 400) == "invalid_request"
+            assert answer.json()["error"]["param"] is None
+            assert words in answer.json()["error"]["message"]
+
+    def test_the_message_for_a_pair_shows_a_place_for_each(self, open_server):
+        with open_server.client() as client:
+            answer = open_server.draw(client, model="acme-mug-1+acme-lamp-1", prompt="a photo of {} on grass")
+        assert error(answer, 422) == "invalid_prompt"
+        assert '"a photo of {} and {} on grass"' in answer.json()["error"]["message"]
+
+    @pytest.mark.parametrize("spoil", [METADATA_FILE, CURRENT_FILE])
+    def test_an_artifact_whose_papers_are_damaged(self, small_base, tmp_path, caplog, spoil):
+        store = ArtifactStore(str(tmp_path / "store"))
+        home = tmp_path / "store/objects/mug-1"
+        digest = commit(store, small_base, "mug-1")
+        commit(store, small_base, "mug-2")
+        path = home / digest / METADATA_FILE if spoil == METADATA_FILE else home / CURRENT_FILE
+        path.write_bytes(path.read_bytes()[:40] if spoil == METADATA_FILE else b"")
+        with serving(small_base, store, tmp_path) as server, server.client() as client:
+            answer = server.draw(client, model="mug-1")
+            assert error(answer, 409) == "corrupt_artifact"
+            assert str(tmp_path) not in answer.text
+            assert str(path) in caplog.text
+            assert [one["id"] for one in client.get("/v1/models").json()["data"]][-1] == "mug-2"
 
     def test_an_artifact_of_another_base(self, small_base, tmp_path):
         store = ArtifactStore(str(tmp_path / "store"))
@@ -206,6 +241,8 @@ class TestRefusals:
         with serving(small_base, filled, tmp_path, draw_seconds=0.2) as server, server.client() as client:
             answer = server.draw(client, model="acme-mug-1", steps=100)
         assert error(answer, 408) == "timeout"
+        # Clients would draw it three times over.
+        assert answer.headers["x-should-retry"] == "false"
 
 
 class TestChanges:
@@ -302,6 +339,6 @@ class TestLinks:
                 url = server.draw(client, model="acme-mug-1", response_format="url").json()["data"][0]["url"]
             path = tmp_path / "keys.yaml"
             path.write_text(path.read_text().replace("name: shop", "name: shop-was"))
-            server.clock.now += 6
+            server.services.gate.refresh()
             with server.client() as client:
                 assert error(client.get(url), 403) == "invalid_signature"

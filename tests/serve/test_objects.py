@@ -23,7 +23,7 @@ class Store:
         self.open = threading.Event()
         self.open.set()
 
-    def current(self, object_id):
+    def look_up(self, object_id):
         self.asked += 1
         assert self.open.wait(30)
         if self.away:
@@ -111,3 +111,40 @@ def test_a_store_that_hangs_is_not_waited_for(world):
     with pytest.raises(ApiError) as refused:
         digest(objects, "mug-2")
     assert refused.value.code == "store_unreachable"
+
+
+def test_what_is_remembered_is_bounded_by_its_bytes(world):
+    store, clock, _ = world
+    store.versions |= {f"mug-{number}": 0 for number in range(50)}
+    size = len(metadata_of("mug-10", AnyBase).model_dump_json())
+    objects = Objects(store, clock=clock, remembered_bytes=10 * (size + 600))
+
+    async def look(*numbers):
+        for number in numbers:
+            await objects.find(f"mug-{number}")
+
+    asyncio.run(look(*range(50)))
+    asked = store.asked
+    asyncio.run(look(*range(49, 39, -1)))
+    assert store.asked == asked
+    asyncio.run(look(20))
+    assert store.asked == asked + 1
+    assert objects._bytes <= objects.remembered_bytes
+    objects.close()
+
+
+def test_many_objects_are_asked_for_at_once(world):
+    store, clock, _ = world
+    objects = Objects(store, clock=clock, patience=30)
+    store.versions |= {f"mug-{number}": 0 for number in range(64)}
+    store.open.clear()
+
+    async def many():
+        finding = asyncio.gather(*(objects.find(f"mug-{number}") for number in range(64)))
+        while store.asked < 64:
+            await asyncio.sleep(0.01)
+        store.open.set()
+        return await finding
+
+    assert len(asyncio.run(many())) == 64
+    objects.close()

@@ -7,8 +7,10 @@ import threading
 import openai
 import pytest
 from conftest import serving
+from openai.pagination import SyncCursorPage
+from openai.types import Model
 from PIL import Image
-from random_store import commit, digest_of
+from random_store import commit, digest_of, metadata_of
 
 from objdrive.adapters.store import ArtifactStore
 
@@ -157,3 +159,148 @@ def test_raises_its_own_errors(client, server):
     with pytest.raises(openai.RateLimitError) as limited:
         [client.images.generate(model="acme-mug-1", prompt="{}", extra_body={"steps": 1}) for _ in range(5)]
     assert limited.value.code == "rate_limit_exceeded"
+
+
+@pytest.fixture(scope="module")
+def aliased(small_base, filled, tmp_path_factory):
+    """A server with other names for models."""
+    aliases = {"gpt-image-2": "acme-mug-1", "dall-e-3": "base"}
+    with serving(small_base, filled, tmp_path_factory.mktemp("aliases"), model_aliases=aliases) as server:
+        yield server
+
+
+class TestImages:
+    """The calls of openai-python's own tests, with pictures that are some."""
+
+    @pytest.fixture
+    def client(self, aliased):
+        with openai.OpenAI(base_url=f"{aliased.url}/v1", api_key="none", max_retries=0) as client:
+            yield client
+
+    @pytest.fixture
+    def photo(self):
+        return png_file("RGB", 255), png_file("RGBA", 0)
+
+    def test_generates(self, client):
+        assert client.images.generate(prompt="A cute baby sea otter").data[0].b64_json
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_generates_with_all_fields(self, client, stream):
+        answer = client.images.generate(
+            prompt="A cute baby sea otter",
+            background="opaque",
+            model="gpt-image-2",
+            moderation="low",
+            n=1,
+            output_compression=100,
+            output_format="png",
+            partial_images=1,
+            quality="medium",
+            response_format="url",
+            size="auto",
+            stream=stream,
+            style="vivid",
+            user="user-1234",
+        )
+        if stream:
+            completed = list(answer)[-1]
+            assert completed.type == "image_generation.completed"
+            assert completed.model.startswith("acme-mug-1@")
+        else:
+            assert answer.data[0].url
+
+    def test_a_transparent_background_wants_exact(self, client):
+        with pytest.raises(openai.BadRequestError, match="exact") as refused:
+            client.images.generate(prompt="A cute baby sea otter", model="gpt-image-2", background="transparent")
+        assert refused.value.param == "background"
+
+    def test_edits(self, client, photo):
+        image, mask = photo
+        answer = client.images.edit(image=image, mask=mask, prompt="A cute baby sea otter wearing a beret")
+        assert picture(answer.data[0].b64_json).size == (96, 64)
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_edits_with_all_fields(self, client, photo, stream):
+        image, mask = photo
+        answer = client.images.edit(
+            image=[image],
+            prompt="A cute baby sea otter wearing a beret",
+            background="opaque",
+            input_fidelity="high",
+            mask=mask,
+            model="gpt-image-2",
+            n=1,
+            output_compression=100,
+            output_format="webp",
+            partial_images=1,
+            quality="high",
+            response_format="url",
+            size="96x64",
+            stream=stream,
+            user="user-1234",
+            extra_body={"seed": 7, "steps": 2, "exact": False},
+        )
+        if stream:
+            events = list(answer)
+            assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+            assert picture(events[-1].b64_json).format == "WEBP"
+        else:
+            assert answer.data[0].url
+
+    def test_aliases_name_an_object_or_the_base(self, client):
+        for alias, drawn in (("gpt-image-2", f"acme-mug-1@{digest_of('acme-mug-1')}"), ("dall-e-3", "base")):
+            answer = client.images.generate(model=alias, prompt="a photo of a mug", extra_body={"steps": 1})
+            assert answer.data[0].model == drawn
+            assert client.models.retrieve(alias).id == alias
+
+    def test_a_name_that_is_none_tells_where_the_names_are(self, client):
+        with pytest.raises(openai.NotFoundError, match="GET /v1/models"):
+            client.images.generate(model="gpt-image-1", prompt="a mug")
+
+
+def png_file(mode, alpha):
+    """A file of 96 x 64 pixels, of which a part has this alpha."""
+    image = Image.new(mode, (96, 64), (200, 100, 50, 255)[: len(mode)])
+    image.paste((0, 0, 0, alpha)[: len(mode)], (16, 16, 64, 64))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return ("image.png", buffer.getvalue(), "image/png")
+
+
+IDS = [f"mug-{number:04}" for number in range(230)]
+
+
+@pytest.fixture(scope="module")
+def many(small_base, tmp_path_factory):
+    """A server of more objects than a page lists."""
+    store = ArtifactStore(str(tmp_path_factory.mktemp("many")))
+    for object_id in IDS:
+        store.commit({}, metadata_of(object_id, small_base))
+    with serving(small_base, store, tmp_path_factory.mktemp("models")) as server:
+        yield server
+
+
+class TestModels:
+    @pytest.fixture
+    def client(self, many):
+        with openai.OpenAI(base_url=f"{many.url}/v1", api_key="none", max_retries=0) as client:
+            yield client
+
+    def test_the_list_goes_to_the_end(self, client):
+        """This client never asks for a second page of models, so all must come at once."""
+        page = client.models.list()
+        assert [model.id for model in page] == IDS
+        assert not page.has_next_page()
+        assert (page.first_id, page.last_id, page.has_more) == (IDS[0], IDS[-1], False)
+
+    def test_its_cursor_pages_go_to_the_end(self, client):
+        pages = client.get_api_list(
+            "/models", page=SyncCursorPage[Model], model=Model, options={"params": {"limit": 100}}
+        )
+        assert len(pages.data) == 100
+        assert [model.id for model in pages] == IDS
+
+    def test_a_page_after_an_id(self, client):
+        page = client.models.list(extra_query={"limit": 3, "after": "mug-0009"})
+        assert [model.id for model in page.data] == ["mug-0010", "mug-0011", "mug-0012"]
+        assert page.has_more

@@ -7,8 +7,8 @@ def idle(count):
     return {f"replica-{number}": 0 for number in range(count)}
 
 
-def rank(key, queues, choices=2, spill_at=4):
-    return ranked(key, queues, choices=choices, spill_at=spill_at)
+def rank(key, queues, choices=2, spill_at=4, full_at=100):
+    return ranked(key, queues, choices=choices, spill_at=spill_at, full_at=full_at)
 
 
 def test_a_key_stays_at_its_first_home_while_it_is_calm():
@@ -35,6 +35,13 @@ def test_while_all_are_busy_keys_stay_at_home():
     assert set(everyone) == set(queues)
 
 
+def test_what_homes_have_no_places_for_goes_to_all():
+    homes, everyone = rank("mug@1", dict.fromkeys(idle(5), 4))
+    queues = dict.fromkeys(everyone, 4)
+    assert rank("mug@1", queues | {homes[0]: 9}, full_at=9) == [homes[1:], everyone]
+    assert rank("mug@1", queues | dict.fromkeys(homes, 9), full_at=9) == [everyone]
+
+
 def test_one_hot_key_waits_nowhere_while_others_are_idle():
     queues = idle(10)
     for _ in range(30):
@@ -59,4 +66,4 @@ def test_a_replica_that_comes_takes_only_its_share():
 
 def test_few_replicas():
     assert rank("mug@1", idle(1)) == [["replica-0"], ["replica-0"], ["replica-0"]]
-    assert rank("mug@1", {}) == [[], []]
+    assert rank("mug@1", {}) == [[]]

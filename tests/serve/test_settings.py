@@ -10,6 +10,23 @@ def test_takes_text_as_the_command_line_gives_it():
     assert (settings.no_auth, settings.batch_size, settings.generators) == (True, 4, "2:6")
 
 
+# Pydantic's word on Ray's own fields, where no other test has imported Serve yet.
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning")
+def test_replicas_are_settings(tmp_path):
+    from ray.serve._private.build_app import build_app
+
+    from serve.app import build
+
+    key = tmp_path / "key"
+    key.write_bytes(b"k" * 32)
+    asked = {"store": str(tmp_path), "base": "tiny64", "no_auth": True, "signing_key_file": str(key)}
+    built = build(asked | {"generators": "0:3", "ingress": "2:5"})
+    schema = {one.name: one for one in build_app(built, name="objdrive").deployments}
+    scaled = {name: one._deployment_config.autoscaling_config for name, one in schema.items()}
+    assert (scaled["Generator"].min_replicas, scaled["Generator"].max_replicas) == (0, 3)
+    assert (scaled["Api"].min_replicas, scaled["Api"].max_replicas) == (2, 5)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -17,6 +34,8 @@ def test_takes_text_as_the_command_line_gives_it():
         ({"store": "s", "no_auth": True, "batchsize": 3}, "batchsize"),
         ({"store": "s", "no_auth": True, "batch_size": 0}, "batch_size"),
         ({"store": "s", "no_auth": True, "generators": "0"}, "generators"),
+        ({"store": "s", "no_auth": True, "generators": "0:0"}, "generators"),
+        ({"store": "s", "no_auth": True, "ingress": "0:2"}, "ingress"),
         ({"store": "s"}, "api_keys"),
         ({"store": "s", "no_auth": True, "api_keys": "keys.yaml"}, "api_keys"),
     ],

@@ -1,0 +1,1 @@
+"""A catalog's pictures: objects of a store, drawn by a list of prompts."""

@@ -1,0 +1,97 @@
+"""The index of pictures: Parquet files of one schema in one folder, each written once and whole."""
+
+import io
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.generation.scores import SCORES
+from jobs.generation.settings import INDEX
+from objdrive.adapters.parallel import in_parallel
+from objdrive.adapters.storage import Files
+from objdrive.errors import ObjdriveError
+
+_COLUMNS: list[tuple[str, pa.DataType]] = [
+    ("object_id", pa.string()),
+    ("digest", pa.string()),
+    ("class_name", pa.string()),
+    ("prompt_id", pa.string()),
+    ("prompt", pa.string()),
+    ("seed", pa.int64()),
+    ("steps", pa.int64()),
+    ("guidance_scale", pa.float64()),
+    ("address", pa.string()),
+    ("sha256", pa.string()),
+    ("size", pa.int64()),
+    ("width", pa.int64()),
+    ("height", pa.int64()),
+    ("key", pa.string()),
+    *((name, pa.float64()) for name in SCORES),
+]
+SCHEMA = pa.schema(_COLUMNS)
+"""`size` is in bytes; `key` is of all that the file depends on: pictures of one key are one picture."""
+
+_SUFFIX = ".parquet"
+_MOST_ROWS = 5_000
+_LEAST_SECONDS = 10.0
+_SHARE_OF_TIME = 0.01
+
+
+class IndexWriter:
+    """Writes rows as they come, in parts that the run's id and a number name.
+
+    A part is written every ten seconds, later every hundredth of the run's time: a long run makes few parts, and one
+    that is killed has lost few rows. Their pictures are there, and the next run finds them.
+    """
+
+    def __init__(self, files: Files, run_id: str) -> None:
+        self._files = files
+        self._run_id = run_id
+        self._rows: list[dict[str, Any]] = []
+        self._parts = 0
+        self._began = self._written = time.monotonic()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Note a picture."""
+        self._rows.append(row)
+        now = time.monotonic()
+        pause = max(_LEAST_SECONDS, _SHARE_OF_TIME * (now - self._began))
+        if len(self._rows) >= _MOST_ROWS or now - self._written >= pause:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has not been written yet."""
+        self._written = time.monotonic()
+        if not self._rows:
+            return
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(self._rows, SCHEMA), buffer)
+        self._files.replace(f"{INDEX}/{self._run_id}-{self._parts:06}{_SUFFIX}", buffer.getvalue())
+        self._parts += 1
+        self._rows = []
+
+
+def indexed_keys(files: Files) -> Iterator[list[str]]:
+    """The keys of all pictures in the index, part by part.
+
+    Raises:
+        ObjdriveError: a part can't be read.
+    """
+    names = sorted(name for name in files.files(INDEX) if name.endswith(_SUFFIX) and not name.startswith("."))
+
+    def keys(name: str) -> list[str]:
+        data = files.read(f"{INDEX}/{name}")
+        try:
+            column = pq.read_table(io.BytesIO(data or b""), columns=["key"])["key"]
+        except (pa.ArrowException, KeyError) as error:
+            raise ObjdriveError(
+                f"the index's part {files.url}/{INDEX}/{name} can't be read ({error}): remove it; what it lists is "
+                "found again"
+            ) from error
+        return [str(key) for key in column.to_pylist()]
+
+    for _, read in in_parallel(keys, names):
+        yield read.result()
