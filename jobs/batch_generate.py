@@ -77,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--n", type=positive, default=1, help="pictures of each object and prompt (%(default)s)")
     parser.add_argument("--seed", type=_seed, default=0, help="the first picture's seed; the next ones count up")
-    parser.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT",
-                        help="of the pictures, in pixels (default: the square that the base was trained on)")  # fmt: skip
+    parser.add_argument("--size", type=_size, metavar="WxH",
+                        help="of the pictures, in pixels (default: the base's own square)")  # fmt: skip
     parser.add_argument("--format", choices=FORMATS, default="webp", help="of the pictures' files (%(default)s)")
     parser.add_argument("--negative-prompt", default="", help="what to lead away from")
     parser.add_argument("--steps", type=positive, help="DDIM steps (default: each object's recipe's)")

@@ -309,7 +309,7 @@ class TestWorker:
     def test_pictures_that_come_late_in_a_call_are_those_of_their_requests(self, drawer, filled):
         """A higher rank than the engine's makes it start anew in the midst of a call."""
         keys = [filled.current(one) for one in ("mug-1", "pot", "mug-2")]
-        asked = [DrawRequest("a photo of {}", 3, (_key(one),), steps=2) for one in keys]
+        asked = [DrawRequest("a photo of {}", 3, (_key(one),), steps=2, guidance_scale=1.0) for one in keys]
         together = list(drawer.draw(filled.url, asked))
         assert [picture.objects[0].object_id for picture in together] == ["mug-1", "pot", "mug-2"]
         for request, picture in zip(asked, together, strict=True):
