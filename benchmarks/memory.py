@@ -67,7 +67,7 @@ def _read(kind: str, part: str) -> dict[str, Any]:
 def print_table(size: FullSize) -> None:
     print(
         f"{size.name}: weights {size.weights / GIB:.1f} GiB; an adapter has {size.layers} layers, "
-        f"{size.values / 1e6:.1f} million values, {4 * size.values / 1e6:.1f} MB in a store; "
+        f"{size.values / 1e6:.1f} million values, {torch.float16.itemsize * size.values / 1e6:.1f} MB in a store; "
         f"a scene takes {size.scene / GIB:.2f} GiB"
     )
     for group in GROUPS:
