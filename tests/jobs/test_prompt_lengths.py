@@ -71,7 +71,12 @@ def test_every_prompt_of_a_scenes_material_is_no_longer_than_those_counted(tiny6
     longest = max(len(token_ids(tiny64.tokenizer, text)[0]) for text in counted)
     encoded = []
     real = type(tiny64).tokenize
-    monkeypatch.setattr(type(tiny64), "tokenize", lambda base, text: encoded.append(text) or real(base, text))
+
+    def noted(base, text, **options):
+        encoded.append(text)
+        return real(base, text, **options)
+
+    monkeypatch.setattr(type(tiny64), "tokenize", noted)
     material = SceneMaterial.prepare(tiny64, scene, recipe, None)
     encoded += [text for _ in range(50) for text in material.next_samples(recipe).texts]
     assert max(len(token_ids(tiny64.tokenizer, text)[0]) for text in encoded) <= longest

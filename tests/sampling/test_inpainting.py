@@ -98,7 +98,7 @@ class TestEngine:
     def test_draws_into_a_picture_beside_other_requests(self, small, store):
         store, key = store
         edge = small.resolution
-        request = DrawRequest("a photo of {}", 7, (key,), STEPS)
+        request = DrawRequest("a photo of {}", 7, (key,), steps=STEPS, guidance_scale=4.0)
         requests = [request, replace(request, canvas=a_canvas(edge)), replace(request, seed=8)]
         with Engine(small, store, batch_size=4, slots=4, rank=4, host_bytes=2**26, queue_limit=8) as engine:
             plain, into, other = [engine.submit(one) for one in requests]
@@ -115,4 +115,8 @@ class TestEngine:
             Engine(small, store, batch_size=1, slots=4, rank=4, host_bytes=2**26, queue_limit=8) as engine,
             pytest.raises(ObjdriveError, match="canvas"),
         ):
-            engine.submit(DrawRequest("a photo of {}", 7, (key,), STEPS, canvas=a_canvas(small.resolution // 2)))
+            engine.submit(
+                DrawRequest(
+                    "a photo of {}", 7, (key,), steps=STEPS, guidance_scale=4.0, canvas=a_canvas(small.resolution // 2)
+                )
+            )

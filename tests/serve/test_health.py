@@ -52,12 +52,12 @@ def test_an_engine_that_drains_is_well(engine):
 
 
 def test_an_engine_is_well_however_many_wait(engine, monkeypatch):
-    drawing = [engine.submit(DrawRequest(prompt="a mug", seed=0, steps=20))]
+    drawing = [engine.submit(DrawRequest(prompt="a mug", seed=0, steps=20, guidance_scale=4.0))]
     while engine.stats().waiting:
         pass
-    drawing.append(engine.submit(DrawRequest(prompt="a mug", seed=1, steps=1)))
+    drawing.append(engine.submit(DrawRequest(prompt="a mug", seed=1, steps=1, guidance_scale=4.0)))
     with pytest.raises(QueueFull):
-        engine.submit(DrawRequest(prompt="a mug", seed=2, steps=1))
+        engine.submit(DrawRequest(prompt="a mug", seed=2, steps=1, guidance_scale=4.0))
     health = HealthCheck(engine, seconds=600)
     # As if it had not taken a step since the last check.
     monkeypatch.setattr(health, "_has_moved", lambda: False)

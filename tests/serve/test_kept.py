@@ -137,17 +137,17 @@ class TestKept:
 
 
 def test_a_name_tells_requests_with_other_pictures_apart():
-    draw = DrawRequest("{}", 1)
+    draw = DrawRequest("{}", 1, steps=2, guidance_scale=4.0)
     names = {
         name_of([draw], Finish()),
-        name_of([DrawRequest("{}", 2)], Finish()),
-        name_of([draw, DrawRequest("{}", 2)], Finish()),
+        name_of([DrawRequest("{}", 2, steps=2, guidance_scale=4.0)], Finish()),
+        name_of([draw, DrawRequest("{}", 2, steps=2, guidance_scale=4.0)], Finish()),
         name_of([draw], Finish("webp")),
         name_of([draw], Finish("webp", 50)),
         name_of([draw], Finish(given="another photo")),
     }
     assert len(names) == 6
-    assert name_of([DrawRequest("{}", 1)], Finish()) == name_of([draw], Finish())
+    assert name_of([DrawRequest("{}", 1, steps=2, guidance_scale=4.0)], Finish()) == name_of([draw], Finish())
 
 
 def test_a_request_that_a_proxy_gave_up_gets_its_picture_without_another_drawing(small_base, filled, tmp_path):
