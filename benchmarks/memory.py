@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionConfig
 from transformers import CLIPVisionModelWithProjection as ImageTower
 
-from objdrive.adapters.bank import AdapterBank
+from objdrive.adapters.layers import find_layers
 from objdrive.base.family import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, Family
 from objdrive.base.single_file import CONFIGS
 from objdrive.training.memory import bytes_per_scene
@@ -51,8 +51,8 @@ def count(name: str, kind: str, family: Family) -> FullSize:
         if family.sized:
             half.append(CLIPTextModelWithProjection(CLIPTextConfig(**_read(kind, "text_encoder_2"))))
         whole = [AutoencoderKL.from_config(_read(kind, "vae")), ImageTower(_IMAGE_TOWER)]
-    with AdapterBank(unet, family.lora_targets, slots=1, rank=recipe.rank) as bank:
-        layers, values = len(bank.down), sum(weight.numel() for weight in bank.parameters())
+    found = find_layers(unet, family.lora_targets, recipe.rank)
+    layers, values = len(found), sum(sum(layer.sizes) for layer in found)
     weights = sum(
         size * weight.numel() for size, parts in ((2, half), (4, whole)) for one in parts for weight in one.parameters()
     )

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 import ray
@@ -137,7 +138,8 @@ def _run(arguments: argparse.Namespace) -> int:
     base = find_base(arguments.base, clip=arguments.clip, vae=arguments.vae)
     planned = PlannedBase(arguments.base, arguments.clip, base.fingerprint(), arguments.vae)
     selection = Selection(_address(arguments.objects), arguments.classes, planned.fingerprint)
-    request = WorkersRequest.of(arguments.workers, arguments.gpus_per_worker)
+    # A worker that only draws keeps nothing for a backward pass.
+    request = replace(WorkersRequest.of(arguments.workers, arguments.gpus_per_worker), memory=base.worker_bytes // 2)
     place = (arguments.place or Place()) if arguments.exact else None
     settings = GenerationSettings(
         planned,

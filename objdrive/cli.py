@@ -108,13 +108,13 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _export(arguments: argparse.Namespace) -> int:
     # Heavy imports, which listing a store does not need.
-    from objdrive.adapters.adapter import parse_adapter
+    from objdrive.adapters.adapter import family_of_files, parse_adapter
     from objdrive.adapters.export import export_adapter
-    from objdrive.base.family import STABLE_DIFFUSION
 
     metadata, files = ArtifactStore(arguments.store).read(arguments.object)
-    adapter = parse_adapter(files, token=metadata.token, family=STABLE_DIFFUSION)
-    exported = export_adapter(adapter, metadata, arguments.format, family=STABLE_DIFFUSION)
+    family = family_of_files(files)
+    adapter = parse_adapter(files, token=metadata.token, family=family)
+    exported = export_adapter(adapter, metadata, arguments.format, family=family)
     for name, data in sorted(exported.files.items()):
         path = arguments.out / name
         try:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from objdrive.adapters.artifact import EMBEDDING_FILE, LORA_FILE
-from objdrive.base.family import Family
+from objdrive.base.family import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, Family
 from objdrive.errors import ObjdriveError
 
 LORA_A = ".lora_A.weight"
@@ -54,6 +54,12 @@ def adapter_files(adapter: Adapter, *, token: str, family: Family) -> dict[str, 
     if adapter.lora:
         files[LORA_FILE] = _save({family.lora_prefix + key: tensor for key, tensor in adapter.lora.items()})
     return files
+
+
+def family_of_files(files: Mapping[str, bytes]) -> Family:
+    """The family of the base that an artifact's files were made for, by the text encoders that they name."""
+    named = set(_load(EMBEDDING_FILE, files[EMBEDDING_FILE])) if EMBEDDING_FILE in files else set()
+    return STABLE_DIFFUSION_XL if named == set(STABLE_DIFFUSION_XL.text_encoders) else STABLE_DIFFUSION
 
 
 def parse_adapter(files: Mapping[str, bytes], *, token: str, family: Family) -> Adapter:

@@ -233,6 +233,7 @@ class AdapterBank:
     ) -> _Weights | None:
         mixes = [{run: 1.0} if isinstance(run, int) else dict(run) for run in runs]
         if self.rank == 0 or not any(mixes):
+            self._last = None
             return None
         kept = None
         if self.rank_varies(slot for mix in mixes for slot in mix):

@@ -50,6 +50,11 @@ def export_adapter(adapter: Adapter, metadata: ArtifactMetadata, format: ExportF
     if format == "diffusers":
         files = adapter_files(adapter, token=metadata.token, family=family)
         return Exported(files, f"a photo of {metadata.phrase}")
+    if len(family.text_encoders) > 1:
+        raise ObjdriveError(
+            f"{metadata.object_id!r} was made for {family.name}, whose adapters are not written as {format} yet: use "
+            "--format diffusers"
+        )
     lora, embeddings = (f"{folder}/{metadata.object_id}.safetensors" for folder in _FOLDERS[format])
     trigger = _trigger(metadata, format)
     (vector,) = adapter.embeddings.values()

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from objdrive.base.digests import sha256_of
 from objdrive.base.family import STABLE_DIFFUSION, Family
-from objdrive.base.recognise import family_of, read_config
+from objdrive.base.recognise import check_latents, check_noise, family_of, read_config
 from objdrive.errors import ObjdriveError
 
 
@@ -88,9 +88,8 @@ class BaseFiles:
     def weights(self) -> list[tuple[str, Path]]:
         """All files of weights and configs that it is loaded from, by names that do not depend on their places."""
         if self.single is not None:
-            # What was made of it depends on it and on these settings alone.
+            # What was made of it depends on it and on how its noise is told, see `fingerprint`.
             named = [("single", self.single)]
-            named += [(f"scheduler/{path.name}", path) for path in (self.snapshot / "scheduler").glob("*.json")]
         else:
             parts = [part for part in (*self.family.parts, *_OPTIONAL_PARTS) if part != "vae" or self.vae is None]
             found = [path for part in parts for path in _read_from(self.snapshot / part)]
@@ -119,6 +118,11 @@ class BaseFiles:
         digest = hashlib.sha256()
         for name, path in self.weights():
             digest.update(f"{name}:{sha256_of(path)}\n".encode())
+        if self.single is not None:
+            noise = read_config(self.snapshot / "scheduler" / "scheduler_config.json")
+            # Who wrote it down does not matter.
+            told = {key: value for key, value in noise.items() if not key.startswith("_")}
+            digest.update(json.dumps(told, sort_keys=True).encode())
         return digest.hexdigest()[:32]
 
 
@@ -154,9 +158,22 @@ def find_base(name: str, *, clip: str | None = None, vae: str | None = None) -> 
         raise ObjdriveError(
             f"the base {name!r} at {snapshot} lacks {', '.join(missing)}: it must be in diffusers' layout"
         )
+    _check_weights(name, snapshot, family)
+    if vae_folder:
+        check_latents(f"the autoencoder {vae!r}", read_config(vae_folder / "config.json"), snapshot)
     if all((snapshot / part).is_dir() for part in ("image_encoder", "text_projection")):
         return BaseFiles(name, snapshot, None, family, vae_folder)
     return BaseFiles(name, snapshot, _find_clip(name, snapshot, clip), family, vae_folder)
+
+
+def _check_weights(name: str, snapshot: Path, family: Family) -> None:
+    parts = [part for part in family.parts if not part.startswith(("tokenizer", "scheduler"))]
+    without = [part for part in parts if not any((snapshot / part).glob("*.safetensors"))]
+    if without:
+        raise ObjdriveError(
+            f"the base {name!r} at {snapshot} has no .safetensors in {', '.join(without)}: weights in pickles (.bin) "
+            "may run any code and are never read; have them as .safetensors"
+        )
 
 
 def _find_single(name: str, clip: str | None, vae: Path | None) -> BaseFiles:
@@ -167,6 +184,9 @@ def _find_single(name: str, clip: str | None, vae: Path | None) -> BaseFiles:
 
     kind = single_file.recognise(Path(name))
     towers = _find_clip(name, kind.configs, clip)
+    check_noise(name, kind.scheduler)
+    if vae:
+        check_latents(f"the autoencoder {vae}", read_config(vae / "config.json"), kind.configs)
     snapshot = single_file.convert(Path(name), kind, tokenizer=towers)
     return BaseFiles(name, snapshot, towers, family_of(name, kind.configs), vae, single=Path(name))
 

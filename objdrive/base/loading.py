@@ -39,20 +39,22 @@ def load_vae(files: BaseFiles, dtype: torch.dtype) -> AutoencoderKL:
     """
     if files.vae is None:
         folder, variant = files.snapshot / "vae", files.variant("vae")
-        return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, variant=variant)
-    vae = AutoencoderKL.from_pretrained(files.vae, torch_dtype=torch.float32)
+        return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, variant=variant, use_safetensors=True)
+    vae = AutoencoderKL.from_pretrained(files.vae, torch_dtype=torch.float32, use_safetensors=True)
     return vae.float() if vae.config["force_upcast"] else vae.to(dtype)
 
 
 def _load_first(files: BaseFiles, dtype: torch.dtype) -> Tower:
     name, folder = files.family.text_encoders[0], files.snapshot / "text_encoder"
-    encoder = CLIPTextModel.from_pretrained(folder, dtype=dtype, variant=files.variant("text_encoder"))
+    encoder = CLIPTextModel.from_pretrained(
+        folder, dtype=dtype, variant=files.variant("text_encoder"), use_safetensors=True
+    )
     tokenizer = CLIPTokenizer.from_pretrained(files.snapshot / "tokenizer")
     if files.clip is None:
         weight = load_file(files.snapshot / "text_projection" / "model.safetensors")["weight"]
-        image = CLIPVisionModelWithProjection.from_pretrained(files.snapshot / "image_encoder")
+        image = CLIPVisionModelWithProjection.from_pretrained(files.snapshot / "image_encoder", use_safetensors=True)
         return Tower(name, tokenizer, encoder, JointSpace(encoder, _projection(weight), image))
-    clip: Any = CLIPModel.from_pretrained(files.clip)
+    clip: Any = CLIPModel.from_pretrained(files.clip, use_safetensors=True)
     image = CLIPVisionModelWithProjection(clip.config.vision_config)
     image.vision_model.load_state_dict(clip.vision_model.state_dict())
     image.visual_projection.load_state_dict(clip.visual_projection.state_dict())
@@ -65,12 +67,14 @@ def _load_first(files: BaseFiles, dtype: torch.dtype) -> Tower:
 def _load_second(files: BaseFiles, dtype: torch.dtype) -> Tower:
     """Its projection is its own; its image tower is large, and at hand only where a snapshot has it."""
     folder = files.snapshot / "text_encoder_2"
-    encoder = CLIPTextModelWithProjection.from_pretrained(folder, dtype=dtype, variant=files.variant(folder.name))
+    encoder = CLIPTextModelWithProjection.from_pretrained(
+        folder, dtype=dtype, variant=files.variant(folder.name), use_safetensors=True
+    )
     tokenizer = CLIPTokenizer.from_pretrained(files.snapshot / "tokenizer_2")
     seeing = files.snapshot / "image_encoder_2"
     joint = None
     if seeing.is_dir():
-        joint = JointSpace(encoder, None, CLIPVisionModelWithProjection.from_pretrained(seeing))
+        joint = JointSpace(encoder, None, CLIPVisionModelWithProjection.from_pretrained(seeing, use_safetensors=True))
     return Tower(files.family.text_encoders[1], tokenizer, encoder, joint)
 
 

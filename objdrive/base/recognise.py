@@ -9,6 +9,7 @@ from objdrive.errors import ObjdriveError
 
 DRAWS = "objdrive draws with Stable Diffusion 1.x, 2.x and XL, from text"
 _PREDICTIONS = ("epsilon", "v_prediction")
+_NETWORK = "UNet2DConditionModel"
 
 
 def family_of(name: str, snapshot: Path) -> Family:
@@ -37,8 +38,18 @@ def family_of(name: str, snapshot: Path) -> Family:
         raise _refusal(name, "its network is distilled and takes the guidance as an input")
     if vae.get("latents_mean") is not None:
         raise _refusal(name, "its latents are normalised by a mean")
-    _check_noise(name, read_config(snapshot / "scheduler" / "scheduler_config.json"))
+    check_noise(name, read_config(snapshot / "scheduler" / "scheduler_config.json"))
     return family
+
+
+def check_latents(what: str, vae: dict[str, Any], snapshot: Path) -> None:
+    """Raise ObjdriveError if an autoencoder's config is not one for the latents of a snapshot's network."""
+    there, taken = (
+        int(vae.get("latent_channels", 4)),
+        int(read_config(snapshot / "unet" / "config.json")["in_channels"]),
+    )
+    if there != taken:
+        raise ObjdriveError(f"{what} has latents of {there} channels, the base's network takes {taken}: name another")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -48,6 +59,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _by_network(unet: dict[str, Any]) -> Family | None:
+    if unet.get("_class_name", _NETWORK) != _NETWORK:
+        return None
     if unet.get("class_embed_type") is not None or unet.get("encoder_hid_dim_type") is not None:
         return None
     # "text" adds the states' own mean, which needs nothing else.
@@ -55,7 +68,8 @@ def _by_network(unet: dict[str, Any]) -> Family | None:
     return known.get(unet.get("addition_embed_type"))
 
 
-def _check_noise(name: str, scheduler: dict[str, Any]) -> None:
+def check_noise(name: str, scheduler: dict[str, Any]) -> None:
+    """Raise ObjdriveError if a scheduler's config tells of a noise process that objdrive does not have."""
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
         raise _refusal(name, f"its network predicts {prediction!r}, not one of {', '.join(_PREDICTIONS)}")

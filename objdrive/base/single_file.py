@@ -167,11 +167,20 @@ def _prediction(path: Path, shapes: dict[str, torch.Tensor], metadata: dict[str,
     if told is None and "v_pred" in shapes:
         told = "v"
     if told is None and beside.is_file():
-        model: Any = (yaml.safe_load(beside.read_text()) or {}).get("model") or {}
-        told = (model.get("params") or {}).get("parameterization", "epsilon")
+        told = _told_beside(beside)
     if told is None:
         return None
     return "v_prediction" if told.startswith("v") else "epsilon"
+
+
+def _told_beside(path: Path) -> str:
+    try:
+        told: Any = yaml.safe_load(path.read_text())
+        return str(told["model"]["params"].get("parameterization", "epsilon"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise ObjdriveError(
+            f"{str(path)!r} beside the base can't be read as its settings (model: params:): mend or remove it"
+        ) from error
 
 
 def _what_else(shapes: dict[str, torch.Tensor], begins: dict[str, bool]) -> str:

@@ -67,7 +67,7 @@ class Base:
         files = find_base(name, clip=clip, vae=vae)
         scheduler = DDIMScheduler.from_pretrained(files.snapshot / "scheduler", clip_sample=False)
         unet = UNet2DConditionModel.from_pretrained(
-            files.snapshot / "unet", torch_dtype=dtype, variant=files.variant("unet")
+            files.snapshot / "unet", torch_dtype=dtype, variant=files.variant("unet"), use_safetensors=True
         )
         if device == "cpu":
             # On a processor, convolutions spare themselves two copies each that way.

@@ -14,6 +14,8 @@ from objdrive.training.recipe import Recipe
 
 _AT_ONCE = 24
 """Samples that the base alone predicts in one forward pass, unless one step has more: enough to keep a device busy."""
+_USUAL_EDGE = 512
+"""Of larger pictures there are as many fewer as they have more pixels."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class GroupMaterial:
         self._scenes = scenes
         self._objects = objects
         self._recipe = recipe
+        self._at_once = _AT_ONCE * _USUAL_EDGE**2 // max(_USUAL_EDGE, base.resolution) ** 2
         self._latents, self._first_latents = _table([scene.latents for scene in scenes])
         self._weights, self._first_weights = _table([scene.weights for scene in scenes])
         self._prompts = Conditioning.cat([scene.prompts for scene in scenes])
@@ -70,7 +73,7 @@ class GroupMaterial:
     def steps(self) -> Iterator[StepInputs]:
         """The inputs of all steps. Scenes draw from their own generators alone, so it matters not how far ahead."""
         per_step = len(self._scenes) * (self._recipe.views + self._kept)
-        ahead = max(1, _AT_ONCE // per_step)
+        ahead = max(1, self._at_once // per_step)
         for first in range(0, self._recipe.steps, ahead):
             yield from self._draw(min(ahead, self._recipe.steps - first))
 
@@ -120,7 +123,7 @@ class GroupMaterial:
         texts = prompts[asked].flatten().flatten()
         predicted = [
             self._base.predict(flat[part], times[part], texts[part])
-            for part in _parts(len(flat), max(_AT_ONCE, noised.shape[1] * noised.shape[2]))
+            for part in _parts(len(flat), max(self._at_once, noised.shape[1] * noised.shape[2]))
         ]
         expected = target.clone()
         expected[asked] = torch.cat(predicted).view_as(expected[asked])

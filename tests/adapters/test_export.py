@@ -7,16 +7,18 @@ import safetensors
 import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from random_store import metadata_of
 
-from objdrive.adapters.adapter import Adapter, adapter_files
+from objdrive.adapters.adapter import Adapter, adapter_files, family_of_files
 from objdrive.adapters.bank import AdapterBank
 from objdrive.adapters.export import export_adapter, kohya_tensors
 from objdrive.adapters.store import ArtifactStore
-from objdrive.base.family import STABLE_DIFFUSION
+from objdrive.base.family import STABLE_DIFFUSION, STABLE_DIFFUSION_XL
 from objdrive.base.files import EMBEDDED
 from objdrive.cli import main
 from objdrive.errors import ObjdriveError
 
+XL_ADAPTER = Adapter({}, {"clip_l": torch.ones(4), "clip_g": torch.ones(6)})
 SD15 = {
     "block_out_channels": (320, 640, 1280, 1280),
     "cross_attention_dim": 768,
@@ -247,3 +249,14 @@ def test_an_adapter_without_lora_is_an_embedding_alone(store):
 def test_an_object_that_is_not_there_is_told(store, capsys):
     assert main(["export", store.url, "gone", "--format", "kohya"]) == 2
     assert re.search("object 'gone' has no current artifact", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("format", ["kohya", "a1111", "comfyui"])
+def test_adapters_of_two_text_encoders_go_to_diffusers_alone(format):
+    files = adapter_files(XL_ADAPTER, token="<mug>", family=STABLE_DIFFUSION_XL)
+    assert family_of_files(files) is STABLE_DIFFUSION_XL
+    metadata = metadata_of("mug", None, fingerprint="f" * 32)
+    with pytest.raises(ObjdriveError, match="use --format diffusers"):
+        export_adapter(XL_ADAPTER, metadata, format, family=STABLE_DIFFUSION_XL)
+    exported = export_adapter(XL_ADAPTER, metadata, "diffusers", family=STABLE_DIFFUSION_XL)
+    assert exported.files == files

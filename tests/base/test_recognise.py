@@ -111,6 +111,23 @@ def test_pickles_are_refused_with_how_to_convert_them(tmp_path, name):
         find_base(str(tmp_path / name))
 
 
+def test_a_snapshot_with_pickled_weights_is_refused(tmp_path):
+    snapshot, clip = bases.written(tmp_path, bases.write_sd15)
+    weights = snapshot / "unet/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ObjdriveError, match=r"has no \.safetensors in unet: .* never read"):
+        find_base(str(snapshot), clip=str(clip))
+
+
+def test_an_autoencoder_of_other_latents_is_refused(tmp_path):
+    snapshot, clip = bases.written(tmp_path / "base", bases.write_sd15)
+    config = json.loads((snapshot / "vae/config.json").read_text())
+    shutil.copytree(snapshot / "vae", tmp_path / "other")
+    (tmp_path / "other/config.json").write_text(json.dumps(config | {"latent_channels": 16}))
+    with pytest.raises(ObjdriveError, match="latents of 16 channels, the base's network takes 4"):
+        find_base(str(snapshot), clip=str(clip), vae=str(tmp_path / "other"))
+
+
 def test_a_clip_that_lacks_the_text_encoders_layers_is_refused(tmp_path):
     snapshot, clip = bases.written(tmp_path, bases.write_sd21)
     config = json.loads((clip / "config.json").read_text())

@@ -81,6 +81,32 @@ def test_is_converted_once_and_known_by_its_content(made, tmp_path, monkeypatch)
     assert second.fingerprint() != first.fingerprint()
 
 
+def test_its_fingerprint_is_the_same_whoever_converts_it(made):
+    path, _, clip = made("sd15")
+    found = find_base(str(path), clip=str(clip))
+    before = found.fingerprint()
+    settings = found.snapshot / "scheduler/scheduler_config.json"
+    noise = json.loads(settings.read_text())
+    settings.write_text(json.dumps(noise | {"_diffusers_version": "9.9"}))
+    assert found.fingerprint() == before
+    settings.write_text(json.dumps(noise | {"prediction_type": "v_prediction"}))
+    assert found.fingerprint() != before
+
+
+@pytest.mark.parametrize("beside", ["model: [", "[]", "model: 3"])
+def test_settings_beside_it_that_cannot_be_read_are_named(made, beside):
+    path, _, clip = made("sd15")
+    path.with_suffix(".yaml").write_text(beside)
+    with pytest.raises(ObjdriveError, match=r"sd15\.yaml' beside the base can't be read"):
+        find_base(str(path), clip=str(clip))
+
+
+def test_noise_that_cannot_be_predicted_is_refused(made):
+    path, _, clip = made("sd15", metadata={"modelspec.prediction_type": "epsilon"}, extra=["ztsnr"])
+    with pytest.raises(ObjdriveError, match="terminal SNR of zero"):
+        find_base(str(path), clip=str(clip))
+
+
 @pytest.mark.parametrize(
     ("options", "beside", "velocity"),
     [

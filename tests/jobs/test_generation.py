@@ -382,6 +382,18 @@ class TestExact:
         drum = [row for row in rows if row["object_id"] == "drum-01"]
         assert {(row["status"], row["score_whole"]) for row in drum} == {("drawn", None)}
 
+    def test_pictures_that_are_not_square_have_scores(self, store, drawer, tiny64, tmp_path, monkeypatch):
+        monkeypatch.setattr("jobs.generation.draw.Drawer", lambda base, pool: drawer)
+        base = PlannedBase("tiny64", None, tiny64.fingerprint)
+        settings = GenerationSettings(base, store.url, str(tmp_path / "out"), "png", size=(96, 64), scored=True)
+        with closing(Plan(settings, (GRASS,), (7,), steps=2, guidance_scale=None)) as plan:
+            for object_id, artifact in select(store, tiny64.fingerprint):
+                plan.add(object_id, artifact)
+            (block,) = blocks(plan.to_draw(0, 10), 64)
+        rows = DrawBlock(settings, Pool(1, 0.0))(block).to_pylist()
+        assert {(row["width"], row["height"]) for row in rows} == {(96, 64)}
+        assert all(-1 <= row["score_whole"] <= 1 for row in rows)
+
     def test_pictures_of_another_place_are_others(self, plan):
         keys = [plan(place=place).to_draw(0, 1)[0]["key"] for place in (None, Place(), Place(0.5))]
         assert len(set(keys)) == 3
