@@ -155,7 +155,7 @@ def _keep_index(store: ArtifactStore) -> None:
     """Bring the index that servers read up to date; the run is complete without it."""
     try:
         compact(store)
-    except StoreError as error:
+    except (StoreError, OSError) as error:
         print(f"the catalog's index stays as it was, and the next run brings it up to date: {error}", flush=True)
 
 

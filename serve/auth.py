@@ -80,7 +80,8 @@ def read_keys(path: Path) -> list[ApiKey]:
     """
     try:
         keys = _KeyFile.model_validate(yaml.load(path.read_text(), _Loader)).keys
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    # PyYAML fails with half a dozen kinds of exception.
+    except Exception as error:
         raise ObjdriveError(f"the key file {path} can't be used: {error}") from error
     twice = [name for name, count in Counter(key.name for key in keys).items() if count > 1]
     if twice:
@@ -158,6 +159,9 @@ class Gate:
                 self._keys = _Keys.of(read_keys(self._path), mark)
         except (OSError, ObjdriveError) as error:
             logger.error("the key file can't be read, and the keys stay as they were: %s", error)
+        except Exception:
+            # The thread lives on, or no change would count any more.
+            logger.exception("the key file can't be read, and the keys stay as they were")
 
     def key(self, authorization: str | None) -> ApiKey:
         """The key of a request with this ``Authorization`` header.

@@ -8,6 +8,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
 
 from objdrive.catalog.decoding import decode
 from objdrive.catalog.sources import MAX_BYTES, Role
@@ -64,24 +65,27 @@ async def read_form(request: Request) -> EditForm:
     """Read a request's form.
 
     Raises:
-        ApiError: 400, it is none, or lacks the image; 413, a file is too large.
+        ApiError: 400, it is none, or lacks the image; 413, a file is too large; 499, the client went away meanwhile.
         RequestValidationError: a field is not right.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
         raise ApiError("invalid_request", "send the edit as a form (multipart/form-data) with the file `image`")
     fields: dict[str, str] = {}
     files: dict[Role, bytes] = {}
-    async with request.form(max_files=_MOST_FILES, max_fields=_MOST_FIELDS, max_part_size=_LONGEST_FIELD) as form:
-        for name, value in form.multi_items():
-            if name not in _FILES:
-                if not isinstance(value, str):
-                    raise ApiError("invalid_request", f"{name}: is no file", param=name)
-                fields[name] = value
-                continue
-            role = _FILES[name]
-            if role in files:
-                raise ApiError("invalid_request", f"{role}: there are several, one is edited at a time", param=role)
-            files[role] = await _read(value, role)
+    try:
+        async with request.form(max_files=_MOST_FILES, max_fields=_MOST_FIELDS, max_part_size=_LONGEST_FIELD) as form:
+            for name, value in form.multi_items():
+                if name not in _FILES:
+                    if not isinstance(value, str):
+                        raise ApiError("invalid_request", f"{name}: is no file", param=name)
+                    fields[name] = value
+                    continue
+                role = _FILES[name]
+                if role in files:
+                    raise ApiError("invalid_request", f"{role}: there are several, one is edited at a time", param=role)
+                files[role] = await _read(value, role)
+    except ClientDisconnect as error:
+        raise ApiError("cancelled", "the client went away before the whole form had arrived") from error
     if "image" not in files:
         raise ApiError("invalid_request", "image: the picture to edit is missing", param="image")
     try:

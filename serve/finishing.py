@@ -14,6 +14,8 @@ from serve.drawing import FinishedPicture, PartialPicture, PictureEvent, model_i
 from serve.errors import ApiError
 from serve.schema import DrawingFields
 
+_LONGEST_SIDE = {"webp": 16383, "jpeg": 65500}
+"""In pixels, that the format, or its library, can write."""
 MEDIA_TYPES: dict[str, str] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 
 
@@ -44,7 +46,7 @@ class Finish:
         """As a request has it.
 
         Raises:
-            ApiError: 400, its fields contradict each other.
+            ApiError: 400, its fields contradict each other, or the edit's picture is too large for the format.
         """
         kind = asked.output_format or "png"
         quality = BEST if asked.output_compression is None else asked.output_compression
@@ -66,6 +68,14 @@ class Finish:
         if transparent and kind == "jpeg":
             raise ApiError(
                 "invalid_request", "background: a JPEG can't be transparent: ask for png or webp", param="background"
+            )
+        longest = max(edit.picture.size) if edit else 0
+        if longest > _LONGEST_SIDE.get(kind, longest):
+            raise ApiError(
+                "invalid_request",
+                f"output_format: the image is {longest} pixels long, a {kind} at most {_LONGEST_SIDE[kind]}: "
+                "ask for png, or scale the image down",
+                param="output_format",
             )
         return cls(kind, quality, edit, cut_out, transparent, given)
 

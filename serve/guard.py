@@ -10,13 +10,14 @@ from serve.bodies import BODY_SECONDS, MAX_BODY_BYTES, BodyLimit, draining, limi
 from serve.drain import Drain
 from serve.edit_form import FORM_SECONDS, MAX_FORM_BYTES
 from serve.errors import OUTCOME, ApiError, api_error, error_response
-from serve.hosts import asked_host, is_loopback
+from serve.hosts import asked_host, is_loopback, is_own_page
 from serve.metrics import Meter
 from serve.request_ids import HEADER, enter_request
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 16 * 1024
 _LARGER_BODIES = {"/v1/images/edits": BodyLimit(MAX_FORM_BYTES, FORM_SECONDS)}
+_ONLY_READING = ("GET", "HEAD")
 _ALWAYS_ANSWERED = ("/healthz", "/metrics")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -32,7 +33,8 @@ class Guard:
         meter: counts them.
         drain: whether the server is shutting down.
         local_only: whether only this machine is answered, under a name of its own. A page of another site may have a
-            name of its own lead here. Whether the process lives is told to everybody.
+            name of its own lead here, or send a form, for which browsers ask nobody; both are refused. Whether the
+            process lives is told to everybody.
         body_seconds: how long a body may take to arrive; an edit's has longer.
     """
 
@@ -98,10 +100,17 @@ class Guard:
         if not self._local_only or scope["path"] == "/healthz":
             return None
         peer = (scope.get("client") or ("",))[0]
-        if is_loopback(host) and is_loopback(peer):
+        if not is_loopback(host) or not is_loopback(peer):
+            return ApiError(
+                "invalid_api_key", "this server has no API keys, so it answers only requests from its own machine"
+            )
+        origins = [value for name, value in scope["headers"] if name == b"origin"]
+        if scope["method"] in _ONLY_READING or all(map(is_own_page, origins)):
             return None
         return ApiError(
-            "invalid_api_key", "this server has no API keys, so it answers only requests from its own machine"
+            "invalid_api_key",
+            "this server has no API keys, so it draws for no page of another site: "
+            "open the page from this machine, or start the server with keys",
         )
 
     def _count(self, scope: MutableMapping[str, Any], status: int, seconds: float) -> None:

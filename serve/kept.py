@@ -101,7 +101,8 @@ class Kept:
 
 def name_of(draws: Sequence[DrawRequest], finish: Finish) -> str:
     """The same for requests that get the same pictures, to the file's bytes."""
-    wanted: list[Any] = [finish.format, finish.quality, finish.transparent, finish.given]
+    exact = finish.cut_out is not None or (finish.edit is not None and finish.edit.cut_out is not None)
+    wanted: list[Any] = [finish.format, finish.quality, finish.transparent, finish.given, exact]
     # Of a canvas, `given` tells.
     wanted += [getattr(draw, field.name) for draw in draws for field in fields(draw) if field.name != "canvas"]
     return hashlib.sha256(repr(wanted).encode()).hexdigest()

@@ -78,7 +78,7 @@ def run_batches(store: ArtifactStore, run_id: str) -> Iterator[list[IndexRow]]:
 
     Raises:
         StoreError: there are none, or not yet.
-        ValueError, KeyError: the file is no such table.
+        OSError, ValueError, KeyError: the file is no such table, or is damaged.
     """
     with store.open_run_file(run_id, RESULTS_FILE) as file:
         for batch in pq.ParquetFile(file).iter_batches(_ROWS_PER_BATCH):
@@ -128,7 +128,7 @@ def _add_run(merged: sqlite3.Connection, store: ArtifactStore, run_id: str) -> i
         for batch in run_batches(store, run_id):
             merged.executemany("insert or replace into rows values (?, ?, ?)", batch)
             number += len(batch)
-    except (StoreError, ValueError, KeyError):
+    except (StoreError, OSError, ValueError, KeyError):
         return None
     return number
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from objdrive.catalog.decoding import MAX_PIXELS
 from objdrive.catalog.photos import Photo
 from objdrive.errors import ObjdriveError
 from objdrive.sampling.exact import CutOut, fit, paste
@@ -52,7 +53,8 @@ class Edit:
             mask: the same, and of the picture's size.
 
         Raises:
-            ObjdriveError: the sizes differ, or nothing or next to nothing is transparent.
+            ObjdriveError: the sizes differ, nothing or next to nothing is transparent, or the square around what is has
+                more pixels than a picture may have.
         """
         if mask is not None and mask.size != picture.size:
             raise ObjdriveError(
@@ -66,8 +68,16 @@ class Edit:
         if place.point([_OPAQUE * (value >= _HALF) for value in range(256)]).getbbox() is None:
             raise ObjdriveError(f"{name}: nothing in it is transparent: make transparent what is to be drawn")
         if mask is None:
-            return cls(_opaque(picture), place)
-        return cls(picture if picture.mode == "RGBA" else picture.convert("RGB"), place)
+            edit = cls(_opaque(picture), place)
+        else:
+            edit = cls(picture if picture.mode == "RGBA" else picture.convert("RGB"), place)
+        left, top, right, bottom = edit.window
+        if (right - left) * (bottom - top) > MAX_PIXELS:
+            raise ObjdriveError(
+                f"{name}: the square around what is transparent has {right - left} x {bottom - top} pixels, "
+                f"more than {MAX_PIXELS}: make less of it transparent, or scale it down"
+            )
+        return edit
 
     @property
     def box(self) -> Box:

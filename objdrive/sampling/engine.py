@@ -265,10 +265,13 @@ class Engine:
             waiting = list(self._waiting)
         blocked: _Ticket | None = None
         for ticket in waiting:
-            if not self._fits(ticket):
+            if len(self._batch) == self._batch_size:
                 break
             if not self._residency.prepare(ticket.reservation) or not self._residency.ready(ticket.reservation):
                 continue
+            # Only now: one whose adapters are still being loaded keeps nobody out.
+            if not self._fits(ticket):
+                break
             if blocked and not self._may_overtake(ticket, blocked):
                 continue
             # One whose adapters went meanwhile is loading again, and nobody has to wait for that.
@@ -276,12 +279,12 @@ class Engine:
                 blocked = blocked or ticket
 
     def _fits(self, ticket: _Ticket) -> bool:
-        """Whether there is a place, and memory, for one more."""
+        """Whether there is memory for one more."""
         sizes = [self._size_of(one) for one in (ticket, *(place.ticket for place in self._batch))]
         pixels = sum(width * height for width, height in sizes)
         # One picture is drawn in any case.
         most = self._batch_size * self._base.resolution**2
-        return len(sizes) <= self._batch_size and (len(sizes) == 1 or pixels <= most)
+        return len(sizes) == 1 or pixels <= most
 
     def _size_of(self, ticket: _Ticket) -> Size:
         return ticket.drawing.request.size or self._base.sizes.square

@@ -54,6 +54,14 @@ class Known:
         free = (F.adaptive_max_pool2d(draw, latents.shape[-2:]) >= 0.5 / 255).to(latents)
         return cls(latents, noise, free)
 
+    def within(self, maps: Tensor) -> Tensor:
+        """Maps (L, e, f), each with its median over what is drawn wherever all is kept: there it tells of nothing."""
+        free = F.adaptive_max_pool2d(self.free, maps.shape[-2:])[0, 0] > 0
+        if free.sum() < 2:
+            # A single place has no other to stand out from.
+            return maps
+        return torch.where(free, maps, maps[:, free].median(dim=1).values[:, None, None])
+
     def hold(self, latents: Tensor, process: NoiseProcess, timestep: int | None) -> Tensor:
         """`latents` (1, C, h, w) at a timestep (None: without noise), with the kept places as the picture has them."""
         kept = self.latents

@@ -148,6 +148,8 @@ class Sample:
         """Share the picture out by the attention (L, e, f) to the words of the layout's prompt."""
         assert self.plan is not None
         if self.plan.places:
+            # What stands in a kept place is no object of this drawing.
+            maps = maps if self.known is None else self.known.within(maps)
             words = torch.stack([maps[list(places)].mean(dim=0) for places in self.plan.places])
             shares = find_regions(words, maps[list(self.plan.others)], self.latents.shape[-2:]).to(self.latents)
             rows = [*self.rows, self.plan.worded]

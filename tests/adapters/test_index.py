@@ -65,6 +65,19 @@ def test_runs_without_a_table_are_left_for_later(store):
     assert [one.object_id for one in rows(store)] == ["a", "b"]
 
 
+def test_a_table_with_a_damaged_page_keeps_no_other_run_out(store, tmp_path):
+    run(store, "run-1", *(row(f"o-{number:04}", title=f"{number * 7919:x}") for number in range(3000)))
+    [path] = tmp_path.rglob("results.parquet")
+    data = bytearray(path.read_bytes())
+    data[4:2000] = bytes(1996)
+    path.write_bytes(data)
+    with pytest.raises(OSError, match="page"):
+        list(run_batches(store, "run-1"))
+    run(store, "run-2", row("a"))
+    assert compact(store) is True
+    assert read_index(store).runs == {"run-2"}
+
+
 def test_a_few_rows_more_are_not_worth_a_new_table(store):
     run(store, "run-1", *(row(f"o-{number:04}") for number in range(1000)))
     assert compact(store) is True

@@ -81,6 +81,15 @@ class TestWindow:
     def test_is_a_square_around_the_place(self, box, window):
         assert Edit.of(noise((200, 100)), a_mask((200, 100), box)).window == window
 
+    @pytest.mark.parametrize("name", ["mask", "image"])
+    def test_one_of_too_many_pixels_is_refused(self, name):
+        size = (8001, 16)
+        mask = a_mask(size, (0, 0, *size))
+        with pytest.raises(ObjdriveError, match=f"{name}: .* 8001 x 8001 pixels, more than 64000000"):
+            Edit.of(*((noise(size), mask) if name == "mask" else (mask, None)))
+        # As wide a picture is drawn into where the place is small.
+        assert Edit.of(noise(size), a_mask(size, (0, 0, 9, 9))).window == (0, 0, 16, 16)
+
     def test_what_lies_beyond_the_picture_is_drawn(self):
         canvas = Edit.of(noise((200, 100)), a_mask((200, 100), (0, 0, 200, 100))).canvas(64)
         assert (canvas.draw == 1).all()

@@ -292,6 +292,26 @@ class TestSizes:
         draw(one, ask("a mug", 2))
         assert not long.done
 
+    def test_a_large_one_that_waits_for_the_store_keeps_nobody_out(self, engine, filled, keys):
+        hangs = threading.Event()
+
+        class Slow(ArtifactStore):
+            def read(self, *args, **options):
+                assert hangs.wait(WAIT)
+                return super().read(*args, **options)
+
+        slow = engine(Slow(filled[0].url), batch_size=2)
+        try:
+            long = running(slow)
+            # Beside the long one there is no room for it.
+            large = slow.submit(ask("{}", 1, (keys[0],), size=(16, 32)))
+            draw(slow, ask("a mug", 2))
+            assert not long.done
+        finally:
+            hangs.set()
+        long.cancel()
+        assert large.result(WAIT).image.size == (16, 32)
+
     @pytest.mark.parametrize("size", [(20, 16), (32, 32), (8, 0)])
     def test_sizes_that_the_base_does_not_draw_are_refused_at_once(self, engine, size):
         one = engine()

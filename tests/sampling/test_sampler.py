@@ -15,7 +15,8 @@ from objdrive.base.stable_diffusion import Base
 from objdrive.errors import ObjdriveError
 from objdrive.pictures import to_pictures
 from objdrive.sampling import sampler
-from objdrive.sampling.sampler import Layout, draw_latents, draw_pictures, starting_noise
+from objdrive.sampling.inpainting import Canvas
+from objdrive.sampling.sampler import Layout, begin, draw_latents, draw_pictures, starting_noise
 
 RANK = 4
 STEPS = 3
@@ -306,6 +307,28 @@ class TestLayouts:
         changed = (draw(tiny64, [pair(1)], bank) - draw(tiny64, [pair(2)], bank)).abs().mean(dim=(0, 1))
         halves = sorted(float(half.mean()) for half in (changed[:, :5], changed[:, 11:], changed[:5], changed[11:]))
         assert halves[0] < 0.5 * halves[-1]
+
+    def test_objects_are_sought_where_a_picture_is_drawn_into(self, tiny64, adapters):
+        """What is kept is attended to most, by the first object's word."""
+        free = np.zeros((64, 64), np.float32)
+        free[:, 24:] = 1
+        request = SampleSpec(
+            "{} and {}",
+            1,
+            [TOKEN_MARK] * 2,
+            [adapters[slot].embeddings for slot in (0, 1)],
+            layout=Layout(4.5, ["drum", "rose"], [{0: 1.0}, {1: 1.0}]),
+            canvas=Canvas(np.zeros((64, 64, 3), np.uint8), free),
+        )
+        sample = begin(tiny64, request)
+        first, second = sample.plan.places
+        maps = 0.1 + 0.01 * torch.rand(77, 8, 8, generator=torch.Generator().manual_seed(1))
+        # In the kept part, then where each stands.
+        maps[first, 3:5, 0:2], maps[first, 1:3, 5:7] = 1.0, 0.3
+        maps[second, 5:7, 5:7] = 0.5
+        sample.settle(maps)
+        assert sample.shares[0, 3, 12] > 0.95
+        assert sample.shares[1, 12, 12] > 0.95
 
     def test_without_guidance(self, tiny64, bank, adapters):
         assert draw(tiny64, [replace(self.ask(adapters, 4.5), guidance_scale=1.0)], bank).isfinite().all()

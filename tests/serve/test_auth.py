@@ -41,6 +41,8 @@ def test_keys_differ():
     [
         b"keys: \xff",
         "keys: [{name: 2024-02-30}]",
+        "keys: !!bool x",
+        "keys: !!timestamp x",
         "",
         "keys",
         "keys: 3",
@@ -77,6 +79,21 @@ def test_changes_of_the_file_count_within_seconds(tmp_path):
     path.write_text("broken: [")
     gate.refresh()
     assert gate.key(f"Bearer {new}").name == "new"
+
+
+def test_nothing_that_goes_wrong_ends_the_keys(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "keys.json"
+    (secret, entry), (_, other) = new_key("one"), new_key("other")
+    write(path, entry)
+    gate = Gate(path)
+    write(path, entry, other)
+    with monkeypatch.context() as patched:
+        patched.setattr("serve.auth.read_keys", lambda at: {}["a fault of ours"])
+        gate.refresh()
+    assert gate.key(f"Bearer {secret}").name == "one"
+    assert "a fault of ours" in caplog.text
+    gate.refresh()
+    assert gate.named("other") == other
 
 
 def test_the_rate_is_kept_over_time():

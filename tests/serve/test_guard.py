@@ -83,6 +83,27 @@ def test_without_keys_other_names_see_nothing_of_the_server(open_server):
         assert exchange(open_server.url, b"GET %s HTTP/1.1" % path, b"Host: LocalHost:1")[0] == 200
 
 
+@pytest.mark.parametrize("origin", ["https://shop.example", "null", "localhost", ""])
+def test_without_keys_no_page_of_another_site_has_pictures_drawn(open_server, origin):
+    form = {"data": {"prompt": "a mug"}, "files": {"image": b"x"}}
+    with open_server.client() as client:
+        before = open_server.services.generators._engine.stats().requests
+        refused = client.post("/v1/images/edits", **form, headers={"origin": origin})
+        assert error(refused, 401) == "invalid_api_key"
+        assert "another site" in refused.json()["error"]["message"]
+        client.headers["origin"] = origin
+        assert error(open_server.draw(client, model="acme-mug-1"), 401) == "invalid_api_key"
+        assert open_server.services.generators._engine.stats().requests == before
+        assert client.get("/v1/models", headers={"origin": origin}).status_code == 200
+
+
+def test_without_keys_a_page_of_its_own_may_draw(open_server):
+    for origin in (open_server.url, "http://localhost:3000"):
+        with open_server.client() as client:
+            client.headers["origin"] = origin
+            assert open_server.draw(client, model="acme-mug-1", steps=1).status_code == 200
+
+
 def test_metrics_can_be_switched_off(open_server):
     services = dataclasses.replace(open_server.services, metrics=False)
     client = TestClient(create_app(services), "http://127.0.0.1", client=("127.0.0.1", 4711))

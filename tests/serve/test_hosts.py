@@ -1,6 +1,6 @@
 import pytest
 
-from serve.hosts import asked_host, is_loopback
+from serve.hosts import asked_host, is_loopback, is_own_page
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,22 @@ def test_a_host_header_is_one_name_or_address(header, host):
 def test_there_is_one_host_header():
     assert asked_host([]) is None
     assert asked_host([(b"host", b"127.0.0.1"), (b"host", b"127.0.0.1")]) is None
+
+
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        (b"http://127.0.0.1:8000", True),
+        (b"https://LocalHost", True),
+        (b"http://[::1]:8000", True),
+        (b"http://shop.example", False),
+        (b"http://localhost.shop.example", False),
+        (b"http://localhost@shop.example", False),
+        (b"http://localhost, http://shop.example", False),
+        (b"null", False),
+        (b"", False),
+        (b"\xff", False),
+    ],
+)
+def test_only_this_machines_pages_are_its_own(origin, expected):
+    assert is_own_page(origin) is expected

@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import re
 import socket
+import time
 import xml.etree.ElementTree as ET
 from urllib.parse import urlsplit
 
@@ -13,6 +15,7 @@ from answers import error, pixels, png
 from conftest import serving
 from PIL import Image
 from random_store import commit, digest_of
+from raw import connect
 
 from objdrive.adapters.artifact import SourceRecord, Sources
 from objdrive.adapters.store import ArtifactStore
@@ -160,6 +163,29 @@ class TestRefusals:
             several = [("image[]", file(scene())), ("image[]", file(scene()))]
             answer = client.post("/v1/images/edits", data={"prompt": "x"}, files=several)
             assert "one is edited at a time" in answer.json()["error"]["message"]
+
+    def test_an_upload_that_breaks_off_is_a_client_that_left(self, open_server):
+        with connect(open_server.url) as connection:
+            connection.sendall(
+                b"POST /v1/images/edits HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100000\r\n"
+                b"content-type: multipart/form-data; boundary=y\r\n\r\n--y\r\ncontent-disposition: form-data"
+            )
+        counted = re.compile(r'http_requests_total{outcome="(.*)",route="/v1/images/edits",status="(499|500)"} 1.0')
+        deadline = time.monotonic() + 60
+        with open_server.client() as client:
+            while not (found := counted.search(client.get("/metrics").text)):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert found.groups() == ("cancelled", "499")
+
+    @pytest.mark.parametrize(("kind", "longest"), [("webp", 16383), ("jpeg", 65500)])
+    def test_a_picture_that_is_too_long_for_its_format_is_refused_before_it_is_drawn(self, open_server, kind, longest):
+        size = (longest + 1, 16)
+        with open_server.client() as client:
+            answer = edit(client, file(scene(size=size)), masked=mask(size, (0, 0, 16, 16)), output_format=kind)
+        assert error(answer, 400) == "invalid_request"
+        assert answer.json()["error"]["param"] == "output_format"
+        assert f"{longest + 1} pixels long" in answer.json()["error"]["message"]
 
     def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(self, open_server):
         bomb = file(Image.new("1", (9000, 9000)))

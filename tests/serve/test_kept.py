@@ -5,10 +5,14 @@ import threading
 import time
 
 import httpx2
+import numpy as np
 import pytest
 from answers import error, png
 from conftest import serving
+from PIL import Image
 
+from objdrive.sampling.edits import Edit
+from objdrive.sampling.exact import CutOut
 from objdrive.sampling.requests import DrawRequest
 from serve.drawing import FinishedPicture
 from serve.finishing import Finish
@@ -138,6 +142,8 @@ class TestKept:
 
 def test_a_name_tells_requests_with_other_pictures_apart():
     draw = DrawRequest("{}", 1, steps=2, guidance_scale=4.0)
+    cut_out = CutOut(np.zeros((8, 8, 3), np.uint8), np.ones((8, 8), np.float32))
+    picture, place = Image.new("RGB", (8, 8)), Image.new("L", (8, 8), 255)
     names = {
         name_of([draw], Finish()),
         name_of([DrawRequest("{}", 2, steps=2, guidance_scale=4.0)], Finish()),
@@ -145,8 +151,12 @@ def test_a_name_tells_requests_with_other_pictures_apart():
         name_of([draw], Finish("webp")),
         name_of([draw], Finish("webp", 50)),
         name_of([draw], Finish(given="another photo")),
+        name_of([draw], Finish(cut_out=cut_out)),
+        name_of([draw], Finish(given="another photo", edit=Edit(picture, place))),
+        name_of([draw], Finish(given="another photo", edit=Edit(picture, place, cut_out))),
     }
-    assert len(names) == 6
+    # Of an edit without a cut-out the photo tells all.
+    assert len(names) == 8
     assert name_of([DrawRequest("{}", 1, steps=2, guidance_scale=4.0)], Finish()) == name_of([draw], Finish())
 
 
