@@ -59,6 +59,7 @@ def test_both_vectors_are_learned_and_a_prototype_is_sought_where_pictures_are_c
         assert not torch.allclose(vector, result.prototypes[0][name], atol=1e-5)
 
 
+@pytest.mark.parametrize("xl", [False], indirect=True, ids=["one image tower"])
 def test_a_fine_tune_lowers_its_losses(xl):
     short, long = (
         personalize(xl, [scene("one")], make_recipe(overrides=[*CHANGES, f"steps={steps}", "lora_lr=1e-2"]))[0].metrics
