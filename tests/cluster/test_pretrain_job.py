@@ -24,7 +24,7 @@ def pretrain(cluster: str, out: Path, *options: str) -> None:
         env={**os.environ, "RAY_ADDRESS": cluster},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert run.returncode == 0, run.stderr
