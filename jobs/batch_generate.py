@@ -7,10 +7,11 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import ray
 from transformers.utils.logging import disable_progress_bar
@@ -30,7 +31,7 @@ from jobs.run import new_run_id
 from objdrive.adapters.storage import open_files
 from objdrive.adapters.store import ArtifactStore
 from objdrive.base.files import find_base
-from objdrive.base.sizes import Size, parse_size
+from objdrive.base.sizes import parse_size
 from objdrive.catalog.addresses import unsigned
 from objdrive.errors import ObjdriveError
 from objdrive.sampling.exact import Place
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--n", type=positive, default=1, help="pictures of each object and prompt (%(default)s)")
     parser.add_argument("--seed", type=_seed, default=0, help="the first picture's seed; the next ones count up")
-    parser.add_argument("--size", type=_size, metavar="WxH",
+    parser.add_argument("--size", type=partial(_parsed, parse_size), metavar="WxH",
                         help="of the pictures, in pixels (default: the base's own square)")  # fmt: skip
     parser.add_argument("--format", choices=FORMATS, default="webp", help="of the pictures' files (%(default)s)")
     parser.add_argument("--negative-prompt", default="", help="what to lead away from")
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         help="objects keep the pixels of their photos, and the rest is drawn around them",
     )
     parser.add_argument(
-        "--place", type=_place, metavar="SIZE[@ACROSS,DOWN]",
+        "--place", type=partial(_parsed, Place.parse), metavar="SIZE[@ACROSS,DOWN]",
         help="with --exact: how large the object is and where its middle stands, in parts of the picture "
         "(default: 0.6@0.5,0.6)",
     )  # fmt: skip
@@ -109,16 +110,9 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(","))
 
 
-def _place(text: str) -> Place:
+def _parsed(parse: Callable[[str], Any], text: str) -> Any:
     try:
-        return Place.parse(text)
-    except ObjdriveError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _size(text: str) -> Size:
-    try:
-        return parse_size(text)
+        return parse(text)
     except ObjdriveError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -23,16 +23,19 @@ BASE_MODEL_ID = "base"
 class BaseInfo:
     """The base that pictures are drawn with.
 
-    `resolution` is the edge in pixels of the square that it draws unless asked for another of its `sizes`; `steps` and
-    `guidance_scale` are what suits it.
+    `sizes` are those that it draws; `steps` and `guidance_scale` are what suits it.
     """
 
     id: str
     fingerprint: str
-    resolution: int
     sizes: Sizes
     steps: int
     guidance_scale: float
+
+    @property
+    def resolution(self) -> int:
+        """Edge in pixels of the square that it draws unless asked for another size."""
+        return self.sizes.native
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,6 @@ class LocalGenerators:
         self._info = BaseInfo(
             base.name,
             base.fingerprint,
-            base.resolution,
             base.sizes,
             int(usual["sample_steps"]),
             float(usual["guidance_scale"]),

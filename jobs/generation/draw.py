@@ -10,7 +10,8 @@ import pyarrow as pa
 from PIL import Image
 
 from jobs.drawing import Drawer, Pool
-from jobs.generation.scores import SCORES, score
+from jobs.generation.index import ABOUT, FILE, MEASURED
+from jobs.generation.scores import score
 from jobs.generation.settings import GenerationSettings
 from objdrive.adapters.artifact import ArtifactKey
 from objdrive.adapters.storage import open_files
@@ -20,28 +21,13 @@ from objdrive.pictures import BEST, DigitalSource, PictureFormat, picture_file
 from objdrive.sampling.exact import CutOut, Place, compose, read_photo
 from objdrive.sampling.requests import DrawRequest, Picture
 
-_PLANNED: list[tuple[str, pa.DataType]] = [
-    ("id", pa.int64()),
-    ("object_id", pa.string()),
-    ("digest", pa.string()),
-    ("class_name", pa.string()),
-    ("prompt_id", pa.string()),
-    ("prompt", pa.string()),
-    ("seed", pa.int64()),
-    ("steps", pa.int64()),
-    ("guidance_scale", pa.float64()),
-    ("key", pa.string()),
-    ("path", pa.string()),
-]
+_PLANNED: list[tuple[str, pa.DataType]] = [("id", pa.int64()), *ABOUT, ("key", pa.string()), ("path", pa.string())]
 _OUTCOME: list[tuple[str, pa.DataType]] = [
     ("status", pa.string()),
-    ("sha256", pa.string()),
-    ("size", pa.int64()),
-    ("width", pa.int64()),
-    ("height", pa.int64()),
+    *FILE,
     ("code", pa.string()),
     ("message", pa.string()),
-    *((name, pa.float64()) for name in SCORES),
+    *MEASURED,
 ]
 PLANNED = pa.schema(_PLANNED)
 """See `jobs.generation.settings.PlannedPicture`; `id` is the plan's own."""

@@ -14,7 +14,7 @@ from objdrive.adapters.parallel import in_parallel
 from objdrive.adapters.storage import Files
 from objdrive.errors import ObjdriveError
 
-_COLUMNS: list[tuple[str, pa.DataType]] = [
+ABOUT: list[tuple[str, pa.DataType]] = [
     ("object_id", pa.string()),
     ("digest", pa.string()),
     ("class_name", pa.string()),
@@ -23,15 +23,17 @@ _COLUMNS: list[tuple[str, pa.DataType]] = [
     ("seed", pa.int64()),
     ("steps", pa.int64()),
     ("guidance_scale", pa.float64()),
-    ("address", pa.string()),
+]
+"""The columns that say what a picture is of; see `jobs.generation.settings.PlannedPicture`."""
+FILE: list[tuple[str, pa.DataType]] = [
     ("sha256", pa.string()),
     ("size", pa.int64()),
     ("width", pa.int64()),
     ("height", pa.int64()),
-    ("key", pa.string()),
-    *((name, pa.float64()) for name in SCORES),
 ]
-SCHEMA = pa.schema(_COLUMNS)
+"""The columns on its file."""
+MEASURED: list[tuple[str, pa.DataType]] = [(name, pa.float64()) for name in SCORES]
+SCHEMA = pa.schema([*ABOUT, ("address", pa.string()), *FILE, ("key", pa.string()), *MEASURED])
 """`size` is in bytes; `key` is of all that the file depends on: pictures of one key are one picture."""
 
 _SUFFIX = ".parquet"
