@@ -166,12 +166,12 @@ def test_an_interrupted_run_says_how_far_it_came_and_one_with_more_seeds_goes_on
 
 
 def test_what_cannot_be_drawn_is_a_line_with_a_reason_and_the_rest_goes_to_a_bucket(generate, store, tmp_path):
-    filesystem, _ = fsspec.url_to_fs("s3://shop")
-    filesystem.mkdir("s3://shop")
+    filesystem, _ = fsspec.url_to_fs("s3://pictures")
+    filesystem.mkdir("s3://pictures")
     lora = Path(store.folder("mug-1", store.current("mug-1").digest)) / LORA_FILE
     lora.write_bytes(lora.read_bytes()[:-100])
     (tmp_path / "prompts.yaml").write_text(f"{PROMPTS}- {{id: long, text: 'a photo of {{}} {'very ' * 90}late'}}\n")
-    run = generate("--objects", "mug-0,mug-1,gone", "--n", "1", "--format", "png", out="s3://shop/out")
+    run = generate("--objects", "mug-0,mug-1,gone", "--n", "1", "--format", "png", out="s3://pictures/out")
     output = run.finish()
     assert run.process.returncode == 3, output
     rows = index_of(run.out)
@@ -182,8 +182,8 @@ def test_what_cannot_be_drawn_is_a_line_with_a_reason_and_the_rest_goes_to_a_buc
     ]
     for row in rows:
         assert hashlib.sha256(filesystem.cat_file(row["address"])).hexdigest() == row["sha256"]
-        assert row["address"].startswith("s3://shop/out/pictures/mug-0/")
-    (folder,) = filesystem.ls("s3://shop/out/runs")
+        assert row["address"].startswith("s3://pictures/out/pictures/mug-0/")
+    (folder,) = filesystem.ls("s3://pictures/out/runs")
     with filesystem.open(f"{folder}/rejects.parquet") as file:
         rejects = pq.read_table(file).to_pylist()
     reasons = {(one["object_id"], one["prompt_id"]): one["code"] for one in rejects}
@@ -196,4 +196,4 @@ def test_what_cannot_be_drawn_is_a_line_with_a_reason_and_the_rest_goes_to_a_buc
     assert "tokens, the base reads" in next(one["message"] for one in rejects if one["code"] == "invalid_prompt")
     page = filesystem.cat_file(f"{folder}/by-object-00001.html").decode()
     links = re.findall(r'src="\.\./\.\./([^"]+)"', page)
-    assert sorted(f"s3://shop/out/{link}" for link in links) == sorted(row["address"] for row in rows)
+    assert sorted(f"s3://pictures/out/{link}" for link in links) == sorted(row["address"] for row in rows)

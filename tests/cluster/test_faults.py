@@ -29,6 +29,8 @@ StartJob = Callable[..., Job]
 IDS = [f"object-{number:02}" for number in range(10)]
 # Long enough that a fault strikes in mid-group.
 SLOW = (*FAST[1:], "steps=12")
+SECOND_GROUP = 3
+"""Commits after which a run in groups of two knows of the first two: a worker takes no lease before it has told."""
 
 
 def kill_a_worker() -> None:
@@ -131,7 +133,7 @@ def assert_told(done: Finished, status: int) -> None:
 def test_a_terminated_run_says_how_far_it_is_and_is_a_rerun(start_light_job: StartJob, tmp_path: Path) -> None:
     manifest, options = write_manifest(tmp_path, IDS[:6]), ("--group-size", "2", "--workers", "1")
     job = start_light_job(manifest, *options)
-    wait_for_commits(job, 2)
+    wait_for_commits(job, SECOND_GROUP)
     job.process.send_signal(signal.SIGTERM)
     assert_told(job.finish(), 143)
     assert_nothing_left_running()
@@ -143,7 +145,7 @@ def test_a_terminated_run_says_how_far_it_is_and_is_a_rerun(start_light_job: Sta
 def test_a_run_shows_its_steps_until_ctrl_c_ends_it(start_job: StartJob, tmp_path: Path) -> None:
     fast = (*FAST[1:], "steps=150")
     job = start_job(write_manifest(tmp_path, IDS[:6]), "--group-size", "2", "--workers", "1", fast=fast)
-    wait_for_commits(job, 2)
+    wait_for_commits(job, SECOND_GROUP)
     job.process.send_signal(signal.SIGINT)
     done = job.finish()
     assert_told(done, 130)
