@@ -57,7 +57,7 @@ def files_of(unet: UNet2DConditionModel, width: int) -> dict[str, bytes]:
     family, rank = STABLE_DIFFUSION, make_recipe().rank
     with AdapterBank(unet, family.lora_targets, slots=1, rank=rank) as bank:
         lora = {name: torch.zeros(tensor.shape) for name, tensor in bank.export(0).items()}
-    adapter = Adapter(lora, {family.text_encoders[0]: torch.zeros(width)})
+    adapter = Adapter(lora, {family.text_encoders[0]: torch.zeros(width)}).in_half_precision()
     return adapter_files(adapter, token="<object>", family=family)
 
 
