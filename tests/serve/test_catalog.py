@@ -3,6 +3,7 @@ import io
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import pyarrow as pa
@@ -262,6 +263,24 @@ def test_searches_do_not_wait_for_one_another(store, catalog):
         return await asyncio.gather(*(catalog.aside(search) for _ in range(4)))
 
     assert asyncio.run(at_once()) == [["a"]] * 4
+
+
+def test_searches_wait_for_no_other_work_in_threads(store, catalog):
+    commit(store, "a")
+    catalog.refresh()
+    done = threading.Event()
+
+    async def search():
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        other = loop.run_in_executor(None, done.wait, 60)
+        try:
+            return await asyncio.wait_for(catalog.aside(catalog.page, 1), 30)
+        finally:
+            done.set()
+            await other
+
+    assert asyncio.run(search()) == ["a"]
 
 
 def test_a_damaged_object_is_left_out(store, catalog, tmp_path, caplog):
