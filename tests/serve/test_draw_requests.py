@@ -9,9 +9,7 @@ from serve.schema import GenerationRequest
 
 def test_the_base_alone_draws_with_what_suits_it():
     tuning = {"sample_steps": 11, "guidance_scale": 2.5}
-    base = SimpleNamespace(
-        name="tiny", fingerprint="f" * 32, sizes=Sizes(64, 8), files=SimpleNamespace(tuning=tuning)
-    )
+    base = SimpleNamespace(name="tiny", fingerprint="f" * 32, sizes=Sizes(64, 8), files=SimpleNamespace(tuning=tuning))
     told = asyncio.run(LocalGenerators(base, None).describe())
     [draw] = draw_requests(GenerationRequest(prompt="a mug"), [], told)
     assert (draw.steps, draw.guidance_scale) == (11, 2.5)
