@@ -112,7 +112,7 @@ class TestCompose:
     def test_fits_beside_a_corner_that_is_cut_off(self):
         place = np.ones((60, 40), np.float32)
         place[50:, 20:] = 0
-        left, top, wide, high = fit(a_photo(), place)
+        _, top, wide, high = fit(a_photo(), place)
         assert (wide, high) == (40, 20)
         assert 27 <= top <= 31
 
