@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from objdrive.evaluation.reference import Reference
 from objdrive.evaluation.ruler import Asked, Ruler
 from objdrive.generate import generate
 from objdrive.pictures import as_pixels
-from objdrive.sampling.exact import Place, compose, read_photo
+from objdrive.sampling.exact import Place, around, compose, read_photo
 from objdrive.sampling.requests import DrawRequest, Picture
 
 ROOT = Path(__file__).parents[2]
@@ -356,8 +357,21 @@ class TestExact:
         assert len(pictures) == 2
         for picture in pictures:
             assert (picture[own] == cut_out.image[own]).all()
-        around = cut_out.kept == 0
-        assert (pictures[0][around] != pictures[1][around]).any()
+        outside = cut_out.kept == 0
+        assert (pictures[0][outside] != pictures[1][outside]).any()
+        # As the API draws it: by the base alone, from which the product's adapter differs.
+        plain = DrawRequest(
+            GRASS.text,
+            7,
+            (_key(store.current("alarm-clock-01")),),
+            steps=2,
+            guidance_scale=rows[0]["guidance_scale"],
+        )
+        (alone,) = drawer.draw(store.url, [around(plain, cut_out.canvas)])
+        expected = np.asarray(cut_out.over(alone.image), int)
+        assert np.abs(pictures[0].astype(int) - expected).max() <= 1
+        (adapted,) = drawer.draw(store.url, [replace(plain, canvas=cut_out.canvas)])
+        assert np.abs(np.asarray(cut_out.over(adapted.image), int) - expected).max() > 8
 
     def test_scores_are_the_rulers_where_there_is_a_photo(self, store, drawer, tiny64, tmp_path, monkeypatch):
         monkeypatch.setattr("jobs.generation.draw.Drawer", lambda base, pool: drawer)
