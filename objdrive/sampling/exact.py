@@ -173,8 +173,7 @@ def fit(photo: Photo, place: NDArray[np.float32]) -> tuple[int, int, int, int]:
 
 
 def _scaled(shares: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
-    scaled: NDArray[np.float32] = cv2.resize(shares, (width, height), interpolation=cv2.INTER_AREA)
-    return scaled
+    return np.asarray(cv2.resize(shares, (width, height), interpolation=cv2.INTER_AREA), dtype=np.float32)
 
 
 def paste(photo: Photo, where: tuple[int, int, int, int], size: tuple[int, int]) -> CutOut:
