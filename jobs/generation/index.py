@@ -125,7 +125,7 @@ def _parts(files: Files, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
 
 def _keys(table: pa.Table) -> list[tuple[str, bool]]:
     scores = table[SCORES[0]].is_valid().to_pylist()
-    return [(str(key), has_scores) for key, has_scores in zip(table["key"].to_pylist(), scores, strict=True)]
+    return [(str(key), bool(has_scores)) for key, has_scores in zip(table["key"].to_pylist(), scores, strict=True)]
 
 
 def _written(table: pa.Table) -> bytes:
