@@ -141,7 +141,8 @@ def _run(arguments: argparse.Namespace) -> int:
         files.url,
         arguments.format,
         arguments.negative_prompt,
-        arguments.size,
+        # The base's own square is one size, whether it is named or not.
+        None if arguments.size == (base.resolution, base.resolution) else arguments.size,
         place,
         arguments.scores,
     )
@@ -199,9 +200,10 @@ def _print_plan(plan: Plan, store: ArtifactStore) -> None:
     for prompt in plan.idle_prompts():
         print(f"note        the prompt {prompt.id} is for no object here: {', '.join(prompt.classes) or 'all'}")
     counts = plan.counts
+    only_score = f" ({counts['to score']:,} of them only to score)" if counts["to score"] else ""
     print(
-        f"plan        {plan.objects:,} objects, {len(plan.prompts)} prompts: {counts['to draw']:,} pictures to draw, "
-        f"{counts['already']:,} there already",
+        f"plan        {plan.objects:,} objects, {len(plan.prompts)} prompts: {counts['to draw']:,} pictures to draw"
+        f"{only_score}, {counts['already']:,} there already",
         flush=True,
     )
 

@@ -183,11 +183,15 @@ class Catalog:
             return
         index = read_index(self._store)
         if index is not None and not index.runs <= self._runs_read:
-            for rows in index.batches():
-                if self._stop.is_set():
-                    return
-                _describe(writer, rows)
-            self._runs_read |= index.runs
+            try:
+                for rows in index.batches():
+                    if self._stop.is_set():
+                        return
+                    _describe(writer, rows)
+                self._runs_read |= index.runs
+            except (OSError, ValueError) as error:
+                # As without an index; the next run writes it anew, and it is then looked at again.
+                logger.warning("the store's table of all objects is damaged, and its runs are read instead: %s", error)
         self._index_written = written
 
     def _read_runs(self, writer: sqlite3.Connection) -> None:

@@ -80,8 +80,7 @@ def draw_requests(asked: DrawingFields, artifacts: Sequence[ArtifactMetadata], b
             objects=tuple(ArtifactKey(artifact.object_id, artifact.digest) for artifact in artifacts),
             steps=steps,
             guidance_scale=usual.guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
-            # Around the object's own pixels the base draws alone, by the class word.
-            adapter_scale=0.0 if asked.exact else asked.adapter_scale,
+            adapter_scale=asked.adapter_scale,
             negative_prompt=asked.negative_prompt,
             scheduler=asked.scheduler,
             size=asked_size(asked, base),

@@ -24,6 +24,7 @@ STATUS = {
     "invalid_image": 400,
     "invalid_api_key": 401,
     "forbidden_object": 403,
+    "forbidden_origin": 403,
     "invalid_signature": 403,
     "link_expired": 403,
     "not_found": 404,

@@ -29,6 +29,7 @@ class Finish:
         edit: the picture that is drawn into.
         cut_out: the object's own pixels, which are laid over what is drawn.
         transparent: the cut-out alone, before nothing: no picture is drawn.
+        exact: whether the object keeps its own pixels.
         given: names what the picture depends on beside the request's fields.
     """
 
@@ -37,16 +38,20 @@ class Finish:
     edit: Edit | None = None
     cut_out: CutOut | None = None
     transparent: bool = False
+    exact: bool = False
     given: str = ""
 
     @classmethod
-    def of(
-        cls, asked: DrawingFields, *, edit: Edit | None = None, cut_out: CutOut | None = None, given: str = ""
-    ) -> "Finish":
-        """As a request has it.
+    def of(cls, asked: DrawingFields, *, cuts_out: bool, given: str = "") -> "Finish":
+        """As a request has it, but for the picture that is drawn into and the object's own pixels.
+
+        Args:
+            asked: the request.
+            cuts_out: whether it is of a kind that may ask for the object alone.
+            given: see there.
 
         Raises:
-            ApiError: 400, its fields contradict each other, or the edit's picture is too large for the format.
+            ApiError: 400, its fields contradict each other.
         """
         kind = asked.output_format or "png"
         quality = BEST if asked.output_compression is None else asked.output_compression
@@ -58,7 +63,7 @@ class Finish:
                 param="output_compression",
             )
         transparent = asked.background == "transparent"
-        if transparent and cut_out is None:
+        if transparent and not (cuts_out and asked.exact):
             raise ApiError(
                 "invalid_request",
                 "background: what is drawn has a background; transparent is what `exact` gives of a single object in "
@@ -69,15 +74,23 @@ class Finish:
             raise ApiError(
                 "invalid_request", "background: a JPEG can't be transparent: ask for png or webp", param="background"
             )
-        longest = max(edit.picture.size) if edit else 0
-        if longest > _LONGEST_SIDE.get(kind, longest):
+        return cls(kind, quality, transparent=transparent, exact=bool(asked.exact), given=given)
+
+    def into(self, edit: Edit) -> "Finish":
+        """The same for an edit.
+
+        Raises:
+            ApiError: 400, its picture is too large for the format.
+        """
+        longest = max(edit.picture.size)
+        if longest > _LONGEST_SIDE.get(self.format, longest):
             raise ApiError(
                 "invalid_request",
-                f"output_format: the image is {longest} pixels long, a {kind} at most {_LONGEST_SIDE[kind]}: "
-                "ask for png, or scale the image down",
+                f"output_format: the image is {longest} pixels long, a {self.format} at most "
+                f"{_LONGEST_SIDE[self.format]}: ask for png, or scale the image down",
                 param="output_format",
             )
-        return cls(kind, quality, edit, cut_out, transparent, given)
+        return replace(self, edit=edit)
 
     @property
     def lasting(self) -> bool:

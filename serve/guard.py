@@ -107,8 +107,9 @@ class Guard:
         origins = [value for name, value in scope["headers"] if name == b"origin"]
         if scope["method"] in _ONLY_READING or all(map(is_own_page, origins)):
             return None
+        # A browser that asks before it lets a page ask (CORS) gets the answer that the page would get.
         return ApiError(
-            "invalid_api_key",
+            "forbidden_origin",
             "this server has no API keys, so it draws for no page of another site: "
             "open the page from this machine, or start the server with keys",
         )

@@ -13,6 +13,7 @@ from serve.objects import Objects
 from serve.pools import Pool
 from serve.results import Results
 from serve.signing import Signer
+from serve.uploads import Uploads
 
 # A picture that a client sends may take half a gigabyte while it is decoded.
 _DECODED_AT_ONCE = 2
@@ -36,6 +37,7 @@ class Services:
         kept: pictures of requests whose answer came too late.
         decoding: threads that decode clients' pictures and place objects in them.
         finishing: threads that make the file that a client asked for.
+        uploads: the memory of clients' pictures.
         photos: threads that read objects' own photos, from wherever those are.
         model_aliases: other names of models, and what each stands for.
         public_url: the server's address as clients see it; empty: the one that each request was sent to.
@@ -54,6 +56,7 @@ class Services:
     kept: Kept = field(default_factory=Kept)
     decoding: Pool = field(default_factory=lambda: Pool(_DECODED_AT_ONCE, "decode"))
     finishing: Pool = field(default_factory=lambda: Pool(_FINISHED_AT_ONCE, "finish"))
+    uploads: Uploads = field(default_factory=Uploads)
     photos: Pool = field(default_factory=lambda: Pool(_READ_AT_ONCE, "photos"))
     model_aliases: Mapping[str, str] = field(default_factory=dict)
     public_url: str = ""

@@ -18,7 +18,7 @@ from objdrive.adapters.storage import open_files
 from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import ObjdriveError, UnknownObject
 from objdrive.pictures import BEST, DigitalSource, PictureFormat, picture_file
-from objdrive.sampling.exact import CutOut, Place, compose, read_photo
+from objdrive.sampling.exact import CutOut, Place, around, compose, read_photo
 from objdrive.sampling.requests import DrawRequest, Picture
 
 _PLANNED: list[tuple[str, pa.DataType]] = [("id", pa.int64()), *ABOUT, ("key", pa.string()), ("path", pa.string())]
@@ -109,7 +109,7 @@ class DrawBlock:
             return error
 
     def _request(self, row: Row, cut_out: CutOut | None) -> DrawRequest:
-        return DrawRequest(
+        request = DrawRequest(
             row["prompt"],
             row["seed"],
             (ArtifactKey(row["object_id"], row["digest"]),),
@@ -117,8 +117,8 @@ class DrawBlock:
             guidance_scale=row["guidance_scale"],
             negative_prompt=self._settings.negative_prompt,
             size=self._settings.size,
-            canvas=None if cut_out is None else cut_out.canvas,
         )
+        return request if cut_out is None else around(request, cut_out.canvas)
 
     def _file(self, picture: Picture, row: Row, cut_out: CutOut | None) -> bytes:
         image = cut_out.over(picture.image) if cut_out else picture.image

@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -69,31 +69,66 @@ class IndexWriter:
         self._written = time.monotonic()
         if not self._rows:
             return
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(self._rows, SCHEMA), buffer)
-        self._files.replace(f"{INDEX}/{self._run_id}-{self._parts:06}{_SUFFIX}", buffer.getvalue())
+        data = _written(pa.Table.from_pylist(self._rows, SCHEMA))
+        self._files.replace(f"{INDEX}/{self._run_id}-{self._parts:06}{_SUFFIX}", data)
         self._parts += 1
         self._rows = []
 
 
-def indexed_keys(files: Files) -> Iterator[list[str]]:
-    """The keys of all pictures in the index, part by part.
+def indexed_keys(files: Files) -> Iterator[list[tuple[str, bool]]]:
+    """The keys of all pictures in the index, each with whether it has scores; part by part.
 
     Raises:
         ObjdriveError: a part can't be read.
     """
+    for _, table in _parts(files, ["key", SCORES[0]]):
+        yield _keys(table)
+
+
+def drop_unscored(files: Files, scored: Callable[[str], bool]) -> None:
+    """Take rows without scores out of the index where another row of their key has scores.
+
+    Args:
+        files: where the index is.
+        scored: tells of a key whether it has such a row.
+
+    Raises:
+        ObjdriveError: a part can't be read, or can't be written.
+    """
+    for name, table in _parts(files, SCHEMA.names):
+        kept = [has_scores or not scored(key) for key, has_scores in _keys(table)]
+        if all(kept):
+            continue
+        if any(kept):
+            files.replace(f"{INDEX}/{name}", _written(table.filter(pa.array(kept))))
+        else:
+            files.remove(f"{INDEX}/{name}")
+
+
+def _parts(files: Files, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
     names = sorted(name for name in files.files(INDEX) if name.endswith(_SUFFIX) and not name.startswith("."))
 
-    def keys(name: str) -> list[str]:
+    def read(name: str) -> pa.Table:
         data = files.read(f"{INDEX}/{name}")
         try:
-            column = pq.read_table(io.BytesIO(data or b""), columns=["key"])["key"]
-        except (pa.ArrowException, KeyError) as error:
+            return pq.read_table(io.BytesIO(data or b""), columns=columns).select(columns)
+        # Damaged pages are an OSError.
+        except (pa.ArrowException, KeyError, OSError) as error:
             raise ObjdriveError(
                 f"the index's part {files.url}/{INDEX}/{name} can't be read ({error}): remove it; what it lists is "
                 "found again"
             ) from error
-        return [str(key) for key in column.to_pylist()]
 
-    for _, read in in_parallel(keys, names):
-        yield read.result()
+    for name, table in in_parallel(read, names):
+        yield name, table.result()
+
+
+def _keys(table: pa.Table) -> list[tuple[str, bool]]:
+    scores = table[SCORES[0]].is_valid().to_pylist()
+    return [(str(key), bool(has_scores)) for key, has_scores in zip(table["key"].to_pylist(), scores, strict=True)]
+
+
+def _written(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()

@@ -16,7 +16,7 @@ from objdrive.training.recipe import drawing_recipe
 
 Order = Literal["object", "prompt"]
 _TABLES = """
-CREATE TABLE known (key TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE known (key TEXT PRIMARY KEY, scored INTEGER) WITHOUT ROWID;
 CREATE TABLE objects (no INTEGER PRIMARY KEY, object_id TEXT UNIQUE, digest TEXT, class_name TEXT, steps INTEGER,
                       guidance_scale REAL);
 CREATE TABLE pictures (id INTEGER PRIMARY KEY, object_no INTEGER, prompt_no INTEGER, seed INTEGER, drawn INTEGER);
@@ -30,7 +30,8 @@ _TO_DRAW, _DRAWN, _FAILED = 0, 1, 2
 class Plan:
     """The pictures of one run: every object by every prompt that is for it, with every seed.
 
-    Used by one thread, but for `counts`: ``already`` and ``to draw``, later ``drawn``, ``found`` and ``failed``.
+    Used by one thread, but for `counts`: ``already`` and ``to draw`` (of which ``to score`` are there, and lack scores
+    alone), later ``drawn``, ``found`` and ``failed``.
 
     Args:
         settings: what the pictures have in common.
@@ -63,9 +64,23 @@ class Plan:
         self._db.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_TABLES}")
         self._db.execute("BEGIN")
 
-    def know(self, keys: Iterable[str]) -> None:
-        """Pictures that need not be drawn: they are in the index."""
-        self._db.executemany("INSERT OR IGNORE INTO known VALUES (?)", ((key,) for key in keys))
+    def know(self, pictures: Iterable[tuple[str, bool]]) -> None:
+        """The keys of pictures that are in the index, each with whether it has scores there.
+
+        They need not be drawn, but where pictures are measured, one without scores is looked at again.
+        """
+        self._db.executemany(
+            "INSERT INTO known VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET scored = max(scored, excluded.scored)",
+            pictures,
+        )
+
+    def knows(self, key: str) -> bool:
+        """Whether the picture of this key is in the index."""
+        return self._scored(key) is not None
+
+    def is_scored(self, key: str) -> bool:
+        """Whether the picture of this key is in the index with scores."""
+        return bool(self._scored(key))
 
     def add(self, object_id: str, artifact: ArtifactMetadata | ObjdriveError) -> None:
         """Take an object in, unless it is there already; or what is wrong with it."""
@@ -96,8 +111,11 @@ class Plan:
                 picture = PlannedPicture(
                     object_id, digest, class_name, prompt.id, prompt.text, seed, steps, guidance_scale
                 )
-                known = self._db.execute("SELECT 1 FROM known WHERE key = ?", (picture.key(self.settings),)).fetchone()
-                rows.append((object_no, number, seed, _DRAWN if known else _TO_DRAW))
+                scored = self._scored(picture.key(self.settings))
+                done = scored is not None and (scored or not self.settings.scored)
+                if scored is not None and not done:
+                    self.counts["to score"] += 1
+                rows.append((object_no, number, seed, _DRAWN if done else _TO_DRAW))
         self._db.executemany("INSERT INTO pictures (object_no, prompt_no, seed, drawn) VALUES (?, ?, ?, ?)", rows)
         already = sum(drawn for *_, drawn in rows)
         self.counts.update({"already": already, "to draw": len(rows) - already})
@@ -146,6 +164,11 @@ class Plan:
         for number, object_id, digest, class_name, prompt_no, *rest in self._db.execute(query, values):
             prompt = self.prompts[prompt_no]
             yield number, PlannedPicture(object_id, digest, class_name, prompt.id, prompt.text, *rest)
+
+    def _scored(self, key: str) -> int | None:
+        """Whether the index has scores of a picture; None: it does not have the picture."""
+        found = self._db.execute("SELECT scored FROM known WHERE key = ?", (key,)).fetchone()
+        return None if found is None else int(found[0])
 
     def _settle(self, number: int, drawn: int, status: str) -> None:
         self._db.execute("UPDATE pictures SET drawn = ? WHERE id = ?", (drawn, number))

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from jobs.drawing import Pool
 from jobs.generation.draw import DrawBlock, blocks
-from jobs.generation.index import SCHEMA, IndexWriter, indexed_keys
+from jobs.generation.index import SCHEMA, IndexWriter, drop_unscored, indexed_keys
 from jobs.generation.objects import Selection
 from jobs.generation.plan import Plan
+from jobs.generation.scores import SCORES
 from jobs.progress import Progress, Standing
 from jobs.room import WorkersRequest, describe, find_workers
 from objdrive.adapters.storage import Files
@@ -64,10 +65,14 @@ class GenerationRun:
         """Have every planned picture at its address and in the index, or among the faults.
 
         Raises:
-            ObjdriveError: workers can't start, or broke off.
+            ObjdriveError: workers can't start, or broke off; or the index can't be written.
         """
-        if not self.plan.counts["to draw"]:
-            return
+        if self.plan.counts["to draw"]:
+            self._draw(request)
+        if self.plan.settings.scored:
+            drop_unscored(self._files, self.plan.is_scored)
+
+    def _draw(self, request: WorkersRequest) -> None:
         with Progress(self.standing):
             workers = find_workers(request, self._on_wait)
             tqdm.write(f"workers     {describe(workers)}")
@@ -118,8 +123,12 @@ class GenerationRun:
         if row["status"] == "failed":
             self.plan.failed(row)
             return
-        address = unsigned(f"{self._files.url}/{row['path']}")
-        self._index.add({name: row[name] for name in SCHEMA.names if name != "address"} | {"address": address})
+        scored = row[SCORES[0]] is not None
+        # A picture that has no scores again is in the index as it is.
+        if scored or not self.plan.knows(row["key"]):
+            address = unsigned(f"{self._files.url}/{row['path']}")
+            self._index.add({name: row[name] for name in SCHEMA.names if name != "address"} | {"address": address})
+            self.plan.know([(row["key"], scored)])
         self.plan.drawn([(row["id"], row["status"])])
 
     def _on_wait(self, what: str) -> None:

@@ -52,19 +52,33 @@ class Index:
         Raises:
             ValueError: it is no such table.
         """
-        self._file = pq.ParquetFile(pa.BufferReader(data))
+        self._file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         self.runs = frozenset(json.loads((self._file.schema_arrow.metadata or {}).get(_RUNS_KEY, b"[]")))
         self.count: int = self._file.metadata.num_rows
 
     def batches(self) -> Iterator[list[IndexRow]]:
-        """Yield the rows, some thousands at a time, sorted by id."""
+        """Yield the rows, some thousands at a time, sorted by id.
+
+        Raises:
+            OSError, ValueError: a part of the table is damaged.
+        """
         for batch in self._file.iter_batches(_ROWS_PER_BATCH, columns=_SCHEMA.names):
             columns = [batch.column(name).to_pylist() for name in _SCHEMA.names]
             yield list(map(IndexRow._make, zip(*columns, strict=True)))
 
+    def is_whole(self) -> bool:
+        """Whether all of the rows can be read, which reads them all."""
+        try:
+            return sum(map(len, self.batches())) == self.count
+        except (OSError, ValueError):
+            return False
+
 
 def read_index(store: ArtifactStore) -> Index | None:
-    """The store's index; None: it has none yet, or what is there is none."""
+    """The store's index; None: it has none yet, or what is there is none.
+
+    Only its footer is looked at: rows may turn out to be damaged.
+    """
     data = store.read_index()
     try:
         return None if data is None else Index(data)
@@ -88,6 +102,8 @@ def run_batches(store: ArtifactStore, run_id: str) -> Iterator[list[IndexRow]]:
 def compact(store: ArtifactStore) -> bool:
     """Bring the store's index up to date with its runs, unless what is new is little beside what is in it.
 
+    A damaged index is written anew.
+
     Memory does not grow with the index, but for the compressed table itself.
 
     Returns:
@@ -97,6 +113,9 @@ def compact(store: ArtifactStore) -> bool:
         StoreError: the storage keeps failing.
     """
     index = read_index(store)
+    if index is not None and not index.is_whole():
+        # What it knew is read from the runs' own tables.
+        index = None
     runs = [run_id for run_id in store.run_ids() if index is None or run_id not in index.runs]
     with tempfile.TemporaryDirectory(prefix="objdrive-index-") as folder:
         merged = sqlite3.connect(Path(folder) / "rows.sqlite")
@@ -136,7 +155,7 @@ def _add_run(merged: sqlite3.Connection, store: ArtifactStore, run_id: str) -> i
 def _table(merged: sqlite3.Connection, runs: Iterable[str], path: Path) -> bytes:
     schema = _SCHEMA.with_metadata({_RUNS_KEY: json.dumps(list(runs)).encode()})
     rows = merged.execute("select object_id, class_name, words from rows order by object_id")
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
         while some := rows.fetchmany(_ROWS_PER_BATCH):
             columns = [pa.array(column, pa.string()) for column in zip(*some, strict=True)]
             writer.write_batch(pa.record_batch(columns, schema=schema))

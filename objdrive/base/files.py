@@ -77,6 +77,13 @@ class BaseFiles:
         return frozenset(json.loads(path.read_text())["classes"]) if path.is_file() else frozenset()
 
     @property
+    def resolution(self) -> int:
+        """Edge of the native square in pixels, see `Base.resolution`: told by configs alone."""
+        latents = int(read_config(self.snapshot / "unet" / "config.json")["sample_size"])
+        halved = len(read_config(self.snapshot / "vae" / "config.json")["block_out_channels"]) - 1
+        return latents << halved
+
+    @property
     def zeros_no_prompt(self) -> bool:
         """Whether the base was trained to see zeros in place of no prompt."""
         return self.family.sized and bool(read_config(self.snapshot / "model_index.json").get(_ZEROS, True))

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTokenizer
 
@@ -31,6 +31,8 @@ _TEXT = {
 _PADS = {"sd15": ("<|endoftext|>",), "sd21": ("!",), "sdxl": ("<|endoftext|>", "!")}
 """What prompts are padded with for each text encoder."""
 _LONGEST_PROMPT = 77
+_LATENT_SIZES = {("sd21", "epsilon"): 64}
+"""Where the prediction tells the native square: SD 2.x of 512 pixels predicts the noise, of 768 the velocity."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def recognise(path: Path) -> Kind:
 def convert(path: Path, kind: Kind, *, tokenizer: Path) -> Path:
     """The file in diffusers' layout, in a cache (``OBJDRIVE_CACHE``, by default ``~/.cache/objdrive``).
 
-    It is made once for the same content, wherever the file lies. Whoever breaks off leaves nothing behind that could be
-    taken for it.
+    It is made once for the same content, wherever the file lies, and by one process at a time: others wait. What one
+    that was killed left behind is never taken for it, and goes when the next one makes it.
 
     Args:
         path: the file.
@@ -97,19 +99,22 @@ def convert(path: Path, kind: Kind, *, tokenizer: Path) -> Path:
     if home.is_dir():
         return home
     cache.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=cache, prefix="making-"))
+    made = cache / f"making-{home.name}"
     try:
-        _load(path, kind, tokenizer).save_pretrained(made)
-        if not home.is_dir():
-            made.rename(home)
+        # The lock goes with the process that holds it: what lies there under the lock was left by one that was killed.
+        with FileLock(cache / f"{home.name}.lock"):
+            if home.is_dir():
+                return home
+            shutil.rmtree(made, ignore_errors=True)
+            try:
+                _load(path, kind, tokenizer).save_pretrained(made)
+                made.rename(home)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
     except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         raise ObjdriveError(f"the base {str(path)!r} can't be brought into diffusers' layout: {error}") from error
     except OSError as error:
-        # Another process may have been faster.
-        if not home.is_dir():
-            raise ObjdriveError(f"the base {str(path)!r} can't be kept in {cache}: {error}") from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+        raise ObjdriveError(f"the base {str(path)!r} can't be kept in {cache}: {error}") from error
     return home
 
 
@@ -129,7 +134,7 @@ def _load(path: Path, kind: Kind, tokenizer: Path) -> Any:
     others = {} if large else {"safety_checker": None, "feature_extractor": None}
     with safe_open(path, framework="pt") as file:
         first = file.get_slice(f"{_NETWORK}input_blocks.0.0.weight").get_dtype()
-    return pipeline.from_single_file(
+    made = pipeline.from_single_file(
         str(path),
         config=str(kind.configs),
         local_files_only=True,
@@ -138,6 +143,10 @@ def _load(path: Path, kind: Kind, tokenizer: Path) -> Any:
         **parts,
         **others,
     )
+    size = _LATENT_SIZES.get((kind.configs.name, kind.prediction))
+    if size is not None:
+        made.unet.register_to_config(sample_size=size)
+    return made
 
 
 def _check_network(path: Path, configs: Path, shapes: dict[str, torch.Tensor]) -> None:

@@ -97,10 +97,10 @@ class Edit:
         return across, down, across + side, down + side
 
     def exact(self, photo: Photo) -> "Edit":
-        """The same edit, with an object's own pixels as large as its box in the place allows."""
+        """The same edit, with an object's own pixels as large as the place shows them whole."""
         left, top, right, bottom = self.box
-        size = right - left, bottom - top
-        return Edit(self.picture, self.place, paste(photo, fit(photo, (0, 0, *size)), size))
+        where = fit(photo, _shares(self.place.crop(self.box)))
+        return Edit(self.picture, self.place, paste(photo, where, (right - left, bottom - top)))
 
     def canvas(self, edge: int) -> Canvas:
         """What is drawn into, at the size that a base draws."""

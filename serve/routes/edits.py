@@ -6,13 +6,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from objdrive.sampling.edits import Edit
+from objdrive.sampling.exact import around
 from serve.dependencies import Asking, Serving, described, visible
 from serve.draw_requests import draw_requests, object_ids
-from serve.edit_form import EditFields, decode_edit, form_schema, read_form
+from serve.edit_form import EditFields, decode_edit, decoded_bytes, form_schema, read_form
 from serve.errors import ApiError, error_responses
 from serve.exactness import own_photo
 from serve.finishing import Finish
-from serve.routes.images import STREAMED, answer
+from serve.routes.images import STREAMED, answer, ask_rate
 from serve.schema import ImagesResponse
 
 router = APIRouter(tags=["images"])
@@ -28,19 +29,23 @@ router = APIRouter(tags=["images"])
 async def edit(key: Asking, services: Serving, request: Request) -> Response:
     """Draw an object into a picture, where a mask is transparent. The rest of the picture stays as it is."""
     # Not a parameter: FastAPI would take the whole form before it looks at the key.
-    form = await read_form(request)
-    asked = form.asked
-    artifacts = await visible(services, key, object_ids(asked.model, services.model_aliases))
-    base = await described(services.generators, services.draw_seconds)
-    edited = await services.decoding.run(decode_edit, form)
+    with services.uploads.room() as room:
+        form = await read_form(request, room)
+        asked = form.asked
+        artifacts = await visible(services, key, object_ids(asked.model, services.model_aliases))
+        base = await described(services.generators, services.draw_seconds)
+        finish = Finish.of(asked, cuts_out=False, given=form.digest)
+        draws = draw_requests(asked.model_copy(update={"size": None}), artifacts, base)
+        ask_rate(services, key, asked, draws, finish)
+        room.take(decoded_bytes(form))
+        edited = await services.decoding.run(decode_edit, form)
+        room.until_gone(edited.picture)
     _check_size(asked, edited)
     if asked.exact:
         edited = await services.decoding.run(edited.exact, await own_photo(services, artifacts))
-    finish = Finish.of(asked, edit=edited, given=form.digest)
     canvas = await services.decoding.run(edited.canvas, base.resolution)
-    draws = draw_requests(asked.model_copy(update={"size": None}), artifacts, base)
-    draws = [replace(draw, canvas=canvas) for draw in draws]
-    return await answer(request, services, key, asked, draws, base, finish)
+    draws = [around(draw, canvas) if asked.exact else replace(draw, canvas=canvas) for draw in draws]
+    return await answer(request, services, key, asked, draws, base, finish.into(edited))
 
 
 def _check_size(asked: EditFields, edited: Edit) -> None:

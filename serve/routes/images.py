@@ -12,15 +12,16 @@ from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
 
 from objdrive.adapters.artifact import ArtifactKey
+from objdrive.sampling.exact import around
 from objdrive.sampling.requests import DrawRequest
-from serve.auth import ApiKey
+from serve.auth import ApiKey, Spending
 from serve.dependencies import Asking, Serving, described, visible
 from serve.draw_requests import asked_size, draw_requests, object_ids
 from serve.drawing import BaseInfo, model_id
 from serve.errors import ApiError, error_responses
 from serve.exactness import placed
 from serve.finishing import MEDIA_TYPES, Finish
-from serve.kept import name_of
+from serve.kept import Work, name_of
 from serve.schema import DrawingFields, GenerationRequest, Image, ImagesResponse
 from serve.services import Services
 from serve.streaming import streamed
@@ -48,12 +49,29 @@ async def generate(asked: GenerationRequest, key: Asking, services: Serving, req
     """Draw pictures of an object, of several, or of none."""
     artifacts = await visible(services, key, object_ids(asked.model, services.model_aliases))
     base = await described(services.generators, services.draw_seconds)
-    cut_out = await placed(services, asked, artifacts, asked_size(asked, base)) if asked.exact or asked.place else None
-    finish = Finish.of(asked, cut_out=cut_out, given=asked.place or "")
+    finish = Finish.of(asked, cuts_out=True, given=asked.place or "")
     draws = draw_requests(asked, artifacts, base)
-    if cut_out:
-        draws = [replace(draw, canvas=cut_out.canvas) for draw in draws]
+    if asked.exact or asked.place:
+        ask_rate(services, key, asked, draws, finish)
+        cut_out = await placed(services, asked, artifacts, asked_size(asked, base))
+        finish = replace(finish, cut_out=cut_out)
+        draws = [around(draw, cut_out.canvas) for draw in draws]
     return await answer(request, services, key, asked, draws, base, finish)
+
+
+def ask_rate(
+    services: Services, key: ApiKey, asked: DrawingFields, draws: Sequence[DrawRequest], finish: Finish
+) -> tuple[Work | None, Spending]:
+    """The drawing that is under way or kept for this request, if there is one, and what the request counts for its key.
+
+    To be asked before anything is read or decoded for the request; nothing is counted yet.
+
+    Raises:
+        ApiError: 429, the key has used up its rate.
+    """
+    # A stream has its client wait step by step: no proxy gives it up.
+    work = None if asked.stream else services.kept.find(name_of(draws, finish))
+    return work, services.gate.spend(key, 0 if work or finish.transparent else len(draws))
 
 
 async def answer(
@@ -67,10 +85,7 @@ async def answer(
 ) -> Response:
     """Draw, and answer with the pictures or with a stream of events."""
     headers = _origin(draws, base)
-    name = name_of(draws, finish)
-    # A stream has its client wait step by step: no proxy gives it up.
-    work = None if asked.stream else services.kept.find(name)
-    spending = services.gate.spend(key, 0 if work or finish.transparent else len(draws))
+    work, spending = ask_rate(services, key, asked, draws, finish)
     linked = asked.response_format == "url"
 
     def link(draw: DrawRequest, data: bytes) -> str | None:
@@ -78,7 +93,7 @@ async def answer(
 
     if asked.stream:
         return await streamed(request, services, draws[0], base, finish, headers, link, spending)
-    work = work or services.kept.begin(name, draw_all(services, draws, finish, spending))
+    work = work or services.kept.begin(name_of(draws, finish), draw_all(services, draws, finish, spending))
     pictures = await unless_gone(request, services.kept.wait(work))
     images = [
         Image(

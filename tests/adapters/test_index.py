@@ -107,6 +107,23 @@ def test_two_runs_that_end_at_once_lose_nothing(store, monkeypatch):
     assert [one.object_id for one in rows(store)] == ["a", "b"]
 
 
+@pytest.mark.parametrize("damage", ["page", "bit", "cut"])
+def test_an_index_of_which_a_part_is_damaged_is_written_anew(store, tmp_path, damage):
+    run(store, "run-1", *(row(f"o-{number:04}", title=f"{number * 7919:x}") for number in range(3000)))
+    assert compact(store) is True
+    whole = rows(store)
+    [path] = (one for one in tmp_path.rglob("*.parquet") if one.name != "results.parquet")
+    data = bytearray(path.read_bytes())
+    if damage == "page":
+        data[1000:3000] = bytes(2000)
+    elif damage == "bit":
+        data[2000] ^= 1
+    path.write_bytes(data[:-500] if damage == "cut" else data)
+    assert compact(store) is True
+    assert rows(store) == whole
+    assert compact(store) is False
+
+
 def test_an_index_that_is_damaged_is_written_anew(store):
     run(store, "run-1", row("a"))
     store.write_index(b"PAR1 not really")

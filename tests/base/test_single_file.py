@@ -1,7 +1,12 @@
 """Bases in one .safetensors file: what they are is read off it, and they draw as the snapshot they were made of."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import bases
 import pytest
@@ -125,6 +130,51 @@ def test_what_it_predicts_is_told_by_marks_or_by_a_file_beside_it(made, options,
     )
     assert (scheduler["prediction_type"] == "v_prediction") is velocity
     assert bool(scheduler["rescale_betas_zero_snr"]) is ("extra" in options)
+
+
+@pytest.mark.parametrize(("prediction", "size"), [("epsilon", 64), ("v", 8)])
+def test_sd2_that_predicts_the_noise_draws_512_pixels(made, prediction, size):
+    path, _, clip = made("sd21", metadata={"modelspec.prediction_type": prediction})
+    snapshot = find_base(str(path), clip=str(clip)).snapshot
+    # 8 is what the small base's config says in the place of 96, which are 768 pixels.
+    assert json.loads((snapshot / "unet/config.json").read_text())["sample_size"] == size
+
+
+def folders(cache):
+    return sorted(one.name for one in (cache / "bases").iterdir() if one.is_dir())
+
+
+def test_what_a_killed_conversion_left_is_gone_after_the_next(made, tmp_path, monkeypatch):
+    path, _, clip = made("sd15")
+    load = single_file._load
+
+    class Killed:
+        def save_pretrained(self, folder):
+            Path(folder).mkdir(exist_ok=True)
+            (Path(folder) / "model_index.json").write_text("{")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(single_file, "_load", lambda *args: Killed())
+    child = multiprocessing.get_context("fork").Process(target=find_base, args=(str(path),), kwargs={"clip": str(clip)})
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert len(folders(tmp_path / "cache")) == 1
+    monkeypatch.setattr(single_file, "_load", load)
+    snapshot = find_base(str(path), clip=str(clip)).snapshot
+    assert folders(tmp_path / "cache") == [snapshot.name]
+    assert json.loads((snapshot / "model_index.json").read_text())["_class_name"]
+
+
+def test_two_that_convert_at_once_make_it_once(made, tmp_path, monkeypatch):
+    path, _, clip = made("sd15")
+    load, loaded = single_file._load, []
+    monkeypatch.setattr(single_file, "_load", lambda *args: loaded.append(1) or load(*args))
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda _: find_base(str(path), clip=str(clip)).snapshot, range(2)))
+    assert len(loaded) == 1
+    assert found[0] == found[1]
+    assert folders(tmp_path / "cache") == [found[0].name]
 
 
 def names(*, text="cond_stage_model.transformer.text_model.x", network=(16, 4, 3, 3), vae="first_stage_model.x"):

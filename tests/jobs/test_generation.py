@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ from jobs.generation.index import SCHEMA, IndexWriter, indexed_keys
 from jobs.generation.objects import Selection
 from jobs.generation.plan import Plan
 from jobs.generation.prompts import Prompt, read_prompts
+from jobs.generation.run import GenerationRun
 from jobs.generation.settings import GenerationSettings
 from jobs.generation.sheet import write_rejects, write_sheet
+from jobs.room import Workers, WorkersRequest
 from objdrive.adapters.artifact import LORA_FILE, ArtifactKey, SourceRecord, Sources
 from objdrive.adapters.storage import open_files
 from objdrive.adapters.store import ArtifactStore
@@ -32,7 +35,7 @@ from objdrive.evaluation.reference import Reference
 from objdrive.evaluation.ruler import Asked, Ruler
 from objdrive.generate import generate
 from objdrive.pictures import as_pixels
-from objdrive.sampling.exact import Place, compose, read_photo
+from objdrive.sampling.exact import Place, around, compose, read_photo
 from objdrive.sampling.requests import DrawRequest, Picture
 
 ROOT = Path(__file__).parents[2]
@@ -172,7 +175,7 @@ class TestPlan:
 
     def test_what_the_index_has_is_not_drawn(self, plan):
         keys = [row["key"] for row in plan().to_draw(0, 100)]
-        again = plan(known=keys[:5], seeds=(7, 8, 9))
+        again = plan(known=[(key, False) for key in keys[:5]], seeds=(7, 8, 9))
         assert again.counts == {"already": 5, "to draw": 7}
         assert not {row["key"] for row in again.to_draw(0, 100)} & set(keys[:5])
 
@@ -237,7 +240,7 @@ class TestIndex:
             )
         writer.flush()
         writer.flush()
-        assert list(indexed_keys(files)) == [["0", "1", "2"]]
+        assert list(indexed_keys(files)) == [[("0", False), ("1", False), ("2", False)]]
         (part,) = (tmp_path / "out" / "index").iterdir()
         assert pq.read_schema(part) == SCHEMA
 
@@ -354,8 +357,21 @@ class TestExact:
         assert len(pictures) == 2
         for picture in pictures:
             assert (picture[own] == cut_out.image[own]).all()
-        around = cut_out.kept == 0
-        assert (pictures[0][around] != pictures[1][around]).any()
+        outside = cut_out.kept == 0
+        assert (pictures[0][outside] != pictures[1][outside]).any()
+        # As the API draws it: by the base alone, from which the product's adapter differs.
+        plain = DrawRequest(
+            GRASS.text,
+            7,
+            (_key(store.current("alarm-clock-01")),),
+            steps=2,
+            guidance_scale=rows[0]["guidance_scale"],
+        )
+        (alone,) = drawer.draw(store.url, [around(plain, cut_out.canvas)])
+        expected = np.asarray(cut_out.over(alone.image), int)
+        assert np.abs(pictures[0].astype(int) - expected).max() <= 1
+        (adapted,) = drawer.draw(store.url, [replace(plain, canvas=cut_out.canvas)])
+        assert np.abs(np.asarray(cut_out.over(adapted.image), int) - expected).max() > 8
 
     def test_scores_are_the_rulers_where_there_is_a_photo(self, store, drawer, tiny64, tmp_path, monkeypatch):
         monkeypatch.setattr("jobs.generation.draw.Drawer", lambda base, pool: drawer)
@@ -394,6 +410,44 @@ class TestExact:
         assert {(row["width"], row["height"]) for row in rows} == {(96, 64)}
         assert all(-1 <= row["score_whole"] <= 1 for row in rows)
 
+    def test_a_rerun_scores_what_has_no_scores_and_draws_nothing(self, store, drawer, tiny64, tmp_path, monkeypatch):
+        monkeypatch.setattr("jobs.generation.draw.Drawer", lambda base, pool: drawer)
+        monkeypatch.setattr("jobs.generation.run.find_workers", lambda request, on_wait: Workers(1, 1, 0.0))
+        monkeypatch.setattr(GenerationRun, "_drawn", _in_this_process)
+        files = open_files(str(tmp_path / "out"), 1)
+        (tmp_path / "drum-01.png").rename(tmp_path / "away.png")
+
+        def run(run_id, *, scored):
+            base = PlannedBase("tiny64", None, tiny64.fingerprint)
+            settings = GenerationSettings(base, store.url, files.url, "png", scored=scored)
+            with closing(Plan(settings, (GRASS,), (7, 8), steps=2, guidance_scale=None)) as plan:
+                run = GenerationRun(plan, files, run_id)
+                run.find(Selection("", (), tiny64.fingerprint), store)
+                run.work_off(WorkersRequest())
+                return dict(plan.counts)
+
+        def rows():
+            parts = sorted((tmp_path / "out/index").iterdir())
+            return [row for part in parts for row in pq.read_table(part).to_pylist()]
+
+        run("run-1", scored=False)
+        first = {row["key"]: row for row in rows()}
+        assert {row["score_whole"] for row in first.values()} == {None}
+        counts = run("run-2", scored=True)
+        assert (counts["found"], counts.get("drawn", 0), counts["to score"]) == (4, 0, 4)
+        now = {row["key"]: row for row in rows()}
+        # Each picture once, and as it was.
+        assert len(rows()) == 4
+        assert {key: row["sha256"] for key, row in now.items()} == {key: row["sha256"] for key, row in first.items()}
+        assert {row["object_id"] for row in now.values() if row["score_whole"] is not None} == {"alarm-clock-01"}
+        # The photo is back.
+        (tmp_path / "away.png").rename(tmp_path / "drum-01.png")
+        counts = run("run-3", scored=True)
+        assert (counts["already"], counts["found"]) == (2, 2)
+        assert len(rows()) == 4
+        assert all(row["score_whole"] is not None for row in rows())
+        assert run("run-4", scored=True) == {"already": 4, "to draw": 0}
+
     def test_pictures_of_another_place_are_others(self, plan):
         keys = [plan(place=place).to_draw(0, 1)[0]["key"] for place in (None, Place(), Place(0.5))]
         assert len(set(keys)) == 3
@@ -402,6 +456,11 @@ class TestExact:
         words = [filled.url, "--prompts", prompts_file("- a {}"), "--out", str(tmp_path / "out"), "--place", "0.5"]
         assert main(words) == 2
         assert "give --exact too" in capsys.readouterr().err
+
+
+def _in_this_process(run, wave, pool):
+    worker = DrawBlock(run.plan.settings, pool)
+    return iter([row for block in wave for row in worker(block).to_pylist()])
 
 
 def _key(artifact):
@@ -487,6 +546,20 @@ class TestCommand:
         assert "the prompt a-in-the-wind is for no object here: kite" in output
         assert main([*words, "--objects", "mug-1,gone"]) == 3
         assert not (tmp_path / "out").exists()
+
+    def test_the_bases_own_square_is_one_size_named_or_not(self, filled, prompts_file, tiny64, tmp_path, monkeypatch):
+        sizes = []
+        settings = GenerationSettings
+
+        def noted(*args):
+            sizes.append(settings(*args).size)
+            return settings(*args)
+
+        monkeypatch.setattr("jobs.batch_generate.GenerationSettings", noted)
+        words = [filled.url, "--prompts", prompts_file("- a {}"), "--out", str(tmp_path / "out"), "--dry-run"]
+        for options in ([], ["--size", f"{tiny64.resolution}x{tiny64.resolution}"], ["--size", "96x64"]):
+            assert main([*words, *options]) == 0
+        assert sizes == [None, None, (96, 64)]
 
     def test_an_empty_store_is_told(self, prompts_file, tmp_path, capsys):
         (tmp_path / "empty" / "objects").mkdir(parents=True)

@@ -3,6 +3,7 @@ import io
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import pyarrow as pa
@@ -174,6 +175,23 @@ def test_a_catalog_is_there_before_the_store_is_listed(store, monkeypatch):
         catalog.close()
 
 
+def test_a_damaged_index_is_told_once_and_the_runs_are_read_instead(store, catalog, tmp_path, caplog):
+    results(store, "run-1", *({"object_id": f"o-{number:04}", "title": f"{number:x}"} for number in range(3000)))
+    commit(store, "o-0007", "vase")
+    assert compact(store)
+    [path] = (one for one in tmp_path.rglob("*.parquet") if one.name != "results.parquet")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000] + bytes(2000) + whole[3000:])
+    for _ in range(3):
+        catalog.refresh()
+    assert catalog.page(10, class_name="vase") == ["o-0007"]
+    assert len([one for one in caplog.records if "is damaged" in one.getMessage()]) == 1
+    assert compact(store)
+    commit(store, "o-0008", "vase")
+    catalog.refresh()
+    assert catalog.page(10, class_name="vase") == ["o-0007", "o-0008"]
+
+
 def test_the_index_is_read_when_it_has_changed(store, catalog, monkeypatch):
     results(store, "run-1", {"object_id": "a"})
     commit(store, "a", "vase")
@@ -262,6 +280,24 @@ def test_searches_do_not_wait_for_one_another(store, catalog):
         return await asyncio.gather(*(catalog.aside(search) for _ in range(4)))
 
     assert asyncio.run(at_once()) == [["a"]] * 4
+
+
+def test_searches_wait_for_no_other_work_in_threads(store, catalog):
+    commit(store, "a")
+    catalog.refresh()
+    done = threading.Event()
+
+    async def search():
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        other = loop.run_in_executor(None, done.wait, 60)
+        try:
+            return await asyncio.wait_for(catalog.aside(catalog.page, 1), 30)
+        finally:
+            done.set()
+            await other
+
+    assert asyncio.run(search()) == ["a"]
 
 
 def test_a_damaged_object_is_left_out(store, catalog, tmp_path, caplog):

@@ -89,10 +89,15 @@ def test_without_keys_no_page_of_another_site_has_pictures_drawn(open_server, or
     with open_server.client() as client:
         before = open_server.services.generators._engine.stats().requests
         refused = client.post("/v1/images/edits", **form, headers={"origin": origin})
-        assert error(refused, 401) == "invalid_api_key"
+        assert error(refused, 403) == "forbidden_origin"
         assert "another site" in refused.json()["error"]["message"]
         client.headers["origin"] = origin
-        assert error(open_server.draw(client, model="acme-mug-1"), 401) == "invalid_api_key"
+        assert error(open_server.draw(client, model="acme-mug-1"), 403) == "forbidden_origin"
+        asked = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+        preflight = client.options("/v1/images/generations", headers=asked)
+        assert error(preflight, 403) == "forbidden_origin"
+        assert "www-authenticate" not in preflight.headers
+        assert not [name for name in preflight.headers if name.startswith("access-control-")]
         assert open_server.services.generators._engine.stats().requests == before
         assert client.get("/v1/models", headers={"origin": origin}).status_code == 200
 

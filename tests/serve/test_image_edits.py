@@ -1,6 +1,7 @@
 """Drawing into given pictures, and with an object's own pixels."""
 
 import base64
+import gc
 import io
 import json
 import re
@@ -20,6 +21,8 @@ from raw import connect
 from objdrive.adapters.artifact import SourceRecord, Sources
 from objdrive.adapters.store import ArtifactStore
 from serve import exactness
+from serve.errors import ApiError
+from serve.uploads import Uploads
 
 SIZE = (200, 150)
 BOX = (40, 30, 120, 110)
@@ -207,6 +210,45 @@ class TestRefusals:
                 assert client.recv(12) == b"HTTP/1.1 401"
 
 
+class TestMemory:
+    def test_edits_under_way_have_a_bound(self, small_base, filled, tmp_path):
+        # The picture and its mask, decoded, and their files.
+        one = 9 * SIZE[0] * SIZE[1] + len(file(scene())) + len(mask())
+        uploads = Uploads(2 * one)
+        with serving(small_base, filled, tmp_path, uploads=uploads) as server, server.client() as client:
+            with uploads.room() as other:
+                other.take(one + 1)
+                refused = edit(client)
+                assert error(refused, 429) == "queue_full"
+                assert int(refused.headers["retry-after"]) >= 1
+                assert uploads.nbytes == one + 1
+            assert png(edit(client, steps="1"))
+            until_zero(uploads)
+            assert error(edit(client, b"Example data"), 400) == "invalid_image"
+            until_zero(uploads)
+
+    def test_an_edit_alone_has_room_and_a_picture_in_use_keeps_it(self):
+        uploads, picture = Uploads(10), scene()
+        with uploads.room() as room:
+            room.take(8)
+            room.take(8)
+            with uploads.room() as second, pytest.raises(ApiError) as refused:
+                second.take(1)
+            assert refused.value.status == 429
+            room.until_gone(picture)
+        assert uploads.nbytes == 16
+        del picture
+        assert uploads.nbytes == 0
+
+
+def until_zero(uploads):
+    """Until what was edited is gone; the server's threads may still be on their way out."""
+    deadline = time.monotonic() + 60
+    while uploads.nbytes:
+        assert time.monotonic() < deadline, uploads.nbytes
+        gc.collect()
+
+
 class TestExact:
     @pytest.fixture
     def photo(self, tmp_path):
@@ -302,6 +344,25 @@ class TestExact:
             png(server.draw(client, model="mug-1", n=2, steps=1))
             png(server.draw(client, **alone))
             assert error(server.draw(client, model="mug-1"), 429) == "rate_limit_exceeded"
+
+    def test_a_key_that_is_over_its_rate_has_no_photo_read(self, small_base, photo, tmp_path, monkeypatch):
+        store = ArtifactStore(str(tmp_path / "store"))
+        files = {
+            name: SourceRecord(uri=str(tmp_path / f"{name}.png"), size=None, mark="") for name in ("image", "mask")
+        }
+        commit(store, small_base, "mug-1", sources=Sources(**files))
+        reads, read = [], exactness.read_photo
+        monkeypatch.setattr(exactness, "read_photo", lambda artifact: reads.append(1) or read(artifact))
+        keys = [("shop", {"burst": 2, "requests_per_minute": 1})]
+        with serving(small_base, store, tmp_path, keys=keys) as server, server.client("shop") as client:
+            # What is refused once its photo was read is not counted.
+            assert error(server.draw(client, model="mug-1", exact=True, place="0.9@0.1,0.5"), 400) == "invalid_request"
+            for _ in range(2):
+                png(server.draw(client, model="mug-1", exact=True, steps=1))
+            assert len(reads) == 3
+            assert error(server.draw(client, model="mug-1", exact=True), 429) == "rate_limit_exceeded"
+            assert error(edit(client, model="mug-1", exact="true"), 429) == "rate_limit_exceeded"
+            assert len(reads) == 3
 
     def test_storage_that_hangs_holds_up_no_other_request(self, small_base, tmp_path, monkeypatch):
         monkeypatch.setattr(exactness, "PHOTO_SECONDS", 0.2)

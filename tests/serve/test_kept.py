@@ -151,12 +151,14 @@ def test_a_name_tells_requests_with_other_pictures_apart():
         name_of([draw], Finish("webp")),
         name_of([draw], Finish("webp", 50)),
         name_of([draw], Finish(given="another photo")),
-        name_of([draw], Finish(cut_out=cut_out)),
+        name_of([draw], Finish(exact=True, cut_out=cut_out)),
         name_of([draw], Finish(given="another photo", edit=Edit(picture, place))),
-        name_of([draw], Finish(given="another photo", edit=Edit(picture, place, cut_out))),
+        name_of([draw], Finish(exact=True, given="another photo", edit=Edit(picture, place, cut_out))),
     }
     # Of an edit without a cut-out the photo tells all.
     assert len(names) == 8
+    # Whether its photo has been read or not.
+    assert name_of([draw], Finish(exact=True)) in names
     assert name_of([DrawRequest("{}", 1, steps=2, guidance_scale=4.0)], Finish()) == name_of([draw], Finish())
 
 
