@@ -279,9 +279,7 @@ def _adapted(
     base: Base, bank: AdapterBank, rows: Sequence[Mapping[int, float]], timesteps: Tensor
 ) -> AbstractContextManager[None]:
     """The rows of a batch at `timesteps` (N,), each adapted by its slots."""
-    if not any(map(bank.rank_varies, rows)):
-        return bank.active(_in_long_runs(rows))
-    return bank.active(rows, (timesteps.tolist(), len(base.noise.alphas)))
+    return bank.active(_in_long_runs(rows), (timesteps, len(base.noise.alphas)))
 
 
 def _in_long_runs(rows: Sequence[Mapping[int, float]]) -> Sequence[Mapping[int, float]]:
