@@ -249,7 +249,7 @@ def simulate(rows: int, workers: int, size: int, seconds: float, plot: Path | No
             on_committed=ledger.committed_before,
             on_repeat=ledger.repeated,
         )
-        pump = _Pump(queue, tasks, watch, lambda leased: None, lambda events: None, window=max(256, 64 * workers))
+        pump = _Pump(queue, tasks, watch, lambda leased: None, lambda events: None, window=max(256, 128 * workers))
         began = sum(queue_process.cpu_times()[:2])
         pump.start()
         by_crew = ray.get(

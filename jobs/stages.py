@@ -129,12 +129,15 @@ class _Line:
             self._trained.close()
 
     def _commit_all(self) -> None:
-        while (lease := self._trained.take()) is not None:
-            try:
-                _through(lease, lambda one=lease: one.finish(one.job.commit()))
-            except Exception as error:
-                # What has been trained meanwhile is committed all the same.
-                self._fail(error)
+        try:
+            while (lease := self._trained.take()) is not None:
+                try:
+                    _through(lease, lambda one=lease: one.finish(one.job.commit()))
+                except Exception as error:
+                    # What has been trained meanwhile is committed all the same.
+                    self._fail(error)
+        finally:
+            self._trained.close()
 
 
 def _through(lease: InHand, stage: Callable[[], None]) -> bool:
