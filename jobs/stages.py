@@ -7,6 +7,7 @@ for the next stage is beaten by the thread that waits; what it waits for is not.
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from jobs.leases import LeaseLostError
@@ -110,7 +111,7 @@ class _Line:
                 lease = self._take(self._trainings_begun > self._trainings_ended)
                 if lease == "done":
                     return
-                if lease == "wait":
+                if isinstance(lease, str):
                     self._stopping.wait(self._poll_seconds)
                 elif _through(lease, lease.job.prepare) and _passed_on(lease, self._prepared):
                     self._trainings_begun += 1
@@ -132,7 +133,7 @@ class _Line:
         try:
             while (lease := self._trained.take()) is not None:
                 try:
-                    _through(lease, lambda one=lease: one.finish(one.job.commit()))
+                    _through(lease, partial(_commit, lease))
                 except Exception as error:
                     # What has been trained meanwhile is committed all the same.
                     self._fail(error)
@@ -151,6 +152,10 @@ def _through(lease: InHand, stage: Callable[[], None]) -> bool:
         lease.abandon(error)
         raise
     return True
+
+
+def _commit(lease: InHand) -> None:
+    lease.finish(lease.job.commit())
 
 
 def _passed_on(lease: InHand, handover: "_Handover") -> bool:

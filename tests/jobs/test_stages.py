@@ -1,12 +1,13 @@
 """A worker's line of leases, with stages that wait for one another's events: none waits for luck."""
 
 import threading
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 
 import pytest
 
 from jobs import stages
-from jobs.leases import LeaseLostError
+from jobs.leases import Lease, LeaseLostError, LeaseQueue, Task
 from jobs.stages import work_off
 
 LONG = 20.0
@@ -198,3 +199,100 @@ def test_after_a_commit_that_fails_what_is_in_training_is_committed(quick):
 def test_a_queue_that_fails_ends_the_line_when_what_is_in_hand_is_done():
     bench = Bench(["a", "gone"], raising={"gone": ValueError("broken")})
     assert broken(bench) == {"a": "finished"}
+
+
+class Worker:
+    """A rank on a real queue: what it holds, and a job that notes its stages. It fails in the stages of `failing`."""
+
+    def __init__(self, rank, queue, lock, failing=()):
+        self.rank = rank
+        self.queue = queue
+        self.lock = lock
+        self.failing = failing
+        self.held = set()
+        self.done = []
+
+    def ask(self, method, *arguments, **options):
+        with self.lock:
+            return getattr(self.queue, method)(*arguments, **options)
+
+    def take(self, ahead):
+        lease = self.ask("lease", self.rank, 2, self, held=tuple(self.held), ahead=ahead)
+        return OfWorker(self, lease) if isinstance(lease, Lease) else lease
+
+
+class OfWorker:
+    def __init__(self, worker, lease):
+        self.worker = worker
+        self.lease = lease
+        self.keys = [task.key for task in lease.tasks]
+        self.job = self
+        worker.held.add(lease.id)
+
+    def prepare(self):
+        self.stage("prepare")
+
+    def train(self):
+        self.stage("train")
+
+    def commit(self):
+        self.stage("commit")
+        self.worker.done += self.keys
+        return self.keys
+
+    def stage(self, name):
+        if any((name, key) in self.worker.failing for key in self.keys):
+            raise ValueError(f"{name} of {self.keys}")
+        if not self.worker.ask("beat", self.lease.id, self.worker.rank, self.keys, self.worker):
+            raise LeaseLostError
+
+    def waits(self):
+        self.stage("wait")
+
+    def finish(self, outcomes):
+        self.end("finish", dict(zip(self.keys, outcomes, strict=True)))
+
+    def abandon(self, error):
+        self.end("abandon", str(error))
+
+    def give_back(self):
+        self.end("give_back")
+
+    def drop(self):
+        self.worker.held.discard(self.lease.id)
+
+    def end(self, method, *arguments):
+        self.worker.ask(method, self.lease.id, *arguments)
+        self.drop()
+
+
+@pytest.mark.parametrize("stage", ["", "prepare", "train", "commit"])
+def test_lines_on_one_queue_do_every_task_once_and_one_that_always_fails_is_given_up(stage):
+    names = [f"task-{number:02}" for number in range(40)]
+    lock, done = threading.Lock(), []
+    queue = LeaseQueue(workers=3, stall_seconds=60, clock=time.monotonic)
+    queue.offer([Task(name, name) for name in names], last=True)
+
+    def rank(number):
+        # As Ray Train does, with another process in place of one that failed.
+        while True:
+            worker = Worker(number, queue, lock, failing={(stage, "task-07")})
+            try:
+                work_off(worker.take, poll_seconds=0.001)
+            except ValueError:
+                continue
+            finally:
+                done.extend(worker.done)
+            return
+
+    ranks = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
+    for one in ranks:
+        one.start()
+    for one in ranks:
+        one.join(60)
+        assert not one.is_alive()
+    lost = {"task-07"} if stage else set()
+    outcomes = queue.collect([]).outcomes
+    assert outcomes.keys() == set(names)
+    assert {name for name, outcome in outcomes.items() if outcome != name} == lost
+    assert Counter(done) == Counter(set(names) - lost)
