@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from jobs.leases import LeaseLostError
 
 _WAIT_SECONDS = 1.0
+_AHEAD_POLLS = 25
 
 
 class Job(Protocol):
@@ -80,6 +81,7 @@ class _Line:
         self._poll_seconds = poll_seconds
         self._prepared, self._trained = _Handover(), _Handover()
         self._stopping = threading.Event()
+        self._wake = threading.Event()
         self._failures: list[BaseException] = []
         # Each is written by one thread only.
         self._trainings_begun = self._trainings_ended = 0
@@ -103,16 +105,23 @@ class _Line:
 
     def _fail(self, error: BaseException) -> None:
         self._failures.append(error)
+        self._stop()
+
+    def _stop(self) -> None:
         self._stopping.set()
+        self._wake.set()
 
     def _prepare_all(self) -> None:
         try:
             while not self._stopping.is_set():
-                lease = self._take(self._trainings_begun > self._trainings_ended)
+                ahead = self._trainings_begun > self._trainings_ended
+                lease = self._take(ahead)
                 if lease == "done":
                     return
                 if isinstance(lease, str):
-                    self._stopping.wait(self._poll_seconds)
+                    # At the end of a run all workers ask in vain, and one queue answers them.
+                    self._wake.wait(_AHEAD_POLLS * self._poll_seconds if ahead else self._poll_seconds)
+                    self._wake.clear()
                 elif _through(lease, lease.job.prepare) and _passed_on(lease, self._prepared):
                     self._trainings_begun += 1
         finally:
@@ -124,8 +133,9 @@ class _Line:
                 if _through(lease, lease.job.train):
                     _passed_on(lease, self._trained)
                 self._trainings_ended += 1
+                self._wake.set()
         finally:
-            self._stopping.set()
+            self._stop()
             self._prepared.close()
             self._trained.close()
 

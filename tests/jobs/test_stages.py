@@ -135,6 +135,15 @@ def test_leases_are_taken_ahead_only_while_one_trains():
     assert bench.asked[-1] is False
 
 
+def test_who_gets_nothing_ahead_asks_again_when_its_training_ends(monkeypatch):
+    # Long past the test's end, if it were for the next poll.
+    monkeypatch.setattr(stages, "_AHEAD_POLLS", 10**6)
+    bench = Bench("abc")
+    take = bench.take
+    bench.take = lambda ahead: "wait" if ahead else take(ahead)
+    assert bench.run() == dict.fromkeys("abc", "finished")
+
+
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(stages, "_WAIT_SECONDS", 0.01)
