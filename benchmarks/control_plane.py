@@ -68,10 +68,10 @@ class NoOp:
     store: ArtifactStore | None
     group_size: int = 16
 
-    def __call__(self, payloads: list[Unit], alive: Callable[[], None]) -> list[list[RowOutcome]]:
-        return [[self._commit(unit)] for unit in payloads]
+    def begin(self, payloads: list[Unit], alive: Callable[[], None]) -> "NoOpJob":
+        return NoOpJob(self, payloads)
 
-    def _commit(self, unit: Unit) -> RowOutcome:
+    def commit(self, unit: Unit) -> RowOutcome:
         if self.store is None:
             return RowOutcome("committed", _DIGEST)
         (record,) = unit.rows
@@ -98,12 +98,29 @@ class NoOp:
 
 
 @dataclass(frozen=True)
+class NoOpJob:
+    """A lease whose only work is its commit."""
+
+    work: NoOp
+    payloads: list[Unit]
+
+    def prepare(self) -> None:
+        pass
+
+    def train(self) -> None:
+        pass
+
+    def commit(self) -> list[list[RowOutcome]]:
+        return [[self.work.commit(unit)] for unit in self.payloads]
+
+
+@dataclass(frozen=True)
 class MakeNoOp:
     """Makes `NoOp` in a worker."""
 
     store_url: str
 
-    def __call__(self) -> NoOp:
+    def __call__(self, gpus: float) -> NoOp:
         return NoOp(ArtifactStore(self.store_url) if self.store_url else None)
 
 
@@ -232,7 +249,7 @@ def simulate(rows: int, workers: int, size: int, seconds: float, plot: Path | No
             on_committed=ledger.committed_before,
             on_repeat=ledger.repeated,
         )
-        pump = _Pump(queue, tasks, watch, lambda leased: None, lambda events: None, window=max(256, 64 * workers))
+        pump = _Pump(queue, tasks, watch, lambda leased: None, lambda events: None, window=max(256, 128 * workers))
         began = sum(queue_process.cpu_times()[:2])
         pump.start()
         by_crew = ray.get(

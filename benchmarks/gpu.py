@@ -1,7 +1,10 @@
-"""SD 1.5's architecture on this machine's GPU, with random weights: seconds a step of groups, memory, pictures.
+"""SD 1.5's architecture on this machine's GPU, with random weights: a step's time, memory, pictures.
 
 Usage: ``python benchmarks/gpu.py`` (``--smoke`` tries it out on a processor, in miniature). How long a step takes does
 not depend on what the weights are, so none are needed. A base of 5.6 GiB is written to a temporary folder.
+
+The share of the peak is the operations of a step's matrix products, convolutions and attention, counted once as they
+run, against what the card could do of them in bfloat16 in that time.
 """
 
 import argparse
@@ -16,6 +19,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from group import catalog_scenes
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -30,6 +34,12 @@ from objdrive.training.recipe import Recipe, make_recipe
 from objdrive.training.views import Scene
 
 GIB = 2**30
+PEAKS = {
+    "H200 NVL": 835.5e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12, "L40S": 362e12,
+    "L4": 121e12,
+}  # fmt: skip
+"""Floating-point operations a second by what a card's name contains, the first that fits: NVIDIA's data sheets, tensor
+cores in bfloat16 without sparsity."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,26 @@ def read_scenes(count: int) -> list[Scene]:
     return [replace(scene, key=f"{scene.key}-{number}") for number, scene in enumerate(repeated)]
 
 
-def fine_tune(base: Base, scenes: Sequence[Scene], recipe: Recipe) -> list[FineTuned]:
-    """Fine-tune a group; print what a step and its memory take."""
+def step_operations(base: Base, scene: Scene, recipe: Recipe) -> float:
+    """Floating-point operations of a step of one scene: those of twice the steps, less those of the steps."""
+    counts = []
+    for times in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            personalize(base, [scene], recipe.model_copy(update={"steps": times * recipe.steps}))
+        counts.append(counter.get_total_flops())
+    return (counts[1] - counts[0]) / recipe.steps
+
+
+def describe_speed(operations: float, seconds: float, card: str) -> str:
+    """How fast so many floating-point operations were, and of a known card which share of its peak that is."""
+    speed = operations / seconds
+    peak = next((peak for name, peak in PEAKS.items() if name in card), None)
+    share = f"{speed / peak:.0%} of the card's peak" if peak else "the peak is not known"
+    return f"{speed / 1e12:.3g} TFLOP/s, {share}"
+
+
+def fine_tune(base: Base, scenes: Sequence[Scene], recipe: Recipe, operations: float) -> list[FineTuned]:
+    """Fine-tune a group, whose scenes take so many operations a step each; print what a step and its memory take."""
     moments: list[float] = []
 
     def on_step() -> None:
@@ -104,8 +132,9 @@ def fine_tune(base: Base, scenes: Sequence[Scene], recipe: Recipe) -> list[FineT
     step = statistics.median(after - before for before, after in pairwise(moments[-recipe.steps :]))
     peak = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
     full = make_recipe().steps
+    speed = describe_speed(len(scenes) * operations, step, device_name())
     print(
-        f"a group of {len(scenes)}: {step:.3f} s a step, at most {peak:.1f} GiB; at {full} steps "
+        f"a group of {len(scenes)}: {step:.3f} s a step, {speed}, at most {peak:.1f} GiB; at {full} steps "
         f"{3600 * len(scenes) / (step * full):.0f} objects an hour, without what comes before and after",
         flush=True,
     )
@@ -136,6 +165,10 @@ def draw(base: Base, scenes: Sequence[Scene], tuned: Sequence[FineTuned], recipe
     print(f"pictures of {base.resolution} x {base.resolution}, {recipe.sample_steps} steps: {seconds:.2f} s each")
 
 
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a processor"
+
+
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -151,11 +184,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         snapshot, clip = write_base(Path(folder), size)
         base = Base.load(str(snapshot), clip=str(clip))
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a processor"
-        print(f"{device}, torch {torch.__version__}; groups that fit: {fitting_group_size(base, recipe)}", flush=True)
-        for count in size.groups:
+        fits = fitting_group_size(base, recipe)
+        print(f"{device_name()}, torch {torch.__version__}; groups that fit: {fits}", flush=True)
+        operations = step_operations(base, read_scenes(1)[0], recipe)
+        print(f"a step of one scene: {operations / 1e12:.3g} TFLOP", flush=True)
+        for count in sorted({*size.groups, *([fits] if torch.cuda.is_available() else [])}):
             scenes = read_scenes(count)
-            tuned = fine_tune(base, scenes, recipe)
+            tuned = fine_tune(base, scenes, recipe, operations)
         draw(base, scenes, tuned, recipe)
 
 

@@ -22,6 +22,7 @@ from jobs.leases import Task
 from jobs.plan import Unit
 from jobs.room import Workers
 from jobs.settings import FineTuneSettings
+from jobs.stages import Job
 from jobs.worker import make_fine_tune
 from objdrive.base.files import find_base
 from objdrive.catalog.manifest import pieces
@@ -37,12 +38,29 @@ class Timed:
     work: Any
     group_size: int
 
-    def __call__(self, payloads: list[Any], alive: Callable[[], None]) -> list[tuple[float, float]]:
-        began = time.time()
-        for outcome in self.work(payloads, alive):
+    def begin(self, payloads: list[Any], alive: Callable[[], None]) -> "TimedJob":
+        return TimedJob(self.work.begin(payloads, alive))
+
+
+class TimedJob:
+    """A lease's work, timed."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._began = time.time()
+
+    def prepare(self) -> None:
+        self._job.prepare()
+
+    def train(self) -> None:
+        self._job.train()
+
+    def commit(self) -> list[tuple[float, float]]:
+        outcomes = self._job.commit()
+        for outcome in outcomes:
             if outcome[0].status != "committed":
                 raise RuntimeError(f"not committed: {outcome}")
-        return [(began, time.time())] * len(payloads)
+        return [(self._began, time.time())] * len(outcomes)
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,7 @@ class MakeTimed:
     settings: FineTuneSettings
 
     def __call__(self) -> Timed:
-        work = make_fine_tune(self.settings)
+        work = make_fine_tune(self.settings, 0.0)
         return Timed(work, work.group_size)
 
 

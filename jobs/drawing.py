@@ -11,6 +11,7 @@ import torch
 
 from jobs.bases import load_planned
 from objdrive.adapters.store import ArtifactStore
+from objdrive.base.memory import limit_memory
 from objdrive.errors import AdapterTooLarge, ObjdriveError
 from objdrive.sampling.engine import Engine
 from objdrive.sampling.requests import Drawing, DrawRequest, Picture
@@ -45,6 +46,7 @@ class Pool:
     def prepare(self) -> str:
         """Set a worker up; the device for it."""
         if self.gpus:
+            limit_memory(self.gpus)
             return "cuda"
         torch.set_num_threads(1)
         return "cpu"

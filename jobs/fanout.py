@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import ray
 from pyarrow.fs import FileSystem
@@ -21,10 +21,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.leases import Alive, Collected, Event, InWork, LeaseLostError, Lost, Task
+from jobs.leases import Alive, Collected, Event, InWork, Lease, LeaseLostError, Lost, Task
 from jobs.queue_actor import QueueActor
 from jobs.ray_private.train import PerWorkerConfig, PerWorkerTrainer
 from jobs.room import Workers
+from jobs.stages import Job, work_off
 from objdrive.errors import ObjdriveError
 
 _POLL_SECONDS = 0.2
@@ -36,12 +37,12 @@ _PAUSES_SECONDS = (1.0, 4.0)
 
 
 class Work(Protocol):
-    """What a worker does: made once per worker, called with the payloads of a lease."""
+    """What a worker does: made once per worker."""
 
     group_size: int
 
-    def __call__(self, payloads: list[Any], alive: Alive) -> list[Any]:
-        """Return one outcome per payload; call `alive` now and then while working."""
+    def begin(self, payloads: list[Any], alive: Alive) -> Job:
+        """What is to be done with the payloads of a lease; it calls `alive` now and then in each of its stages."""
 
 
 @dataclass(frozen=True)
@@ -294,27 +295,11 @@ def _packed(tasks: list[Task]) -> list[Task]:
 
 def _worker_loop(config: dict[str, Any]) -> None:
     queue, rank = config["queue"], get_context().get_world_rank()
-    process = ray.get_runtime_context().current_actor
     work = _made(config["make_work"], queue, rank)
-    while work is not None:
-        # A group larger than the window would never be full.
-        lease = ray.get(queue.lease.remote(rank, min(work.group_size, config["window"]), process))
-        if lease == "done":
-            return
-        if lease == "wait":
-            time.sleep(_POLL_SECONDS)
-            continue
-        beats = _Beats(queue, lease.id, rank, [task.key for task in lease.tasks], process)
-        try:
-            outcomes = work([cloudpickle.loads(task.payload) for task in lease.tasks], beats)
-        except LeaseLostError:
-            continue
-        except Exception as error:
-            # Nobody knows what state this process is in: another one goes on, and the queue knows why.
-            ray.get(queue.abandon.remote(lease.id, f"{type(error).__name__}: {error}"))
-            raise
-        packed = map(cloudpickle.dumps, outcomes)
-        ray.get(queue.finish.remote(lease.id, dict(zip(beats.keys, packed, strict=True))))
+    if work is not None:
+        desk = _Desk(queue, rank, work, config["window"], ray.get_runtime_context().current_actor)
+        # After a failure nobody knows what state this process is in: it ends with it, and another one goes on.
+        work_off(desk.take, poll_seconds=_POLL_SECONDS)
 
 
 def _made(make_work: Callable[[], Work], queue: "ActorHandle[Any]", rank: int) -> Work | None:
@@ -334,20 +319,63 @@ def _made(make_work: Callable[[], Work], queue: "ActorHandle[Any]", rank: int) -
     return None
 
 
-class _Beats:
-    """Calling it says that work goes on, at most once a second and without waiting for the answer."""
+class _Desk:
+    """Where a worker takes its leases: the queue, which is told what the worker still holds."""
 
     def __init__(
-        self, queue: "ActorHandle[Any]", lease_id: str, rank: int, keys: list[str], process: "ActorHandle[Any]"
+        self, queue: "ActorHandle[Any]", rank: int, work: Work, window: int, process: "ActorHandle[Any]"
     ) -> None:
-        self.keys = keys
-        self._beat: Callable[[int, int], ray.ObjectRef[bool]] = lambda done, of: queue.beat.remote(
-            lease_id, rank, keys, process, done=done, of=of
-        )
+        self.queue = queue
+        self.rank = rank
+        self.process = process
+        self.held: set[str] = set()
+        self._work = work
+        self._window = window
+
+    def take(self, ahead: bool) -> "_InHand | Literal['wait', 'done']":
+        """Lease a group, if there is one."""
+        # A group larger than the window would never be full.
+        size = min(self._work.group_size, self._window)
+        answer: Any = self.queue.lease.remote(self.rank, size, self.process, held=tuple(self.held), ahead=ahead)
+        lease: Lease | Literal["wait", "done"] = ray.get(answer)
+        return _InHand(self, self._work, lease) if isinstance(lease, Lease) else lease
+
+
+class _InHand:
+    """A lease of this worker's, and its beats: at most one a second, and without waiting for the answer."""
+
+    def __init__(self, desk: _Desk, work: Work, lease: Lease) -> None:
+        self._desk = desk
+        self._id = lease.id
+        self._keys = [task.key for task in lease.tasks]
         self._last = time.monotonic()
         self._answer: ray.ObjectRef[bool] | None = None
+        self._progress = 0, 0
+        desk.held.add(lease.id)
+        self.job = work.begin([cloudpickle.loads(task.payload) for task in lease.tasks], self._alive)
 
-    def __call__(self, done: int = 0, of: int = 0) -> None:
+    def waits(self) -> None:
+        self._alive(*self._progress)
+
+    def finish(self, outcomes: list[Any]) -> None:
+        packed = map(cloudpickle.dumps, outcomes)
+        self._end(self._desk.queue.finish.remote(self._id, dict(zip(self._keys, packed, strict=True))))
+
+    def abandon(self, error: Exception) -> None:
+        self._end(self._desk.queue.abandon.remote(self._id, f"{type(error).__name__}: {error}"))
+
+    def give_back(self) -> None:
+        self._end(self._desk.queue.give_back.remote(self._id))
+
+    def drop(self) -> None:
+        self._desk.held.discard(self._id)
+
+    def _end(self, told: "ray.ObjectRef[None]") -> None:
+        ray.get(told)
+        self.drop()
+
+    def _alive(self, done: int = 0, of: int = 0) -> None:
+        self._progress = done, of
         if time.monotonic() - self._last < _BEAT_SECONDS:
             return
         if self._answer is not None:
@@ -356,5 +384,6 @@ class _Beats:
                 return
             if not ray.get(self._answer):
                 raise LeaseLostError
-        self._answer = self._beat(done, of)
+        desk = self._desk
+        self._answer = desk.queue.beat.remote(self._id, desk.rank, self._keys, desk.process, done=done, of=of)
         self._last = time.monotonic()

@@ -1,9 +1,9 @@
-"""What a worker does with a lease: read, fine-tune as one group, draw previews, commit."""
+"""What a worker does with a lease: read and mend; fine-tune as one group and draw previews; commit."""
 
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Literal
@@ -43,7 +43,7 @@ from objdrive.training.class_pictures import ClassPictures
 from objdrive.training.memory import fitting_group_size
 from objdrive.training.personalize import Diverged, FineTuned, personalize
 from objdrive.training.recipe import METHOD_VERSION
-from objdrive.training.views import Scene, SceneObject
+from objdrive.training.views import Scene, SceneObject, with_mended_masks
 
 _THUMBNAIL = 256
 _FATAL = (LeaseLostError, torch.AcceleratorError)
@@ -58,13 +58,15 @@ class _Loaded:
     unit: Unit
     photos: list[Photo]
     digest: str
+    scene: Scene
 
-    def scene(self) -> Scene:
+    @classmethod
+    def of(cls, unit: Unit, photos: list[Photo], digest: str) -> "_Loaded":
         objects = [
             SceneObject(record.row.object_id, record.row.class_name, photo.mask)
-            for record, photo in zip(self.unit.rows, self.photos, strict=True)
+            for record, photo in zip(unit.rows, photos, strict=True)
         ]
-        return Scene(self.digest, self.photos[0].image, tuple(objects))
+        return cls(unit, photos, digest, Scene(digest, photos[0].image, tuple(objects)))
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,15 @@ class _Drawn:
     kind: PreviewKind
     caption: str
     picture: Image.Image
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    """What became of a unit on the device: its fine-tune, its pictures, and which class words the base lacks."""
+
+    result: FineTuned
+    previews: Sequence[_Drawn]
+    unknown: frozenset[str]
 
 
 class _Counted:
@@ -84,6 +95,59 @@ class _Counted:
     def __call__(self) -> None:
         self._done = min(self._done + 1, self._of)
         self._alive(self._done, self._of)
+
+
+class _Group:
+    """A lease of units, which are fine-tuned together. Its stages are those of `jobs.stages.Job`."""
+
+    def __init__(self, work: "FineTune", units: list[Unit], alive: Alive) -> None:
+        self._work = work
+        self._units = units
+        self._alive = _Counted(alive, work.steps(units))
+        self._loaded: dict[int, _Loaded] = {}
+        self._tuned: list[tuple[int, _Loaded, _Tuned]] = []
+        self._outcomes: dict[int, list[RowOutcome]] = {}
+
+    def prepare(self) -> None:
+        for index, unit in enumerate(self._units):
+            self._alive()
+            ready = self._work.load(unit)
+            if isinstance(ready, _Loaded):
+                self._loaded[index] = ready
+            else:
+                self._outcomes[index] = ready
+        if self._work.mends:
+            for index, one in list(self._loaded.items()):
+                mended = self._work.mended(one)
+                self._alive()
+                if isinstance(mended, _Loaded):
+                    self._loaded[index] = mended
+                else:
+                    self._outcomes[index] = mended
+                    del self._loaded[index]
+
+    def train(self) -> None:
+        loaded = list(self._loaded.values())
+        results = self._work.personalize([one.scene for one in loaded], self._alive)
+        fine = [(one, r) for one, r in zip(loaded, results, strict=True) if isinstance(r, FineTuned)]
+        previews = iter(self._work.draw_previews(fine, self._alive))
+        for (index, one), result in zip(self._loaded.items(), results, strict=True):
+            if isinstance(result, FineTuned):
+                drawn = next(previews)
+                if isinstance(drawn, Exception):
+                    self._outcomes[index] = _failed(one.unit, drawn)
+                else:
+                    self._tuned.append((index, one, _Tuned(result, drawn, self._work.unknown_classes(one.unit))))
+            elif isinstance(result, Diverged):
+                self._outcomes[index] = _fail(one.unit, "diverged", result.message)
+            else:
+                self._outcomes[index] = _failed(one.unit, result)
+
+    def commit(self) -> list[list[RowOutcome]]:
+        """For each unit one outcome per row."""
+        for index, one, tuned in self._tuned:
+            self._outcomes[index] = self._work.commit(one, tuned, self._alive)
+        return [self._outcomes[index] for index in range(len(self._units))]
 
 
 class FineTune:
@@ -101,47 +165,38 @@ class FineTune:
         self._class_pictures = ClassPictures(self._base, self._recipe)
         self.group_size = settings.group_size or fitting_group_size(self._base, self._recipe)
 
-    def __call__(self, payloads: list[Unit], alive: Alive) -> list[list[RowOutcome]]:
-        """Return for each unit one outcome per row. What a unit raises is its own failure: the others go on."""
-        return self._work_off(payloads, _Counted(alive, self._steps(payloads)))
+    def begin(self, payloads: list[Unit], alive: Alive) -> "_Group":
+        """What is to be done with a lease of units. What a unit raises is its own failure: the others go on."""
+        return _Group(self, payloads, alive)
 
-    def _steps(self, units: Sequence[Unit]) -> int:
+    def steps(self, units: Sequence[Unit]) -> int:
         """How often `alive` is called for a lease of these, unless something goes wrong."""
         rows = [record.row for unit in units for record in unit.rows]
         previewed = sum(len(unit.rows) for unit in units if unit.previews)
         pictures = math.ceil(previewed * (1 + len(PREVIEW_PROMPTS)) / fitting_batch_size(self._base))
         classes = {row.class_name for row in rows} if self._recipe.keeps_classes else set()
-        mended = len(units) if self._recipe.mend_masks else 0
+        mended = 2 * len(units) if self.mends else 0
         prepared = len(units) + mended + 1 + self._class_pictures.steps_to_draw(classes) + len(units)
         return prepared + self._recipe.steps + pictures * (self._recipe.sample_steps + 1) + len(rows)
 
-    def _work_off(self, payloads: list[Unit], alive: Callable[[], None]) -> list[list[RowOutcome]]:
-        outcomes: dict[int, list[RowOutcome]] = {}
-        loaded: dict[int, _Loaded] = {}
-        for index, unit in enumerate(payloads):
-            alive()
-            ready = self._load(unit)
-            if isinstance(ready, _Loaded):
-                loaded[index] = ready
-            else:
-                outcomes[index] = ready
-        results = self._personalize([one.scene() for one in loaded.values()], alive)
-        fine = [(one, r) for one, r in zip(loaded.values(), results, strict=True) if isinstance(r, FineTuned)]
-        previews = iter(self._draw_previews(fine, alive))
-        for (index, one), result in zip(loaded.items(), results, strict=True):
-            if isinstance(result, FineTuned):
-                drawn = next(previews)
-                if isinstance(drawn, Exception):
-                    outcomes[index] = _failed(one.unit, drawn)
-                else:
-                    outcomes[index] = self._commit(one, result, drawn, alive)
-            elif isinstance(result, Diverged):
-                outcomes[index] = _fail(one.unit, "diverged", result.message)
-            else:
-                outcomes[index] = _failed(one.unit, result)
-        return [outcomes[index] for index in range(len(payloads))]
+    @property
+    def mends(self) -> bool:
+        """Whether masks are mended."""
+        return self._recipe.mend_masks
 
-    def _load(self, unit: Unit) -> _Loaded | list[RowOutcome]:
+    def mended(self, loaded: _Loaded) -> _Loaded | list[RowOutcome]:
+        """The unit with mended masks."""
+        try:
+            return replace(loaded, scene=with_mended_masks(loaded.scene))
+        except Exception as error:
+            return _failed(loaded.unit, error)
+
+    def unknown_classes(self, unit: Unit) -> frozenset[str]:
+        """Class words that the base does not know. Only where nothing else uses the tokenizer, which has no lock."""
+        return frozenset(name for name in (r.row.class_name for r in unit.rows) if not self._base.knows(name))
+
+    def load(self, unit: Unit) -> _Loaded | list[RowOutcome]:
+        """Read the unit's pictures; its outcomes if there is nothing to fine-tune."""
         try:
             photos, members = zip(
                 *(read_photo(r.row, r.image, r.mask, self._target.hosts) for r in unit.rows), strict=True
@@ -153,7 +208,7 @@ class FineTune:
                 return [RowOutcome("already", digest)] * len(unit.rows)
             if len(photos) > 1 and (pair := masks_overlap([photo.mask for photo in photos])):
                 return _fail(unit, "scene_overlap", _overlap_message(unit, *pair))
-            return _Loaded(unit, list(photos), digest)
+            return _Loaded.of(unit, list(photos), digest)
         except RowError as error:
             return _fail(unit, error.code, str(error))
         except StoreError as error:
@@ -161,10 +216,10 @@ class FineTune:
         except Exception as error:
             return _failed(unit, error)
 
-    def _personalize(
+    def personalize(
         self, scenes: Sequence[Scene], alive: Callable[[], None]
     ) -> Sequence[FineTuned | Diverged | Exception]:
-        """One result per scene; an exception for a scene that raised it."""
+        """Fine-tune a group. One result per scene; an exception for a scene that raised it."""
         if not scenes:
             return []
         try:
@@ -183,12 +238,16 @@ class FineTune:
         if out_of_memory:
             self.group_size = half
             torch.cuda.empty_cache()
-        return [*self._personalize(scenes[:half], alive), *self._personalize(scenes[half:], alive)]
+        return [*self.personalize(scenes[:half], alive), *self.personalize(scenes[half:], alive)]
 
-    def _draw_previews(
+    def draw_previews(
         self, fine: Sequence[tuple[_Loaded, FineTuned]], alive: Callable[[], None]
     ) -> Sequence[list[_Drawn] | Exception]:
-        """For each unit the pictures of its objects, none where none are wanted; an exception if it raised one."""
+        """Draw previews.
+
+        Returns:
+            For each unit the pictures of its objects, none where none are wanted; an exception if it raised one.
+        """
         try:
             return self._drawn(fine, alive)
         except _FATAL:
@@ -196,7 +255,7 @@ class FineTune:
         except Exception as error:
             if len(fine) == 1:
                 return [error]
-        return [previews for one in fine for previews in self._draw_previews([one], alive)]
+        return [previews for one in fine for previews in self.draw_previews([one], alive)]
 
     def _drawn(self, fine: Sequence[tuple[_Loaded, FineTuned]], alive: Callable[[], None]) -> list[list[_Drawn]]:
         asks = [ask for slot, (unit, result) in enumerate(fine) for ask in self._asks(slot, unit, result)]
@@ -237,14 +296,13 @@ class FineTune:
                 asks.append((slot, object_id, "picture", prompt, picture))
         return asks
 
-    def _commit(
-        self, loaded: _Loaded, result: FineTuned, previews: Sequence[_Drawn], alive: Callable[[], None]
-    ) -> list[RowOutcome]:
+    def commit(self, loaded: _Loaded, tuned: _Tuned, alive: Callable[[], None]) -> list[RowOutcome]:
+        """Encode and commit the unit's objects; one outcome per row."""
         outcomes = []
         for index, record in enumerate(loaded.unit.rows):
-            drawn = [(p.kind, p.caption, p.picture) for p in previews if p.object_id == record.row.object_id]
+            drawn = [(p.kind, p.caption, p.picture) for p in tuned.previews if p.object_id == record.row.object_id]
             try:
-                outcomes.append(self._commit_object(loaded, index, result, drawn, alive))
+                outcomes.append(self._commit_object(loaded, index, tuned, drawn, alive))
             except _FATAL:
                 raise
             except StoreError as error:
@@ -258,11 +316,12 @@ class FineTune:
         self,
         loaded: _Loaded,
         index: int,
-        result: FineTuned,
+        tuned: _Tuned,
         drawn: list[tuple[PreviewKind, str, Image.Image]],
         alive: Callable[[], None],
     ) -> RowOutcome:
-        record, photo, learned_by = loaded.unit.rows[index], loaded.photos[index], result.masks[index]
+        record, photo, result = loaded.unit.rows[index], loaded.photos[index], tuned.result
+        learned_by = result.masks[index]
         mended = learned_by is not photo.mask
         # A catalog shows every object, those without drawn previews too.
         pictures: list[tuple[PreviewKind, str, Image.Image]] = [("input", "input", _thumbnail(photo.image))]
@@ -281,7 +340,7 @@ class FineTune:
         ]
         metadata = self._metadata(loaded, record, result, notes)
         committed = self._store.commit(files, metadata, look=record.look, alive=alive)
-        warnings = [] if self._base.knows(record.row.class_name) else [_unknown_class(record, self._base)]
+        warnings = [_unknown_class(record, self._base)] if record.row.class_name in tuned.unknown else []
         warnings += photo.warnings
         if mended:
             warnings.append(_mended(photo.mask, learned_by))

@@ -3,7 +3,7 @@
 import math
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -20,10 +20,12 @@ Event = Literal[
     "worker_died",
     "worker_silent",
     "work_failed",
+    "given_back",
     "worker_not_started",
     "queue_died",
 ]
-"""What befalls leases, workers and the queue. A lease of a task that a worker had lost before is `leased_again`."""
+"""What befalls leases, workers and the queue. A lease of a task that a worker had lost before is `leased_again`; one
+that ends with its worker through no fault of its own is `given_back`."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,10 @@ class Collected:
 
 
 class LeaseQueue:
-    """Leases tasks to ranks in groups; a lease ends by `finish`, by its rank's asking anew, or by silence.
+    """Leases tasks to ranks in groups; a lease ends by `finish`, by silence, or when its rank asks without naming it.
+
+    A rank may hold several leases, each in another stage of its work. A task that took a worker down is leased alone,
+    to a rank that holds nothing else as long as it holds that: so neither do others suffer by it, nor it by others.
 
     The driver is the authority: it keeps every task until it has its outcome, and offers all of them again to a new
     incarnation of the queue. So nothing here needs to survive. Workers that outlive the queue keep their leases by
@@ -169,10 +174,20 @@ class LeaseQueue:
         self._closed = self._closed or last
         return self._incarnation
 
-    def lease(self, rank: int, size: int, process: Any = None) -> Lease | Literal["wait", "done"]:
-        """Lease up to `size` tasks to a rank; whatever it held before is void: it died, or it would not ask.
+    def lease(
+        self, rank: int, size: int, process: Any = None, *, held: Collection[str] = (), ahead: bool = False
+    ) -> Lease | Literal["wait", "done"]:
+        """Lease up to `size` tasks to a rank. What it held before, other than `held`, is void: it died with them.
 
         A process that another one has replaced, such as one on a node that was cut off, is told that all is done.
+
+        Args:
+            rank: which.
+            size: of a group.
+            process: of the rank.
+            held: leases that this process still works on.
+            ahead: whether it could not begin the tasks yet. It gets some only if every worker, this one too, could
+                still take a whole group: at the end of a run nobody idles for tasks that lie waiting with another.
         """
         if process is not None and process in self._replaced:
             return "done"
@@ -181,12 +196,17 @@ class LeaseQueue:
         self._ranks[rank] = process
         self._failed_starts.pop(rank, None)
         self._bury()
-        for lease_id in [i for i, holding in self._holdings.items() if holding.rank == rank]:
-            self._void(lease_id, "worker_died", f"the worker of rank {rank} died")
+        lost = [i for i, holding in self._holdings.items() if holding.rank == rank and i not in held]
+        if lost:
+            self._events["worker_died"] += 1
+        for lease_id in lost:
+            self._void(lease_id, f"the worker of rank {rank} died")
         self._expire()
         if self._closed and not self._pending and not self._holdings:
             return "done"
         if self._clock() < self._lease_from or not self._pending or not (self._closed or len(self._pending) >= size):
+            return "wait"
+        if not self._may_hold_more(rank) or (ahead and len(self._pending) < size * self._known_workers):
             return "wait"
         self._events["leased_again" if self._attempts.get(self._pending[0]) else "leased"] += 1
         keys = self._next_keys(size)
@@ -225,10 +245,16 @@ class LeaseQueue:
             # Only what nobody holds can be pending: to look through all of that at every end would be most of the work.
             self._pending = deque(key for key in self._pending if key not in outcomes)
 
+    def give_back(self, lease_id: str) -> None:
+        """Take a lease back whose worker ends for another one's sake; its tasks are leased anew, as they were."""
+        if lease_id in self._holdings:
+            self._return(lease_id)
+
     def abandon(self, lease_id: str, cause: str) -> None:
         """Take a lease back whose work failed as a whole; its tasks are tried again, each alone."""
         if lease_id in self._holdings:
-            self._void(lease_id, "work_failed", cause)
+            self._events["work_failed"] += 1
+            self._void(lease_id, cause)
 
     def report_broken(self, rank: int, message: str) -> bool:
         """A worker could not start, and takes no leases.
@@ -255,11 +281,20 @@ class LeaseQueue:
         if self._attempts.get(self._pending[0]):
             return (self._pending.popleft(),)
         left = len(self._pending) + sum(len(holding.keys) for holding in self._holdings.values())
-        fair = math.ceil(left / max(self._workers, len(self._ranks)))
+        fair = math.ceil(left / self._known_workers)
         keys: list[str] = []
         while self._pending and len(keys) < min(size, fair) and not self._attempts.get(self._pending[0]):
             keys.append(self._pending.popleft())
         return tuple(keys)
+
+    @property
+    def _known_workers(self) -> int:
+        return max(self._workers, len(self._ranks))
+
+    def _may_hold_more(self, rank: int) -> bool:
+        """Whether the next task may be leased to a rank beside what it holds: not if either took a worker down."""
+        held = [key for holding in self._holdings.values() if holding.rank == rank for key in holding.keys]
+        return not held or not any(self._attempts.get(key) for key in (self._pending[0], *held))
 
     def _adoptable(self, lease_id: str, keys: Sequence[str]) -> bool:
         if lease_id.startswith(self._incarnation):
@@ -269,25 +304,30 @@ class LeaseQueue:
 
     def _bury(self) -> None:
         # A rank whose node is gone may not ask anew before the run's end: its lease is not to wait for that.
-        for lease_id, holding in list(self._holdings.items()):
-            if death := self._death(holding.process):
-                self._void(
-                    lease_id,
-                    "worker_died",
-                    f"the worker of rank {holding.rank} died: {death.cause}",
-                    suspect=death.suspect,
-                )
+        processes = {holding.process for holding in self._holdings.values()}
+        for process, death in [(process, self._death(process)) for process in processes]:
+            if death is None:
+                continue
+            self._events["worker_died"] += 1
+            for lease_id in [i for i, holding in self._holdings.items() if holding.process == process]:
+                cause = f"the worker of rank {self._holdings[lease_id].rank} died: {death.cause}"
+                self._void(lease_id, cause, suspect=death.suspect)
 
     def _expire(self) -> None:
         now = self._clock()
         for lease_id in [i for i, holding in self._holdings.items() if holding.expires < now]:
-            holding = self._holdings[lease_id]
+            holding = self._holdings.get(lease_id)
+            if holding is None:
+                continue
             cause = f"the worker of rank {holding.rank} was silent for {self._stall_seconds:g} s"
-            self._void(lease_id, "worker_silent", cause)
+            self._events["worker_silent"] += 1
+            self._void(lease_id, cause)
+            # Its process ends for this lease alone.
+            for other in [i for i, one in self._holdings.items() if _of_one_process(one, holding)]:
+                self._return(other)
             self._kill(holding.process)
 
-    def _void(self, lease_id: str, event: Event, cause: str, *, suspect: bool = True) -> None:
-        self._events[event] += 1
+    def _void(self, lease_id: str, cause: str, *, suspect: bool = True) -> None:
         back = []
         for key in self._holdings.pop(lease_id).keys:
             if suspect:
@@ -300,6 +340,10 @@ class LeaseQueue:
                 self._forget(key)
         self._requeue(back)
 
+    def _return(self, lease_id: str) -> None:
+        self._events["given_back"] += 1
+        self._requeue(self._holdings.pop(lease_id).keys)
+
     def _requeue(self, keys: Sequence[str]) -> None:
         # Adopted tasks are unknown until the driver offers them again; that offer makes them pending.
         self._pending.extendleft(key for key in reversed(keys) if key in self._tasks)
@@ -308,3 +352,7 @@ class LeaseQueue:
         self._tasks.pop(key, None)
         self._attempts.pop(key, None)
         self._losses.pop(key, None)
+
+
+def _of_one_process(a: _Holding, b: _Holding) -> bool:
+    return (a.rank, a.process) == (b.rank, b.process)

@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -25,6 +26,9 @@ from objdrive.catalog.manifest import Piece
 from objdrive.catalog.rows import Reject
 from objdrive.errors import StoreError
 
+_WINDOW_PER_WORKER = 128
+"""Tasks: three of the largest groups in a worker's hands, and one before it."""
+
 
 def new_run_id() -> str:
     """An id that sorts by time."""
@@ -37,7 +41,8 @@ class BatchRun:
     Args:
         pieces: the manifest.
         target: what its rows are turned into.
-        make_work: makes what a worker does with a lease of `jobs.plan.Unit` (see `jobs.finetune.FineTune`).
+        make_work: makes what a worker of so many GPUs does with a lease of `jobs.plan.Unit` (see
+            `jobs.finetune.FineTune`).
         request: the workers that are wanted. They are looked for when there is work for them.
         ledger: told of every row.
         metrics: told of what is in work; they know the run's id.
@@ -51,7 +56,7 @@ class BatchRun:
         self,
         pieces: list[Piece],
         target: Target,
-        make_work: Callable[[], Work],
+        make_work: Callable[[float], Work],
         request: WorkersRequest,
         ledger: Ledger,
         metrics: RunMetrics,
@@ -139,7 +144,7 @@ class BatchRun:
         try:
             fan_out(
                 tasks,
-                self._make_work,
+                partial(self._make_work, workers.gpus),
                 workers=workers,
                 on_outcome=self._on_outcome,
                 on_progress=self._on_progress,
@@ -147,7 +152,7 @@ class BatchRun:
                 # pyarrow's stubs call every handler abstract.
                 storage=(PyFileSystem(FSSpecHandler(filesystem)), folder),  # type: ignore[abstract]
                 stall_seconds=self._stall_seconds,
-                window=max(256, 64 * workers.most),
+                window=max(256, _WINDOW_PER_WORKER * workers.most),
             )
         finally:
             if filesystem.exists(folder):

@@ -38,9 +38,11 @@ def filled(tmp_path_factory, tiny64):
     target = Target(store.url, recipe.digest, tiny64.fingerprint)
     rows = [row for row in read_manifest(str(MANIFEST)) if not row.scene][:2]
     units = [Unit((check_row(row, store, target),), previews=False) for row in rows]
-    outcomes = make_fine_tune(FineTuneSettings("tiny64", None, recipe, target, group_size=2, cpu_threads=1))(
-        units, lambda done, of: None
-    )
+    settings = FineTuneSettings("tiny64", None, recipe, target, group_size=2, cpu_threads=1)
+    job = make_fine_tune(settings, 0.0).begin(units, lambda done, of: None)
+    job.prepare()
+    job.train()
+    outcomes = job.commit()
     assert [outcome.status for (outcome,) in outcomes] == ["committed"] * 2
     return folder
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,6 @@ class _Kind:
         parts = rows.split(self._sizes, dim=-1)
         return zip(self.layers, zip(parts[: len(self.layers)], parts[len(self.layers) :], strict=True), strict=True)
 
-    def ranks(self) -> Tensor:
-        """For each column the rank that it belongs to; of B, 0."""
-        downs = [layer.ranks() for layer in self.layers]
-        return torch.cat([*downs, torch.zeros(sum(self._sizes[len(self.layers) :]), dtype=torch.long)])
-
     def downs(self) -> Tensor:
         """For each column whether it belongs to an A."""
         count = sum(self._sizes[: len(self.layers)])
@@ -46,12 +42,14 @@ class _Weights:
 
     Args:
         rows: (runs, K, P).
+        ranks: (runs, K, 2), all of the rank of each run's slots, and its least.
         linear: where those of linear layers are.
         convolutions: where those of convolutions are, which take them sample by sample.
     """
 
-    def __init__(self, rows: Tensor, linear: _Kind, convolutions: _Kind) -> None:
+    def __init__(self, rows: Tensor, ranks: Tensor, linear: _Kind, convolutions: _Kind) -> None:
         self._runs = len(rows)
+        self._ranks = ranks
         self._linear = {layer.name: places for layer, places in linear.places(rows[..., linear.columns])}
         self._rows = rows[..., convolutions.columns]
         self._kind = convolutions
@@ -64,16 +62,34 @@ class _Weights:
         Raises:
             ValueError: they are no multiple of the runs.
         """
-        if samples % self._runs:
-            raise ValueError(f"a batch of {samples} does not split into {self._runs} equal runs")
+        each = self._each(samples)
         if not layer.is_convolution:
             return self._linear[layer.name]
         if self._samples != samples:
-            each = samples // self._runs
             rows = self._rows if each == 1 else self._rows.repeat_interleave(each, dim=0)
             self._maps = {layer.name: places for layer, places in self._kind.places(rows)}
             self._samples = samples
         return self._maps[layer.name]
+
+    def acting(self, rank: int, timesteps: Tensor, count: int) -> Tensor:
+        """(N, K rank), 1 for what acts of each sample's ranks at its timestep (N,), else 0, in the weights' type."""
+        ranks = self._ranks.repeat_interleave(self._each(len(timesteps)), dim=0)
+        kept = kept_rank(ranks[..., 0], ranks[..., 1], timesteps[:, None], count)
+        acts = torch.arange(rank, device=kept.device) < kept[..., None]
+        return acts.flatten(1).to(self._rows.dtype)
+
+    def _each(self, samples: int) -> int:
+        if samples % self._runs:
+            raise ValueError(f"a batch of {samples} does not split into {self._runs} equal runs")
+        return samples // self._runs
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """What a batch is adapted by: `acts` (N, K rank) says what acts of each sample's ranks; None: all of them."""
+
+    weights: _Weights
+    acts: Tensor | None
 
 
 class AdapterBank:
@@ -104,9 +120,11 @@ class AdapterBank:
         self._convolutions = _Kind([layer for layer in layers if layer.is_convolution], self._linear.columns.stop)
         self._dtype = weight.dtype
         self.values = nn.Parameter(torch.zeros(slots, self._convolutions.columns.stop, device=weight.device))
-        self._varying: dict[int, tuple[int, int]] = {}
-        """Slots whose rank depends on the timestep: all of their rank, and its least."""
-        self._weights: _Weights | None = None
+        self._varying: set[int] = set()
+        """Slots whose rank depends on the timestep."""
+        self._ranks = torch.full((slots, 2), rank, device=weight.device)
+        """(slots, 2), all of each slot's rank, and its least. On the device, so that no step waits for an upload."""
+        self._adapted: _Adapted | None = None
         self._last: tuple[object, _Weights] | None = None
         """What was last chosen to draw with, and what for."""
         self._hooks: list[RemovableHandle] = [
@@ -179,7 +197,7 @@ class AdapterBank:
 
     @contextmanager
     def active(
-        self, runs: Sequence[int | Mapping[int, float]], timesteps: tuple[Sequence[int], int] | None = None
+        self, runs: Sequence[int | Mapping[int, float]], timesteps: tuple[Tensor, int] | None = None
     ) -> Iterator[None]:
         """Let the network's batches be ``len(runs)`` equal contiguous runs, each adapted as it says.
 
@@ -188,34 +206,38 @@ class AdapterBank:
 
         Args:
             runs: for each run a slot, or any number of slots with their scales, whose deltas are summed.
-            timesteps: of each run, and how many there are at all; slots with a least rank need them.
+            timesteps: (N,) of each sample of the batch, on the network's device, and how many there are at all; slots
+                with a least rank need them.
 
         Raises:
-            ValueError: there are none, and a slot needs them.
+            ValueError: there are none, and a slot needs them; or they do not split into the runs.
         """
         with self._adapting(self._chosen(runs, timesteps)):
             yield
 
     def as_now(self) -> AbstractContextManager[None]:
         """Adapt, whenever the context is entered, as at the time of this call."""
-        return self._adapting(self._weights)
+        return self._adapting(self._adapted)
 
     @contextmanager
-    def _adapting(self, weights: _Weights | None) -> Iterator[None]:
-        previous, self._weights = self._weights, weights
+    def _adapting(self, adapted: _Adapted | None) -> Iterator[None]:
+        previous, self._adapted = self._adapted, adapted
         try:
             yield
         finally:
-            self._weights = previous
+            self._adapted = previous
 
     def rank_varies(self, slots: Iterable[int]) -> bool:
         """Whether the rank of some of these slots depends on the timestep."""
-        return not self._varying.keys().isdisjoint(slots)
+        return not self._varying.isdisjoint(slots)
 
     def _set_least_rank(self, slot: int, rank: int, least_rank: int | None) -> None:
-        self._varying.pop(slot, None)
+        self._varying.discard(slot)
+        kept = (self.rank, self.rank)
         if least_rank is not None:
-            self._varying[slot] = rank, least_rank
+            self._varying.add(slot)
+            kept = (rank, least_rank)
+        self._ranks[slot] = self._tensor(kept)
 
     def _write(self, slot: int, lora: Mapping[str, Tensor]) -> None:
         row = torch.zeros(self.values.shape[1])
@@ -229,73 +251,61 @@ class AdapterBank:
         return [each for kind in (self._linear, self._convolutions) for each in kind.places(row[kind.columns])]
 
     def _chosen(
-        self, runs: Sequence[int | Mapping[int, float]], timesteps: tuple[Sequence[int], int] | None
-    ) -> _Weights | None:
+        self, runs: Sequence[int | Mapping[int, float]], timesteps: tuple[Tensor, int] | None
+    ) -> _Adapted | None:
         mixes = [{run: 1.0} if isinstance(run, int) else dict(run) for run in runs]
         if self.rank == 0 or not any(mixes):
             self._last = None
             return None
-        kept = None
-        if self.rank_varies(slot for mix in mixes for slot in mix):
-            if timesteps is None:
-                raise ValueError("the rank of some slots depends on the timestep: pass timesteps")
-            each, count = timesteps
-            kept = [self._kept_ranks(mix, timestep, count) for mix, timestep in zip(mixes, each, strict=True)]
+        varies = self.rank_varies(slot for mix in mixes for slot in mix)
+        if varies and timesteps is None:
+            raise ValueError("the rank of some slots depends on the timestep: pass timesteps")
+        weights = self._selected(mixes)
+        return _Adapted(weights, weights.acting(self.rank, *timesteps) if varies and timesteps else None)
+
+    def _selected(self, mixes: Sequence[Mapping[int, float]]) -> _Weights:
         if torch.is_grad_enabled():
-            return self._select(mixes, kept)
-        asked = ([list(mix.items()) for mix in mixes], kept, self.values._version)
+            return self._select(mixes)
+        asked = ([list(mix.items()) for mix in mixes], self.values._version)
         if self._last is None or self._last[0] != asked:
             self._last = None
-            self._last = asked, self._select(mixes, kept)
+            self._last = asked, self._select(mixes)
         return self._last[1]
 
-    def _select(self, mixes: Sequence[Mapping[int, float]], kept: Sequence[Sequence[int]] | None) -> _Weights:
+    def _select(self, mixes: Sequence[Mapping[int, float]]) -> _Weights:
         """The runs' weights, in the network's type."""
-        if kept is None and mixes == [{slot: 1.0} for slot in range(self.slots)]:
+        if mixes == [{slot: 1.0} for slot in range(self.slots)]:
             # The whole bank in order is what training uses.
-            rows = self.values[:, None]
+            rows, ranks = self.values[:, None], self._ranks[:, None]
         else:
             most = max(len(mix) for mix in mixes)
             padded = [[*mix.items(), *[(0, 0.0)] * (most - len(mix))] for mix in mixes]
-            rows = self.values[self._tensor([[slot for slot, _ in row] for row in padded])]
+            slots = self._tensor([[slot for slot, _ in row] for row in padded])
+            rows, ranks = self.values[slots], self._ranks[slots]
             scales = [[scale for _, scale in row] for row in padded]
-            if kept is not None or any(scale != 1 for row in scales for scale in row):
-                rows = rows * self._factors(self._tensor(scales), kept)
-        return _Weights(rows.to(self._dtype), self._linear, self._convolutions)
+            if any(scale != 1 for row in scales for scale in row):
+                downs = torch.cat([kind.downs() for kind in (self._linear, self._convolutions)]).to(rows.device)
+                rows = rows * torch.where(downs, self._tensor(scales)[..., None], 1.0)
+        return _Weights(rows.to(self._dtype), ranks, self._linear, self._convolutions)
 
-    def _factors(self, scales: Tensor, kept: Sequence[Sequence[int]] | None) -> Tensor:
-        """(runs, K, P), by what each value counts: A's by the scale (runs, K) and whether its rank acts, B's by 1."""
-        kinds = (self._linear, self._convolutions)
-        downs = torch.cat([kind.downs() for kind in kinds]).to(scales.device)
-        factors = torch.where(downs, scales[..., None], 1.0)
-        if kept is None:
-            return factors
-        padded = self._tensor([[*row, *[0] * (scales.shape[1] - len(row))] for row in kept])
-        acts = torch.cat([kind.ranks() for kind in kinds]).to(scales.device) < padded[..., None]
-        return factors * (acts | ~downs)
-
-    def _tensor(self, rows: Sequence[Sequence[float]]) -> Tensor:
+    def _tensor(self, rows: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor(rows, device=self.values.device)
-
-    def _kept_ranks(self, slots: Iterable[int], timestep: int, count: int) -> list[int]:
-        return [
-            kept_rank(*self._varying[slot], timestep, count) if slot in self._varying else self.rank for slot in slots
-        ]
 
     def _adding(self, layer: LoraLayer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if self._weights is None:
+            if self._adapted is None:
                 return output
-            return layer.add(output, inputs[0], *self._weights.of(layer, len(inputs[0])))
+            down, up = self._adapted.weights.of(layer, len(inputs[0]))
+            return layer.add(output, inputs[0], down, up, self._adapted.acts)
 
         return add
 
 
-def kept_rank(rank: int, least: int, timestep: int, count: int) -> int:
+def kept_rank(rank: Tensor, least: Tensor, timestep: Tensor, count: int) -> Tensor:
     """``floor((r - r_min) (T - t) / T) + r_min``: how much of a LoRA's rank acts at a timestep (arXiv 2507.05964).
 
     Args:
-        rank: all of it, r.
+        rank: all of it, r: whole numbers, as all of these, of shapes that broadcast.
         least: what acts at the noisiest timestep, r_min.
         timestep: t.
         count: of all timesteps, T.

@@ -72,13 +72,7 @@ class LoraLayer:
             return down.flip(1, 2).movedim(-1, 1).contiguous(), up[..., None, None].clone()
         return down.clone(), up.clone()
 
-    def ranks(self) -> Tensor:
-        """For each value of A, in a bank's order, to which rank it belongs."""
-        each = torch.arange(self.rank)
-        size = self.sizes[0]
-        return each.repeat_interleave(size // max(1, self.rank)) if self.is_convolution else each.repeat(self.inside[0])
-
-    def add(self, output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    def add(self, output: Tensor, x: Tensor, down: Tensor, up: Tensor, acts: Tensor | None = None) -> Tensor:
         """The layer's output, with LoRA.
 
         Args:
@@ -87,13 +81,17 @@ class LoraLayer:
             down: (runs, K, A's values) in a bank's order; the deltas of a run's K adapters are summed. A convolution
                 takes every sample for a run.
             up: (runs, K, B's values).
+            acts: (N, K rank), by what each sample's ranks count; None: all by 1.
         """
         up = up.unflatten(2, (self.rank, self.out)).flatten(1, 2)
         if isinstance(self.layer, nn.Conv2d):
-            return _add_to_maps(self.layer, output, x, down.unflatten(2, (self.rank, -1)).flatten(1, 2), up)
+            return _add_to_maps(self.layer, output, x, down.unflatten(2, (self.rank, -1)).flatten(1, 2), up, acts)
         down = down.unflatten(2, (-1, self.rank)).transpose(1, 2).flatten(2)
         runs = len(down)
         hidden = torch.bmm(x.reshape(runs, -1, x.shape[-1]), down)
+        if acts is not None:
+            # A weight that does not act would be copied for every sample; what it yields is r numbers a place.
+            hidden = (hidden.view(len(x), -1, acts.shape[1]) * acts[:, None]).view_as(hidden)
         return torch.baddbmm(output.reshape(runs, -1, self.out), hidden, up).view_as(output)
 
     def _down_rows(self, down_at: Tensor) -> Tensor:
@@ -114,8 +112,8 @@ def find_layers(network: nn.Module, targets: Sequence[str], rank: int) -> list[L
     ]
 
 
-def _add_to_maps(layer: nn.Conv2d, output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """`output` (N, out, ...) + LoRA of maps x (N, in, h, w), by `down` (N, r, kh kw in) and `up` (N, r, out).
+def _add_to_maps(layer: nn.Conv2d, output: Tensor, x: Tensor, down: Tensor, up: Tensor, acts: Tensor | None) -> Tensor:
+    """`output` (N, out, ...) + LoRA of maps x (N, in, h, w), by `down` (N, r, kh kw in), `up` (N, r, out), `acts`.
 
     First every place is multiplied by the kernel of every offset, then products are summed where they belong: the
     adjoint of unfolding, which takes the kernel turned. Only r channels are unfolded that way, not all that come in.
@@ -130,6 +128,8 @@ def _add_to_maps(layer: nn.Conv2d, output: Tensor, x: Tensor, down: Tensor, up: 
         turned = tuple(width - 1 - pad for width, pad in zip(kernel, padding, strict=True))
         down_stride, across_stride = layer.stride
         hidden = F.fold(hidden, size, kernel, padding=turned)[:, :, ::down_stride, ::across_stride].flatten(2)
+    if acts is not None:
+        hidden = hidden * acts[:, :, None]
     flat = output.flatten(2)
     if output.is_contiguous(memory_format=torch.channels_last):
         added: Tensor = torch.baddbmm(flat.mT, hidden.mT, up).mT

@@ -17,6 +17,7 @@ from torch import Tensor
 from objdrive.adapters.bank import AdapterBank
 from objdrive.base.attention import watch_attention
 from objdrive.base.conditioning import Conditioning, Frame
+from objdrive.base.memory import share_bytes
 from objdrive.base.prompts import fill_prompt, phrase_places, refuse_mark, text_places
 from objdrive.base.sizes import Size
 from objdrive.base.stable_diffusion import Base
@@ -25,7 +26,11 @@ from objdrive.pictures import to_pictures
 from objdrive.sampling.inpainting import Canvas, Known
 from objdrive.sampling.regions import asks_for_several, find_regions
 
-_PIXELS_PER_BATCH = 4 * 512**2
+_PIXELS_ON_PROCESSOR = 4 * 512**2
+_MOST_PIXELS = 16 * 512**2
+"""Of a batch: with guidance these are up to 48 rows of a denoising step, which keep any card busy."""
+_BYTES_PER_PIXEL = 4 * 256 * 4
+"""While a batch is decoded: four maps of 256 channels in float32, as SD's and SDXL's autoencoders have them."""
 
 
 @dataclass(frozen=True)
@@ -279,9 +284,7 @@ def _adapted(
     base: Base, bank: AdapterBank, rows: Sequence[Mapping[int, float]], timesteps: Tensor
 ) -> AbstractContextManager[None]:
     """The rows of a batch at `timesteps` (N,), each adapted by its slots."""
-    if not any(map(bank.rank_varies, rows)):
-        return bank.active(_in_long_runs(rows))
-    return bank.active(rows, (timesteps.tolist(), len(base.noise.alphas)))
+    return bank.active(_in_long_runs(rows), (timesteps, len(base.noise.alphas)))
 
 
 def _in_long_runs(rows: Sequence[Mapping[int, float]]) -> Sequence[Mapping[int, float]]:
@@ -329,6 +332,15 @@ def draw_pictures(
 
 
 def fitting_batch_size(base: Base, size: Size | None = None) -> int:
-    """Pictures of a size in a batch that fits a device: four of 512 x 512, or as many pixels in smaller ones."""
+    """Pictures of a size in a batch that fits a device, or this process's share of it."""
     width, height = size or base.sizes.square
-    return max(1, _PIXELS_PER_BATCH // (width * height))
+    pixels = pixels_at_once(share_bytes(base.device)) if base.device.type == "cuda" else _PIXELS_ON_PROCESSOR
+    return max(1, pixels // (width * height))
+
+
+def pixels_at_once(share: int) -> int:
+    """Pixels of a batch for a process that may take so many bytes of a GPU: a quarter of them is for decoding.
+
+    The rest is for weights and adapters.
+    """
+    return min(_MOST_PIXELS, share // 4 // _BYTES_PER_PIXEL)

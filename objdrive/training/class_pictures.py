@@ -33,7 +33,8 @@ class ClassPictures:
 
     def steps_to_draw(self, class_names: set[str]) -> int:
         """How often `draw` of these would call `on_step`."""
-        pictures = len(class_names - self._latents.keys()) * self._recipe.class_pool
+        # A name at a time: another thread may be drawing.
+        pictures = sum(name not in self._latents for name in class_names) * self._recipe.class_pool
         return math.ceil(pictures / fitting_batch_size(self._base)) * self._recipe.sample_steps
 
     def draw(self, class_names: set[str], *, on_step: Callable[[], None] = lambda: None) -> None:

@@ -1,7 +1,6 @@
 """What a step minimises, ``L = L_obj + ccr_weight * L_ccr`` (arXiv 2401.15708), for a group of scenes at once."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ def group_losses(
     views, kept = (slice(None), slice(recipe.views)), (slice(None), slice(recipe.views, None))
     learned_prompts = base.encode_tokens(inputs.ids, inputs.learned, learned)[inputs.prompt_rows]
     prompts = Conditioning.cat([learned_prompts.framed_as(inputs.asked[views]), inputs.asked[kept]], dim=1)
-    with adapted(base, bank, inputs.timesteps):
+    with bank.active(range(bank.slots), (inputs.timesteps.flatten(), len(base.noise.alphas))):
         flat = base.predict(inputs.noised.flatten(0, 1), inputs.timesteps.flatten(), prompts.flatten())
     prediction = flat.view_as(inputs.noised)
     importance, target, expected = inputs.importance, inputs.target, inputs.expected
@@ -46,12 +45,3 @@ def group_losses(
         around = background_loss(prediction[views], expected[views], inputs.weights)
         class_losses = class_losses + (importance[views] * around).mean(dim=1)
     return object_losses, class_losses
-
-
-def adapted(base: Base, bank: AdapterBank, timesteps: Tensor) -> AbstractContextManager[None]:
-    """Each scene's samples, at `timesteps` (K, S), adapted by its slot."""
-    scenes, samples = timesteps.shape
-    if not bank.rank_varies(range(scenes)):
-        return bank.active(range(scenes))
-    slots = [slot for slot in range(scenes) for _ in range(samples)]
-    return bank.active(slots, (timesteps.flatten().tolist(), len(base.noise.alphas)))

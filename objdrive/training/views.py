@@ -45,6 +45,8 @@ class Scene:
     key: str
     image: np.ndarray
     objects: tuple[SceneObject, ...]
+    mended: bool = False
+    """Whether its masks have been mended (`with_mended_masks`)."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,14 @@ class _Cut:
 
 def with_mended_masks(scene: Scene) -> Scene:
     """The scene with masks that follow its picture. A mask that does so already stays as it is (`mend_mask`)."""
+    if scene.mended:
+        return scene
     objects = []
     for one in scene.objects:
         others = [other for other in scene.objects if other is not one]
         mask = mend_mask(scene.image, one.mask, _together(others) if others else None)
         objects.append(replace(one, mask=mask))
-    return replace(scene, objects=tuple(objects))
+    return replace(scene, objects=tuple(objects), mended=True)
 
 
 def make_views(base: Base, scene: Scene, recipe: Recipe) -> list[View]:

@@ -118,7 +118,8 @@ class TestForward:
             runs = [slot for _ in kept for slot in range(3)]
             with pytest.raises(ValueError, match="pass timesteps"), bank.active(runs):
                 pass
-            with bank.active(runs, ([timestep for timestep in kept for _ in range(3)], 10)), torch.no_grad():
+            timesteps = torch.tensor(list(kept)).repeat_interleave(3)
+            with bank.active(runs, (timesteps, 10)), torch.no_grad():
                 got = network(x)
         for sample, answer in enumerate(got):
             rank = list(kept.values())[sample // 3][sample % 3]
@@ -126,6 +127,36 @@ class TestForward:
                 name: value[:rank] if "lora_A" in name else value[:, :rank] for name, value in loras[sample % 3].items()
             }
             np.testing.assert_allclose(answer, by_hand(network, x[sample].numpy(), first), rtol=1e-4, atol=1e-5)
+
+    def test_a_least_rank_holds_for_each_sample_of_a_run_in_gradients_too(self):
+        torch.manual_seed(0)
+        block = nn.ModuleDict({"conv1": nn.Conv2d(3, 5, 3, padding=1), "to_q": nn.Linear(5, 4)})
+        network = nn.ModuleDict({"block": block}).requires_grad_(False)
+        conv, linear = block["conv1"], block["to_q"]
+        x, timesteps, kept = torch.randn(4, 3, 6, 6), torch.tensor([0, 9, 5, 0]), (3, 1, 2, 3)
+        with AdapterBank(network, LORA_TARGETS, slots=2, rank=3) as bank:
+            shapes = {key: value.shape for key, value in bank.export(0).items()}
+            loras = [{key: torch.randn(shape) for key, shape in shapes.items()} for _ in range(2)]
+            for slot in range(2):
+                bank.load(slot, loras[slot], least_rank=1)
+            with bank.active([0, 1], (timesteps, 10)):
+                got = linear(conv(x).movedim(1, -1))
+            got.pow(2).sum().backward()
+            with torch.no_grad():
+                bank.values.copy_(bank.values.grad)
+            gradients = [bank.export(slot) for slot in range(2)]
+        for slot, lora in enumerate(loras):
+            down, up, a, b = leaves = [value.requires_grad_() for value in lora.values()]
+            loss = 0.0
+            for sample in (2 * slot, 2 * slot + 1):
+                r = kept[sample]
+                kernel = conv.weight + (up[:, :r].flatten(1) @ down[:r].flatten(1)).view_as(conv.weight)
+                maps = F.conv2d(x[sample], kernel, conv.bias, padding=1).movedim(0, -1)
+                expected = maps @ (linear.weight + b[:, :r] @ a[:r]).T + linear.bias
+                torch.testing.assert_close(got[sample], expected, rtol=1e-3, atol=1e-3)
+                loss = loss + expected.pow(2).sum()
+            for mine, theirs in zip(gradients[slot].values(), torch.autograd.grad(loss, leaves), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-2)
 
     def test_equals_pefts_own_injection(self, unet):
         with AdapterBank(unet, LORA_TARGETS, slots=2, rank=3) as bank:

@@ -6,7 +6,7 @@ import time
 from jobs import batch_personalize
 
 
-def make_light_fine_tune(settings):
+def make_light_fine_tune(settings, gpus):
     import torch
 
     from jobs import finetune

@@ -61,8 +61,15 @@ class Workshop:
     def work(self, *units):
         """(outcomes by unit, how often `alive` was called)."""
         calls = Counter()
-        outcomes = self.fine_tune(list(units), lambda done, of: calls.update(["alive"]))
+        outcomes = self.staged(units, lambda done, of: calls.update(["alive"]))
         return outcomes, calls["alive"]
+
+    def staged(self, units, alive):
+        """Outcomes by unit, of one stage after the other."""
+        job = self.fine_tune.begin(list(units), alive)
+        job.prepare()
+        job.train()
+        return job.commit()
 
     def adapter(self, object_id):
         metadata, files = self.store.read(object_id)
@@ -400,7 +407,7 @@ def test_a_lost_lease_and_a_failed_device_are_no_fault_of_a_scene(workshop, monk
 def test_progress_goes_from_the_first_step_to_the_last(workshop):
     workshop.copy_row(workshop.alone[0], "watched")
     told = []
-    workshop.fine_tune([workshop.unit("watched", previews=True)], lambda done, of: told.append((done, of)))
+    workshop.staged([workshop.unit("watched", previews=True)], lambda done, of: told.append((done, of)))
     steps = [done for done, _ in told]
     assert steps == sorted(steps)
     assert {of for _, of in told} == {told[-1][0]}

@@ -187,6 +187,105 @@ def test_what_another_rank_holds_by_now_can_be_finished_by_both(make_queue, cloc
     assert queue.lease(1, 1) == "done"
 
 
+# Several leases in one worker's hands
+
+
+def test_a_process_keeps_the_leases_that_it_names(make_queue):
+    queue = make_queue("abcdef")
+    first = queue.lease(0, 2, "process")
+    second = queue.lease(0, 2, "process", held=[first.id])
+    third = queue.lease(0, 2, "process", held=[first.id, second.id])
+    assert [names(lease) for lease in (first, second, third)] == ["ab", "cd", "ef"]
+    for lease in (second, first, third):
+        finish(queue, lease)
+    assert outcomes(queue) == did("abcdef")
+    assert queue.lease(0, 2, "process") == "done"
+
+
+def test_what_a_process_held_and_does_not_name_is_leased_anew(make_queue):
+    queue = make_queue("abcd")
+    first = queue.lease(0, 2, "process")
+    second = queue.lease(0, 2, "process", held=[first.id])
+    assert queue.lease(0, 2, "process", held=[second.id]) == "wait"  # a and b are suspect, and leased alone
+    finish(queue, second)
+    assert names(queue.lease(0, 2, "process")) == "a"
+
+
+def test_nothing_is_leased_ahead_that_idle_workers_could_take_as_a_group(make_queue):
+    queue = make_queue("abcdefghij", workers=2)
+    held = queue.lease(0, 3, "one")
+    assert names(held) == "abc"
+    ahead = queue.lease(0, 3, "one", held=[held.id], ahead=True)
+    assert names(ahead) == "def"
+    # Four are left: fewer than a group for each of two workers.
+    assert queue.lease(0, 3, "one", held=[held.id, ahead.id], ahead=True) == "wait"
+    assert names(queue.lease(1, 3, "other")) == "ghi"
+    # What it can begin at once it gets all the same.
+    assert names(queue.lease(0, 3, "one", held=[held.id, ahead.id])) == "j"
+
+
+def test_a_task_that_took_a_worker_down_is_the_only_thing_its_worker_holds(make_queue):
+    queue = make_queue("abcdef")
+    queue.lease(0, 2, "the first")
+    suspect = queue.lease(0, 2, "the second")
+    assert names(suspect) == "a"
+    for ahead in (False, True):
+        assert queue.lease(0, 2, "the second", held=[suspect.id], ahead=ahead) == "wait"
+    finish(queue, suspect)
+    other = queue.lease(1, 2, "another")
+    assert names(other) == "b"
+    finish(queue, other)
+    held = queue.lease(1, 2, "another")
+    assert names(held) == "cd"
+    assert names(queue.lease(1, 2, "another", held=[held.id])) == "ef"
+
+
+def test_a_killed_process_loses_all_that_it_held_and_that_counts_as_one_death(make_queue):
+    deaths = {}
+    queue = make_queue("abcdef", workers=2, death=deaths.get)
+    held = []
+    for _ in range(3):
+        held.append(queue.lease(0, 2, "process", held=[lease.id for lease in held]))
+    deaths["process"] = Death("it was killed", suspect=False)
+    assert queue.collect(()).in_work == ()
+    assert queue.collect(()).events["worker_died"] == 1
+    left = ""
+    while (lease := queue.lease(1, 2, "another")) != "done":
+        left += names(lease)
+        finish(queue, lease)
+    assert sorted(left) == list("abcdef")
+    assert outcomes(queue) == did("abcdef")
+
+
+def test_silence_in_one_stage_ends_the_process_and_blames_that_lease_alone(make_queue, clock):
+    killed = []
+    queue = make_queue("abcdef", kill=killed.append)
+    hung = queue.lease(0, 2, "process")
+    others = [queue.lease(0, 2, "process", held=[hung.id])]
+    others.append(queue.lease(0, 2, "process", held=[hung.id, others[0].id]))
+    clock.now += STALL - 1
+    for lease in others:
+        assert queue.beat(lease.id, 0, [task.key for task in lease.tasks], "process")
+    clock.now += 2
+    assert queue.collect(()).events == {"leased": 3, "worker_silent": 1, "given_back": 2}
+    assert killed == ["process"]
+    assert not any(queue.beat(lease.id, 0, [task.key for task in lease.tasks], "process") for lease in others)
+    leased = []
+    while (lease := queue.lease(0, 2, "in its place")) != "done":
+        leased.append(names(lease))
+        finish(queue, lease)
+    assert sorted(leased) == ["a", "b", "cd", "ef"]
+
+
+def test_a_lease_that_is_given_back_is_leased_as_it_was(make_queue):
+    queue = make_queue("abcd")
+    lease = queue.lease(0, 2, "process")
+    for _ in range(2):
+        queue.give_back(lease.id)
+    assert names(queue.lease(0, 2, "another")) == "ab"
+    assert queue.collect(()).events == {"leased": 2, "given_back": 1}
+
+
 # Deaths
 
 
@@ -432,16 +531,16 @@ class Process:
 class World:
     """A driver, ranks and a queue, run in random order. Messages of one sender arrive in order, and survive the queue.
 
-    Driver and workers do what `jobs.fanout` does, and the queue that follows a dead one gets the calls that the dead
-    one did not execute, as Ray does with an actor that restarts.
+    Driver and workers do what `jobs.fanout` and `jobs.stages` do, and the queue that follows a dead one gets the calls
+    that the dead one did not execute, as Ray does with an actor that restarts.
     """
 
-    SIZE, WORKERS, WINDOW = 3, 3, 12
+    SIZE, WORKERS, WINDOW = 3, 3, 30
 
     def __init__(self, seed, *, faults, poison=0):
         self.random = random.Random(seed)
         self.clock = Clock()
-        self.names = [f"task-{number:02}" for number in range(self.random.randint(1, 30))]
+        self.names = [f"task-{number:02}" for number in range(self.random.randint(1, 40))]
         self.poison = set(self.random.sample(self.names, min(poison, len(self.names))))
         self.faults = self.random.choices(faults, k=self.random.randint(1, 8)) if faults else []
         self.mail: dict[str, deque[Call]] = {}
@@ -520,7 +619,7 @@ class World:
             return
         keys = [task.key for task in answer.tasks]
         if process.alive:
-            self.holds[process.name] = keys
+            self.holds.setdefault(process.name, []).extend(keys)
         else:
             self.died_of.update(keys)
 
@@ -565,28 +664,37 @@ class World:
         return process
 
     def _work(self, rank, me):
-        while (lease := (yield Call("lease", (rank, self.SIZE, me)))) != "done":
-            if lease == "wait":
-                yield 0.2
-                continue
-            keys = [task.key for task in lease.tasks]
-            self.begun.update(keys)
-            if (yield from self._beat_while_working(lease, rank, keys, me)):
+        """Up to three leases, one behind the other; only the first gets on."""
+        line, beats, done = [], {}, False
+        while line or not done:
+            if not done and len(line) < 3:
+                ids = [lease.id for lease in line]
+                lease = yield Call("lease", (rank, self.SIZE, me), {"held": ids, "ahead": bool(line)})
+                done = lease == "done"
+                if isinstance(lease, Lease):
+                    line.append(lease)
+                    self.begun.update(task.key for task in lease.tasks)
+            yield self.random.uniform(0.2, 1.0)
+            for lease in list(line):
+                keys = [task.key for task in lease.tasks]
+                if self.poison & set(keys):
+                    self._die(me)
+                    yield 0.0
+                beat = beats.get(lease.id)
+                if beat is None or beat.answered:
+                    if beat is not None and not beat.answer:
+                        line.remove(lease)
+                        self._let_go(me, keys)
+                        continue
+                    beats[lease.id] = self._send(me.name, Call("beat", (lease.id, rank, keys, me)))
+            if line and self.random.random() < 0.3:
+                lease = line.pop(0)
+                keys = [task.key for task in lease.tasks]
                 yield Call("finish", (lease.id, {key: f"did {key}" for key in keys}))
-            self.holds.pop(me.name)
+                self._let_go(me, keys)
 
-    def _beat_while_working(self, lease, rank, keys, me):
-        beat = None
-        for _ in range(self.random.randint(1, 8)):
-            yield self.random.uniform(0.5, 1.5)
-            if self.poison & set(keys):
-                self._die(me)
-                yield 0.0
-            if beat is None or beat.answered:
-                if beat is not None and not beat.answer:
-                    return False
-                beat = self._send(me.name, Call("beat", (lease.id, rank, keys, me)))
-        return True
+    def _let_go(self, me, keys):
+        self.holds[me.name] = [key for key in self.holds[me.name] if key not in keys]
 
     # Faults
 
@@ -621,6 +729,16 @@ def test_a_world_without_faults_does_every_task_once(first_seed):
         world.run()
         assert world.outcomes == {name: [f"did {name}"] for name in world.names}, seed
         assert world.begun == Counter(world.names), seed
+
+
+def test_workers_that_hold_three_leases_are_not_taken_down_by_others_tasks_twice():
+    for seed in range(60):
+        world = World(seed, faults=[], poison=2)
+        world.run()
+        innocent = [name for name in world.names if name not in world.poison]
+        assert all(world.outcomes[name] == [f"did {name}"] for name in innocent), seed
+        assert all(world.died_of[name] <= 1 for name in innocent), seed
+        assert all(isinstance(world.outcomes[name][0], Lost) for name in world.poison), seed
 
 
 @pytest.mark.parametrize("first_seed", range(0, 300, 50))

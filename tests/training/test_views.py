@@ -143,6 +143,8 @@ def test_each_object_has_a_mask_of_its_own_that_follows_the_picture():
     assert np.abs(mended.objects[0].mask - exact[0]).mean() < 0.01
     assert np.abs(careless - exact[0]).mean() > 0.04
     assert (mended.objects[0].object_id, mended.key, mended.image) == ("left", "key", image)
+    # Once is enough: what was mended ahead of a fine-tune is not looked at again.
+    assert with_mended_masks(mended) is mended
 
 
 def test_of_its_neighbours_an_object_learns_nothing(tiny64):
