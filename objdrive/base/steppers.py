@@ -44,8 +44,8 @@ def _way(config: str, name: SchedulerName, steps: int) -> _Way:
     each of these as 1 and the others as 0, tells all that it does, and one product does it for many pictures at once.
     """
     kind: Any = DDIMScheduler if name == "ddim" else DPMSolverMultistepScheduler
-    # Cutting large values off, as some pixel bases do, is not linear, and latents are not pixels.
-    scheduler = kind.from_config(json.loads(config), thresholding=False)
+    # Cutting large values off, as pixel bases do, is not linear, and latents are not pixels.
+    scheduler = kind.from_config(json.loads(config), clip_sample=False, thresholding=False)
     scheduler.set_timesteps(steps)
     timesteps = tuple(scheduler.timesteps.tolist())
     output, latents, earlier = torch.eye(3)
