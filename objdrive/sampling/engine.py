@@ -21,14 +21,14 @@ from objdrive.base.sizes import Size
 from objdrive.base.stable_diffusion import Base
 from objdrive.errors import Cancelled, Draining, DrawingFailed, ObjdriveError, QueueFull
 from objdrive.sampling.checks import check_request
-from objdrive.sampling.finisher import Finished, Finisher, Outcome
+from objdrive.sampling.finisher import Decoded, Finished, Finisher, Outcome
 from objdrive.sampling.histogram import Histogram
 from objdrive.sampling.negatives import NegativePrompts
 from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture, partial_steps
 from objdrive.sampling.residency import Reservation, Residency, Resident
 from objdrive.sampling.sampler import Layout, Sample, SampleSpec, begin, denoise, fitting_batch_size
 from objdrive.sampling.stats import EngineStats
-from objdrive.sampling.step_clock import StepClock
+from objdrive.sampling.device_clock import DeviceClock
 from objdrive.sampling.turns import Turns
 
 _logger = logging.getLogger(__name__)
@@ -137,9 +137,8 @@ class Engine:
         self._mean_draw_seconds = 1.0
         self._queue_seconds = Histogram()
         self._batch_sizes = Histogram([2**power for power in range(batch_size.bit_length() + 1)])
-        self._clock = StepClock(base.device)
+        self._steps, self._decodes = DeviceClock(base.device), DeviceClock(base.device)
         self._finisher = Finisher()
-        self._decode_seconds = Histogram()
         self._thread = threading.Thread(target=self._run, name="objdrive-engine", daemon=True)
         self._thread.start()
 
@@ -168,7 +167,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return counters and gauges as they are now."""
-        self._clock.collect()
+        for clock in (self._steps, self._decodes):
+            clock.collect()
         with self._condition:
             outcomes, waiting = dict(self._outcomes), len(self._waiting)
         return EngineStats(
@@ -178,8 +178,8 @@ class Engine:
             queue_seconds=self._queue_seconds.snapshot(),
             batch_size=self._batch_sizes.snapshot(),
             batch_limit=self._batch_size,
-            step_seconds=self._clock.seconds.snapshot(),
-            decode_seconds=self._decode_seconds.snapshot(),
+            step_seconds=self._steps.seconds.snapshot(),
+            decode_seconds=self._decodes.seconds.snapshot(),
             swap_seconds=self._residency.swap_seconds.snapshot(),
             hits=self._residency.hits,
             resident=len(self._residency.resident),
@@ -345,7 +345,7 @@ class Engine:
     def _step(self) -> None:
         size = self._turns.next(self._size_of(place.ticket) for place in self._batch)
         places = [place for place in self._batch if self._size_of(place.ticket) == size]
-        with self._clock.step():
+        with self._steps.measure():
             denoise(self._base, [place.sample for place in places], self._bank)
         self._batch_sizes.observe(len(places))
         self._turns.took(size, len(places))
@@ -356,15 +356,14 @@ class Engine:
         at_once = fitting_batch_size(self._base, self._size_of(places[0].ticket)) if places else 1
         for first in range(0, len(places), at_once):
             some = places[first : first + at_once]
-            started = time.monotonic()
             seen = torch.cat([place.seen for place in some])
-            pixels = self._base.decode_latents(seen)
-            self._decode_seconds.observe(time.monotonic() - started)
+            with self._decodes.measure():
+                decoded = Decoded.of(seen, self._base.decode_latents(seen))
             tell = [partial(self._finish, place) if place.finished else self._showing(place) for place in some]
             for place in some:
                 place.ended = place.finished
             self._batch = [place for place in self._batch if not place.ended]
-            self._finisher.give(seen, pixels, tell)
+            self._finisher.give(decoded, tell)
 
     def _finish(self, place: _Place, outcome: Outcome) -> None:
         """End a drawing by what came of its picture."""

@@ -1,4 +1,4 @@
-"""How long steps take on a device."""
+"""How long work takes on a device."""
 
 import threading
 import time
@@ -11,14 +11,14 @@ import torch
 from objdrive.sampling.histogram import Histogram
 
 
-class StepClock:
-    """Measures steps without waiting for them.
+class DeviceClock:
+    """Measures work without waiting for it.
 
-    On CUDA a step is launched long before it is done. So the device notes when it begins and ends (events), and
-    `collect` reads what is over by then. Elsewhere a step is over when it returns.
+    On CUDA work is launched long before it is done. So the device notes when it begins and ends (events), and
+    `collect` reads what is over by then. Elsewhere work is over when it returns.
 
     Args:
-        device: where steps run.
+        device: where it is done.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class StepClock:
         self._under_way: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def measure(self) -> Iterator[None]:
         """Measure what is done, or launched, inside of the block, unless it fails."""
         if self._device.type != "cuda":
             started = time.monotonic()
@@ -45,7 +45,7 @@ class StepClock:
             self._under_way.append((begin, end))
 
     def collect(self) -> None:
-        """Count the steps that have ended since. Safe for use from threads."""
+        """Count what has ended since. Safe for use from threads."""
         with self._lock:
             while self._under_way and self._under_way[0][1].query():
                 begin, end = self._under_way.popleft()

@@ -2,7 +2,7 @@ from typing import ClassVar
 
 import torch
 
-from objdrive.sampling.step_clock import StepClock
+from objdrive.sampling.device_clock import DeviceClock
 
 
 class Event:
@@ -25,13 +25,13 @@ class Event:
         return other.at - self.at
 
 
-def test_on_a_gpu_steps_count_once_they_are_over(monkeypatch):
+def test_on_a_gpu_work_counts_once_it_is_over(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     Event.made.clear()
-    clock = StepClock(torch.device("cuda:0"))
+    clock = DeviceClock(torch.device("cuda:0"))
     for _ in range(2):
-        with clock.step():
+        with clock.measure():
             pass
     clock.collect()
     assert clock.seconds.snapshot().count == 0
@@ -40,13 +40,13 @@ def test_on_a_gpu_steps_count_once_they_are_over(monkeypatch):
     clock.collect()
     assert (clock.seconds.snapshot().count, clock.seconds.snapshot().total) == (1, 0.25)
     Event.made[3].at = 1000.0
-    with clock.step():
+    with clock.measure():
         pass
     assert (clock.seconds.snapshot().count, clock.seconds.snapshot().total) == (2, 1.0)
 
 
-def test_elsewhere_a_step_counts_when_it_returns():
-    clock = StepClock(torch.device("cpu"))
-    with clock.step():
+def test_elsewhere_work_counts_when_it_returns():
+    clock = DeviceClock(torch.device("cpu"))
+    with clock.measure():
         pass
     assert clock.seconds.snapshot().count == 1
