@@ -21,6 +21,7 @@ from objdrive.base.sizes import Size
 from objdrive.base.stable_diffusion import Base
 from objdrive.errors import Cancelled, Draining, DrawingFailed, ObjdriveError, QueueFull
 from objdrive.sampling.checks import check_request
+from objdrive.sampling.device_clock import DeviceClock
 from objdrive.sampling.finisher import Decoded, Finished, Finisher, Outcome
 from objdrive.sampling.histogram import Histogram
 from objdrive.sampling.negatives import NegativePrompts
@@ -28,7 +29,6 @@ from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture, p
 from objdrive.sampling.residency import Reservation, Residency, Resident
 from objdrive.sampling.sampler import Layout, Sample, SampleSpec, begin, denoise, fitting_batch_size
 from objdrive.sampling.stats import EngineStats
-from objdrive.sampling.device_clock import DeviceClock
 from objdrive.sampling.turns import Turns
 
 _logger = logging.getLogger(__name__)
