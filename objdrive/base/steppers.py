@@ -49,7 +49,7 @@ def _way(config: str, name: SchedulerName, steps: int) -> _Way:
     scheduler.set_timesteps(steps)
     timesteps = tuple(scheduler.timesteps.tolist())
     output, latents, earlier = torch.eye(3)
-    coefficients = []
+    coefficients: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
     for timestep in timesteps:
         if name == "ddim":
             stepped = scheduler.step(output, timestep, latents)

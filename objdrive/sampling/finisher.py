@@ -47,12 +47,14 @@ class Decoded:
         """Launch what is left to do of latents (N, C, h, w) that were decoded to pixels (N, 3, H, W) in [0, 1]."""
         finite = latents.isfinite().flatten(1).all(dim=1)
         # Launched now, copies stand before the next step; asked for later, they would wait for it.
-        copies = [tensor.to("cpu", non_blocking=True) for tensor in (finite, latents, as_bytes(pixels))]
+        finite_there, latents_there, pixels_there = (
+            tensor.to("cpu", non_blocking=True) for tensor in (finite, latents, as_bytes(pixels))
+        )
         landed = None
         if latents.is_cuda:
             landed = torch.cuda.Event()
             landed.record(torch.cuda.current_stream(latents.device))
-        return cls(*copies, landed)
+        return cls(finite_there, latents_there, pixels_there, landed)
 
 
 class Finisher:
