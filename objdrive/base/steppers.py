@@ -22,6 +22,12 @@ def most_steps(scheduler: DDIMScheduler) -> int:
     return int(scheduler.config["num_train_timesteps"]) - 2
 
 
+def _told(scheduler: DDIMScheduler) -> str:
+    """A scheduler's config as JSON, with what it was not told: there another class has defaults of its own."""
+    untold = scheduler.config.get("_use_default_values", [])
+    return json.dumps({**json.loads(scheduler.to_json_string()), "_use_default_values": untold})
+
+
 @dataclass(frozen=True)
 class _Way:
     """A solver's steps from noise to picture.
@@ -81,7 +87,7 @@ class Stepper:
         most = most_steps(scheduler)
         if not 1 <= steps <= most:
             raise ObjdriveError(f"steps={steps} must be at least 1 and at most {most}")
-        self._way = _way(scheduler.to_json_string(), name, steps)
+        self._way = _way(_told(scheduler), name, steps)
         self._predicted: Tensor | None = None
         self.taken = 0
 
