@@ -99,6 +99,10 @@ def drawing_step(base: Base, objects: int) -> Counter[str]:
         for slot in range(objects):
             bank.initialise(slot, torch.Generator().manual_seed(slot))
 
+        for steps in (4, 8):
+            # What a way's steps do is worked out once for all pictures, on the CPU.
+            base.noise.stepper("ddim", steps)
+
         def draw(steps: int) -> Any:
             return draw_latents(base, [_with_steps(spec, steps) for spec in specs], bank=bank)
 

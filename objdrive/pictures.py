@@ -37,10 +37,19 @@ def as_pixels(pictures: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
 
 
+def as_bytes(pixels: Tensor) -> Tensor:
+    """(N, H, W, 3) uint8 of pixels (N, 3, H, W) in [0, 1], where they are."""
+    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def as_images(pictures: Tensor) -> list[Image.Image]:
+    """Pictures of what `as_bytes` yields, on the CPU."""
+    return [Image.fromarray(array) for array in pictures.numpy()]
+
+
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
     """Pictures of pixels (N, 3, R, R) in [0, 1]."""
-    arrays = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(array) for array in arrays]
+    return as_images(as_bytes(pixels).cpu())
 
 
 def encode_picture(picture: Image.Image, kind: str, **options: Any) -> bytes:

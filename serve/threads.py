@@ -20,8 +20,10 @@ def use_threads(base: Base, wanted: int | None) -> None:
 
     None: those with which this base draws fastest, here and now. PyTorch's own choice is a thread for each core. The
     threads of an operation wait for one another, and a small network has thousands of small operations: where cores
-    are shared, with other processes or with the server's own threads, a thread that has to wait for a core holds the
-    others up each time, and one thread alone is faster. On a GPU nothing is measured.
+    are shared with other processes, a thread that has to wait for a core holds the others up each time, and one thread
+    alone is faster. On a GPU nothing is measured.
+
+    To be called on a thread that ends (see `serve.engine.make_engine`), or what is measured here slows the engine.
     """
     if wanted is None and base.device.type != "cpu":
         return

@@ -5,8 +5,9 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL import Image
@@ -19,9 +20,11 @@ from objdrive.base.prompts import place_objects
 from objdrive.base.sizes import Size
 from objdrive.base.stable_diffusion import Base
 from objdrive.errors import Cancelled, Draining, DrawingFailed, ObjdriveError, QueueFull
-from objdrive.pictures import to_pictures
 from objdrive.sampling.checks import check_request
+from objdrive.sampling.device_clock import DeviceClock
+from objdrive.sampling.finisher import Decoded, Finished, Finisher, Outcome
 from objdrive.sampling.histogram import Histogram
+from objdrive.sampling.negatives import NegativePrompts
 from objdrive.sampling.requests import Drawing, DrawRequest, Partial, Picture, partial_steps
 from objdrive.sampling.residency import Reservation, Residency, Resident
 from objdrive.sampling.sampler import Layout, Sample, SampleSpec, begin, denoise, fitting_batch_size
@@ -54,6 +57,8 @@ class _Place:
     started: float
     partials_after: tuple[int, ...]
     ended: bool = False
+    failure: DrawingFailed | None = None
+    """Why a partial picture could not be shown: no further step is taken."""
 
     @property
     def finished(self) -> bool:
@@ -69,13 +74,17 @@ class _Place:
         """(1, C, h, h) latents of what the picture is, or will become."""
         return self.sample.latents if self.finished else self.sample.stepper.predicted
 
-    def partial(self, image: Image.Image) -> Partial:
+    def partial(self) -> Callable[[Image.Image], Partial]:
+        """What makes the partial picture of the step just taken, however many are taken meanwhile."""
         stepper = self.sample.stepper
-        return Partial(image, self.partials_after.index(stepper.taken), stepper.taken, stepper.steps)
+        index, step = self.partials_after.index(stepper.taken), stepper.taken
+        return lambda image: Partial(image, index, step, stepper.steps)
 
 
 class Engine:
     """Draws requests on a thread of its own, all that run sharing every pass of the UNet (continuous batching).
+
+    That thread decodes pictures too; what is left to do of them is done on another (see `Finisher`).
 
     A request is admitted as soon as its adapters are in the bank and a place in the batch is free, in the order of
     arrival; those whose adapters are still being loaded are overtaken. One that waits for slots is overtaken only by
@@ -123,12 +132,13 @@ class Engine:
         self._closing = False
         self._batch: list[_Place] = []
         self._turns = Turns()
+        self._negatives = NegativePrompts(base)
         self._outcomes: Counter[str] = Counter()
         self._mean_draw_seconds = 1.0
         self._queue_seconds = Histogram()
         self._batch_sizes = Histogram([2**power for power in range(batch_size.bit_length() + 1)])
-        self._step_seconds = Histogram()
-        self._decode_seconds = Histogram()
+        self._steps, self._decodes = DeviceClock(base.device), DeviceClock(base.device)
+        self._finisher = Finisher()
         self._thread = threading.Thread(target=self._run, name="objdrive-engine", daemon=True)
         self._thread.start()
 
@@ -157,6 +167,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return counters and gauges as they are now."""
+        for clock in (self._steps, self._decodes):
+            clock.collect()
         with self._condition:
             outcomes, waiting = dict(self._outcomes), len(self._waiting)
         return EngineStats(
@@ -166,8 +178,8 @@ class Engine:
             queue_seconds=self._queue_seconds.snapshot(),
             batch_size=self._batch_sizes.snapshot(),
             batch_limit=self._batch_size,
-            step_seconds=self._step_seconds.snapshot(),
-            decode_seconds=self._decode_seconds.snapshot(),
+            step_seconds=self._steps.seconds.snapshot(),
+            decode_seconds=self._decodes.seconds.snapshot(),
             swap_seconds=self._residency.swap_seconds.snapshot(),
             hits=self._residency.hits,
             resident=len(self._residency.resident),
@@ -187,6 +199,7 @@ class Engine:
             self._draining = self._closing = True
             self._condition.notify_all()
         self._thread.join()
+        self._finisher.close()
         closed = Draining("the engine was closed before the picture was drawn: ask another")
         self._end_batch(closed)
         self._end_waiting(closed)
@@ -237,7 +250,7 @@ class Engine:
     def _run(self) -> None:
         while self._await_work():
             try:
-                self._drop_cancelled()
+                self._drop_ended()
                 self._admit()
                 if self._batch:
                     self._step()
@@ -255,10 +268,10 @@ class Engine:
             self._awake = False
             return not self._closing
 
-    def _drop_cancelled(self) -> None:
-        for place in [place for place in self._batch if place.ticket.drawing.cancelled]:
+    def _drop_ended(self) -> None:
+        for place in [place for place in self._batch if place.failure or place.ticket.drawing.cancelled]:
             self._batch.remove(place)
-            self._end(place.ticket, _cancelled())
+            self._end(place.ticket, place.failure or _cancelled())
 
     def _admit(self) -> None:
         with self._condition:
@@ -324,7 +337,7 @@ class Engine:
         request = ticket.drawing.request
         shown = [residents[key] for key in request.objects]
         prompt = place_objects(request.prompt, [resident.class_name for resident in shown])
-        sample = begin(self._base, _sample_spec(request, prompt, shown))
+        sample = begin(self._base, _sample_spec(request, prompt, shown), self._negatives)
         started = time.monotonic()
         self._queue_seconds.observe(started - ticket.submitted)
         return _Place(ticket, sample, prompt, started, partial_steps(request.steps, request.partial_images))
@@ -332,43 +345,52 @@ class Engine:
     def _step(self) -> None:
         size = self._turns.next(self._size_of(place.ticket) for place in self._batch)
         places = [place for place in self._batch if self._size_of(place.ticket) == size]
-        started = time.monotonic()
-        denoise(self._base, [place.sample for place in places], self._bank)
-        self._step_seconds.observe(time.monotonic() - started)
+        with self._steps.measure():
+            denoise(self._base, [place.sample for place in places], self._bank)
         self._batch_sizes.observe(len(places))
         self._turns.took(size, len(places))
         self._show([place for place in places if place.shows])
-        self._batch = [place for place in self._batch if not place.ended]
 
     def _show(self, places: Sequence[_Place]) -> None:
-        """Deliver partial and finished pictures."""
-        finite = []
-        for place in places:
-            if place.seen.isfinite().all():
-                finite.append(place)
-            else:
-                self._end_place(place, DrawingFailed(_NOT_FINITE))
-        if not finite:
-            return
-        at_once = fitting_batch_size(self._base, self._size_of(finite[0].ticket))
-        for first in range(0, len(finite), at_once):
-            some = finite[first : first + at_once]
-            started = time.monotonic()
-            images = to_pictures(self._base.decode_latents(torch.cat([place.seen for place in some])))
-            self._decode_seconds.observe(time.monotonic() - started)
-            for place, image in zip(some, images, strict=True):
-                if place.finished:
-                    self._end_place(place, self._picture(place, image))
-                else:
-                    place.ticket.drawing.tell(place.partial(image))
+        """Decode partial and finished pictures, and have them delivered."""
+        at_once = fitting_batch_size(self._base, self._size_of(places[0].ticket)) if places else 1
+        for first in range(0, len(places), at_once):
+            some = places[first : first + at_once]
+            seen = torch.cat([place.seen for place in some])
+            with self._decodes.measure():
+                decoded = Decoded.of(seen, self._base.decode_latents(seen))
+            tell = [partial(self._finish, place) if place.finished else self._showing(place) for place in some]
+            for place in some:
+                place.ended = place.finished
+            self._batch = [place for place in self._batch if not place.ended]
+            self._finisher.give(decoded, tell)
 
-    def _picture(self, place: _Place, image: Image.Image) -> Picture:
+    def _finish(self, place: _Place, outcome: Outcome) -> None:
+        """End a drawing by what came of its picture."""
+        if isinstance(outcome, Finished):
+            self._end(place.ticket, self._picture(place, outcome))
+        else:
+            self._end(place.ticket, _why(outcome))
+
+    def _showing(self, place: _Place) -> Callable[[Outcome], None]:
+        made = place.partial()
+
+        def show(outcome: Outcome) -> None:
+            if isinstance(outcome, Finished):
+                place.ticket.drawing.tell(made(outcome.image))
+            else:
+                # Its slots are in use: the engine's thread ends it before the next step.
+                place.failure = _why(outcome)
+
+        return show
+
+    def _picture(self, place: _Place, finished: Finished) -> Picture:
         request = place.ticket.drawing.request
         seconds = time.monotonic() - place.started
         self._mean_draw_seconds += 0.1 * (seconds - self._mean_draw_seconds)
         return Picture(
-            image=image,
-            latents=place.sample.latents[0].cpu(),
+            image=finished.image,
+            latents=finished.latents,
             objects=request.objects,
             seed=request.seed,
             prompt=place.prompt,
@@ -437,6 +459,10 @@ def _sample_spec(request: DrawRequest, prompt: str, shown: Sequence[Resident]) -
 
 def _cancelled() -> Cancelled:
     return Cancelled("the request was cancelled before its picture was drawn")
+
+
+def _why(outcome: Exception | None) -> DrawingFailed:
+    return DrawingFailed(_NOT_FINITE) if outcome is None else _failure(outcome)
 
 
 def _failure(error: Exception) -> DrawingFailed:

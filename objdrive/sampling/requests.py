@@ -140,7 +140,7 @@ class Drawing:
     def subscribe(self, callback: Callable[[DrawingEvent], None]) -> None:
         """Have `callback` called with every event in order, those already past at once.
 
-        It is called on the engine's thread, so it must only pass the event on: for asyncio,
+        It is called on a thread of the engine's, so it must only pass the event on: for asyncio,
         ``lambda event: loop.call_soon_threadsafe(queue.put_nowait, event)``.
         """
         with self._changed:

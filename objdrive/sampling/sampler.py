@@ -22,8 +22,10 @@ from objdrive.base.prompts import fill_prompt, phrase_places, refuse_mark, text_
 from objdrive.base.sizes import Size
 from objdrive.base.stable_diffusion import Base
 from objdrive.base.steppers import SchedulerName, Stepper
+from objdrive.base.transfers import on_device
 from objdrive.pictures import to_pictures
 from objdrive.sampling.inpainting import Canvas, Known
+from objdrive.sampling.negatives import NegativePrompts
 from objdrive.sampling.regions import asks_for_several, find_regions
 
 _PIXELS_ON_PROCESSOR = 4 * 512**2
@@ -163,15 +165,6 @@ class Sample:
             self.shares = shares[taken] if len(taken) > 1 else None
         self.plan = None
 
-    def together(self, outputs: Tensor) -> Tensor:
-        """(1, C, h, w): the network's output for the picture, from those for the rows of `batch`."""
-        if self.negative is not None:
-            away, prompted = outputs.chunk(2)
-            outputs = away + self.guidance_scale * (prompted - away)
-        if self.plan is None and self.shares is not None:
-            outputs = (self.shares[:, None] * outputs).sum(dim=0, keepdim=True)
-        return outputs
-
 
 def starting_noise(base: Base, seeds: Sequence[int], size: Size | None = None) -> Tensor:
     """(N, C, h, w) normal noise, drawn on the CPU from each picture's own seed as stock pipelines do."""
@@ -181,8 +174,13 @@ def starting_noise(base: Base, seeds: Sequence[int], size: Size | None = None) -
 
 
 @torch.no_grad()
-def begin(base: Base, spec: SampleSpec) -> Sample:
+def begin(base: Base, spec: SampleSpec, negatives: NegativePrompts) -> Sample:
     """Start a picture: its noise, its encoded prompts and its place before the first step.
+
+    Args:
+        base: what draws.
+        spec: the picture.
+        negatives: of that base, shared by pictures.
 
     Raises:
         InvalidPrompt: places and objects do not match, or the prompt is too long for the base.
@@ -192,15 +190,15 @@ def begin(base: Base, spec: SampleSpec) -> Sample:
     base.sizes.check(size)
     stepper = base.noise.stepper(spec.scheduler, spec.steps)
     refuse_mark(spec.negative_prompt)
+    away = base.tokenize(spec.negative_prompt, negative=True)
     named = _prompts(spec)
-    guided = spec.guidance_scale != 1
-    prompts = [base.tokenize(spec.negative_prompt, negative=True)] * guided
-    prompts += [base.tokenize(one.text) for one in named]
+    prompts = [base.tokenize(one.text) for one in named]
     embeddings = [vectors for one in named for vectors in one.embeddings]
     whole = Frame.whole(height=size[1], width=size[0])
     encoded = base.encode_text(prompts, embeddings).framed([whole] * len(prompts))
-    rows = [Row(encoded[guided + place], one.slots) for place, one in enumerate(named)]
-    latents, negative = starting_noise(base, [spec.seed], size), encoded[0] if guided else None
+    rows = [Row(encoded[place], one.slots) for place, one in enumerate(named)]
+    latents = starting_noise(base, [spec.seed], size)
+    negative = None if spec.guidance_scale == 1 else negatives.encode(away).framed([whole])
     known = None if spec.canvas is None else Known.of(base, spec.canvas, latents)
     if known:
         latents = known.hold(latents, base.noise, stepper.timestep)
@@ -259,7 +257,7 @@ def denoise(base: Base, samples: Sequence[Sample], bank: AdapterBank | None = No
     order = sorted(range(len(rows)), key=lambda place: sorted(rows[place][1].slots.items()))
     batch = [rows[place] for place in order]
     latents = torch.cat([samples[index].latents for index, _ in batch])
-    timesteps = torch.tensor([samples[index].stepper.timestep for index, _ in batch], device=base.device)
+    timesteps = on_device([samples[index].stepper.timestep for index, _ in batch], base.device)
     conditioning = Conditioning.stack([row.conditioning for _, row in batch])
     settling = [sample.lays_out_last(base) for sample in samples]
     with ExitStack() as stack:
@@ -267,17 +265,45 @@ def denoise(base: Base, samples: Sequence[Sample], bank: AdapterBank | None = No
             stack.enter_context(_adapted(base, bank, [row.slots for _, row in batch], timesteps))
         maps = stack.enter_context(watch_attention(base.unet)) if any(settling) else None
         outputs = base.predict(latents, timesteps, conditioning)
-    counts = [len(batch) for batch in batches]
-    back = torch.tensor(order).argsort()
-    ours = outputs[back.to(outputs.device)].split(counts)
-    for sample, output, places, settles in zip(samples, ours, back.split(counts), settling, strict=True):
-        whole = sample.together(output)
-        if maps is not None and settles:
-            sample.settle(maps.of_row(int(places[-1])))
-        sample.latents = sample.stepper.step(whole, sample.latents)
+    back = iter(sorted(range(len(order)), key=order.__getitem__))
+    places = [[next(back) for _ in batch] for batch in batches]
+    wholes = _guided(samples, outputs, places)
+    if maps is not None:
+        for sample, own, settles in zip(samples, places, settling, strict=True):
+            if settles:
+                sample.settle(maps.of_row(own[-1]))
+    steppers = [sample.stepper for sample in samples]
+    stepped = Stepper.step(steppers, wholes, torch.cat([sample.latents for sample in samples]))
+    for sample, latents in zip(samples, stepped.split(1), strict=True):
+        sample.latents = latents
         if sample.known:
             reached = None if sample.stepper.done else sample.stepper.timestep
-            sample.latents = sample.known.hold(sample.latents, base.noise, reached)
+            sample.latents = sample.known.hold(latents, base.noise, reached)
+
+
+def _guided(samples: Sequence[Sample], outputs: Tensor, places: Sequence[Sequence[int]]) -> Tensor:
+    """The network's output for each of N pictures, (N, C, h, w), all in a few operations.
+
+    Args:
+        samples: the pictures.
+        outputs: (R, C, h, w), for the rows of all of them.
+        places: for each picture where the rows of its `batch` are.
+    """
+    counts = [len(own) // (1 if sample.negative is None else 2) for sample, own in zip(samples, places, strict=True)]
+    # Without guidance a row is led away from itself, by a scale of 1: it stays as it is.
+    away = [place for own, count in zip(places, counts, strict=True) for place in own[:count]]
+    prompted = [place for own, count in zip(places, counts, strict=True) for place in own[-count:]]
+    scales = [float(sample.guidance_scale) for sample, count in zip(samples, counts, strict=True) for _ in range(count)]
+    led = outputs[on_device([away, prompted], outputs.device)]
+    guided = torch.lerp(led[0], led[1], on_device(scales, outputs.device)[:, None, None, None])
+    if max(counts) == 1:
+        return guided
+    return torch.cat(
+        [
+            own if sample.shares is None else (sample.shares[:, None] * own).sum(dim=0, keepdim=True)
+            for sample, own in zip(samples, guided.split(counts), strict=True)
+        ]
+    )
 
 
 def _adapted(
@@ -306,7 +332,8 @@ def draw_latents(
     """
     if bank is None and any(spec.slots or (spec.layout and any(spec.layout.slots)) for spec in specs):
         raise ValueError("a spec names slots, but there is no bank")
-    samples = [begin(base, spec) for spec in specs]
+    negatives = NegativePrompts(base)
+    samples = [begin(base, spec, negatives) for spec in specs]
     while rest := [sample for sample in samples if not sample.stepper.done]:
         denoise(base, rest, bank)
         on_step()

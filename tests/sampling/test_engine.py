@@ -525,6 +525,9 @@ class TestFaults:
         with pytest.raises(DrawingFailed, match="not finite"):
             drawings[0].result(WAIT)
         assert difference(drawings[1].result(WAIT).latents, expected.latents) < 1e-3
+        shown = one.submit(ask("{}", 1, (bad,), steps=LONG, partial_images=LONG - 1))
+        with pytest.raises(DrawingFailed, match="not finite"):
+            shown.result(WAIT)
         assert not long.done
 
 
@@ -562,6 +565,25 @@ class TestHandles:
         assert drawing.result(WAIT).seed == 1
         drawing.subscribe(lambda event: None)
         assert "a subscriber to a drawing failed on Picture" in caplog.text
+
+    def test_a_slow_reader_holds_up_no_step(self, engine, small):
+        one, passes, told = engine(), [], []
+        last = threading.Event()
+
+        def count(*_):
+            passes.append(1)
+            if len(passes) == STEPS:
+                last.set()
+
+        hook = small.unet.register_forward_pre_hook(count)
+        try:
+            drawing = one.submit(ask("a mug", 1, partial_images=1))
+            drawing.subscribe(lambda event: told.append(last.wait(WAIT)))
+            assert drawing.result(2 * WAIT).seed == 1
+        finally:
+            hook.remove()
+        # The partial picture was still being told when the last step began.
+        assert told[0]
 
     def test_waiting_can_time_out(self, engine):
         drawing = running(engine())

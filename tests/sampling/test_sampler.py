@@ -16,6 +16,7 @@ from objdrive.errors import ObjdriveError
 from objdrive.pictures import to_pictures
 from objdrive.sampling import sampler
 from objdrive.sampling.inpainting import Canvas
+from objdrive.sampling.negatives import NegativePrompts
 from objdrive.sampling.sampler import Layout, begin, draw_latents, draw_pictures, starting_noise
 
 RANK = 4
@@ -214,6 +215,31 @@ class TestBatches:
         assert difference(together[0], together[4]) < 1e-3
         assert difference(together[0], together[2]) > 0.05
 
+    def test_without_guidance_a_picture_takes_one_row(self, tiny64):
+        rows = []
+        hook = tiny64.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+        try:
+            plain = SampleSpec("a teapot", 1, guidance_scale=1.0)
+            alone = draw(tiny64, [plain])
+            mixed = draw(tiny64, [SampleSpec("a drum", 2), plain])
+        finally:
+            hook.remove()
+        assert rows == [1] * STEPS + [3] * STEPS
+        assert difference(mixed[1], alone[0]) < 1e-3
+
+    def test_what_guidance_leads_away_from_is_encoded_once_for_all(self, tiny64):
+        prompts = []
+        encoder = tiny64.towers[0].encoder
+        hook = encoder.register_forward_pre_hook(lambda _, inputs: prompts.append(len(inputs[0])))
+        try:
+            draw(
+                tiny64,
+                [SampleSpec("a teapot", 1), SampleSpec("a drum", 2), SampleSpec("a drum", 2, negative_prompt="red")],
+            )
+        finally:
+            hook.remove()
+        assert sum(prompts) == 3 + 2
+
     def test_every_step_is_reported(self, tiny64):
         steps = []
         draw_latents(
@@ -320,7 +346,7 @@ class TestLayouts:
             layout=Layout(4.5, ["drum", "rose"], [{0: 1.0}, {1: 1.0}]),
             canvas=Canvas(np.zeros((64, 64, 3), np.uint8), free),
         )
-        sample = begin(tiny64, request)
+        sample = begin(tiny64, request, NegativePrompts(tiny64))
         first, second = sample.plan.places
         maps = 0.1 + 0.01 * torch.rand(77, 8, 8, generator=torch.Generator().manual_seed(1))
         # In the kept part, then where each stands.

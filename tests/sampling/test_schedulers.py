@@ -80,7 +80,7 @@ def noise(seed):
 
 
 def advance(stepper, x):
-    return stepper.step(torch.from_numpy(network(x.numpy(), stepper.timestep)), x)
+    return Stepper.step([stepper], torch.from_numpy(network(x.numpy(), stepper.timestep)), x)
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -101,7 +101,10 @@ class TestStepper:
         ends = {}
         while waiting:
             # One more step for each, so that every one is at a step of its own.
-            waiting = [(stepper, advance(stepper, x)) for stepper, x in waiting]
+            outputs = torch.cat([torch.from_numpy(network(x.numpy(), one.timestep)) for one, x in waiting])
+            steppers = [stepper for stepper, _ in waiting]
+            stepped = Stepper.step(steppers, outputs, torch.cat([x for _, x in waiting]))
+            waiting = list(zip(steppers, stepped.split(1), strict=True))
             ends |= {stepper.steps: x for stepper, x in waiting if stepper.done}
             waiting = [(stepper, x) for stepper, x in waiting if not stepper.done]
         for steps, x in ends.items():
