@@ -138,7 +138,8 @@ class Stepper:
         parts = torch.stack([outputs, latents, torch.cat(earlier)])
         told = on_device([one._way.coefficients[one.taken] for one in steppers], latents.device)
         # One multiplication and one sum: what a picture becomes does not depend on how many there are.
-        predicted, following = (told.permute(1, 2, 0)[..., None, None, None] * parts).sum(dim=1)
+        both = (told.permute(1, 2, 0)[..., None, None, None] * parts).sum(dim=1)
+        predicted, following = both[0], both[1]
         for one, own in zip(steppers, predicted.split(1), strict=True):
             one._predicted = own
             one.taken += 1
