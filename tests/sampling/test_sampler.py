@@ -369,7 +369,7 @@ class TestLayouts:
 class TestPictures:
     def test_come_in_the_requests_order(self, tiny64, bank, adapters, monkeypatch):
         # Batches of two, which the embedded base's small pictures would never fill.
-        monkeypatch.setattr(sampler, "_PIXELS_PER_BATCH", 2 * tiny64.resolution**2)
+        monkeypatch.setattr(sampler, "_PIXELS_ON_PROCESSOR", 2 * tiny64.resolution**2)
         token, embedding = [TOKEN_MARK], [adapters[0].embeddings]
         requests = [
             SampleSpec("a photo of {}", 1, token, embedding, slots={2: 1.0}),
