@@ -1,7 +1,7 @@
 """Edits of a given picture: the part of it that is drawn anew, and how that comes back into the whole.
 
-A base draws at one size, pictures have any. So a square around the place is drawn, as large as gives the place half of
-it, and what was drawn goes back at the picture's own scale. Pixels outside of the place are never computed.
+A base draws at one size, pictures have any. So a square around the place is drawn, a little larger than that, and what
+was drawn goes back at the picture's own scale. Pixels outside of the place are never computed.
 """
 
 import math
@@ -18,8 +18,8 @@ from objdrive.errors import ObjdriveError
 from objdrive.sampling.exact import CutOut, fit, paste
 from objdrive.sampling.inpainting import Canvas
 
-_FILL = 0.5
-"""Share of the drawn square that the place takes."""
+_FILL = 0.9
+"""Share of the drawn square that the place takes. A base fills a picture with a thing: at 0.5 the place cut it off."""
 _SEAM = 1 / 64
 """Width of the seam in parts of the drawn square, and at most this share of the way into the place:"""
 _MOST_OF_PLACE = 0.25

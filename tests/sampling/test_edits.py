@@ -70,10 +70,10 @@ class TestWindow:
     @pytest.mark.parametrize(
         ("box", "window"),
         [
-            ((40, 40, 60, 50), (30, 25, 70, 65)),
-            ((0, 0, 20, 20), (0, 0, 40, 40)),
-            ((190, 90, 200, 100), (180, 80, 200, 100)),
-            ((20, 10, 100, 90), (10, 0, 110, 100)),
+            ((40, 40, 60, 50), (38, 34, 61, 57)),
+            ((0, 0, 20, 20), (0, 0, 23, 23)),
+            ((190, 90, 200, 100), (188, 88, 200, 100)),
+            ((20, 10, 100, 90), (16, 6, 105, 95)),
             ((20, 10, 180, 90), (20, -30, 180, 130)),
             ((0, 0, 200, 100), (0, -50, 200, 150)),
         ],
@@ -88,7 +88,7 @@ class TestWindow:
         with pytest.raises(ObjdriveError, match=f"{name}: .* 8001 x 8001 pixels, more than 64000000"):
             Edit.of(*((noise(size), mask) if name == "mask" else (mask, None)))
         # As wide a picture is drawn into where the place is small.
-        assert Edit.of(noise(size), a_mask(size, (0, 0, 9, 9))).window == (0, 0, 16, 16)
+        assert Edit.of(noise(size), a_mask(size, (0, 0, 9, 9))).window == (0, 0, 10, 10)
 
     def test_what_lies_beyond_the_picture_is_drawn(self):
         canvas = Edit.of(noise((200, 100)), a_mask((200, 100), (0, 0, 200, 100))).canvas(64)
@@ -101,11 +101,11 @@ class TestWindow:
 class TestCanvas:
     def test_shows_the_window_and_its_place(self):
         edit = Edit.of(noise((200, 100)), a_mask((200, 100), (60, 40, 92, 72)))
-        canvas = edit.canvas(64)
-        assert edit.window == (44, 24, 108, 88)
-        assert (canvas.image == np.asarray(edit.picture)[24:88, 44:108]).all()
-        expected = np.zeros((64, 64))
-        expected[16:48, 16:48] = 1
+        canvas = edit.canvas(36)
+        assert edit.window == (58, 38, 94, 74)
+        assert (canvas.image == np.asarray(edit.picture)[38:74, 58:94]).all()
+        expected = np.zeros((36, 36))
+        expected[2:34, 2:34] = 1
         assert (canvas.draw == expected).all()
 
 
@@ -170,10 +170,10 @@ class TestExact:
 
     def test_they_are_kept_while_the_rest_is_drawn(self, photo):
         edit = Edit.of(noise((200, 100)), a_mask((200, 100), (60, 30, 100, 90))).exact(photo)
-        canvas = edit.canvas(100)
+        canvas = edit.canvas(67)
         left, top = edit.window[:2]
         own = np.s_[72 - top : 88 - top, 62 - left : 98 - left]
-        assert edit.window[2] - left == 100
+        assert edit.window[2] - left == 67
         assert (canvas.draw[own] == 0).all()
         assert (canvas.image[own] == photo.image[12:28, 7:43]).all()
         assert (canvas.draw[40 - top : 60 - top, 65 - left : 95 - left] == 1).all()
