@@ -118,7 +118,7 @@ class DrawBlock:
             negative_prompt=self._settings.negative_prompt,
             size=self._settings.size,
         )
-        return request if cut_out is None else around(request, cut_out.canvas)
+        return request if cut_out is None else around(request, cut_out.canvas, row["class_name"])
 
     def _file(self, picture: Picture, row: Row, cut_out: CutOut | None) -> bytes:
         image = cut_out.over(picture.image) if cut_out else picture.image

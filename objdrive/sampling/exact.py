@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from objdrive.adapters.artifact import ArtifactMetadata
+from objdrive.base.prompts import place_objects
 from objdrive.catalog.geometry import bounding_box
 from objdrive.catalog.photos import Photo, decode_photo
 from objdrive.catalog.rows import AUTO_MASK
@@ -97,12 +98,14 @@ class CutOut:
         return Image.fromarray(np.rint(blended).astype(np.uint8))
 
 
-def around(request: DrawRequest, canvas: Canvas) -> DrawRequest:
-    """The request that draws what stands around an object's own pixels, which `canvas` keeps.
+def around(request: DrawRequest, canvas: Canvas, class_name: str) -> DrawRequest:
+    """The request that draws what stands around the own pixels of an object, of this class, which `canvas` keeps.
 
-    The base alone draws it, by the class word: an adapter would draw the object again, larger, behind its own pixels.
+    The base alone draws it, by the class word and as a small one: an adapter, and a base that is not told so, draw the
+    object again, larger, behind its own pixels. Without the class word a base puts something else there.
     """
-    return replace(request, canvas=canvas, adapter_scale=0.0)
+    prompt = place_objects(request.prompt, [class_name]).replace("{}", "small {}")
+    return replace(request, prompt=prompt, canvas=canvas, adapter_scale=0.0)
 
 
 def compose(photo: Photo, place: Place, size: tuple[int, int]) -> CutOut:

@@ -44,7 +44,9 @@ async def edit(key: Asking, services: Serving, request: Request) -> Response:
     if asked.exact:
         edited = await services.decoding.run(edited.exact, await own_photo(services, artifacts))
     canvas = await services.decoding.run(edited.canvas, base.resolution)
-    draws = [around(draw, canvas) if asked.exact else replace(draw, canvas=canvas) for draw in draws]
+    draws = [
+        around(draw, canvas, artifacts[0].class_name) if asked.exact else replace(draw, canvas=canvas) for draw in draws
+    ]
     return await answer(request, services, key, asked, draws, base, finish.into(edited))
 
 

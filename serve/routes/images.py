@@ -55,7 +55,7 @@ async def generate(asked: GenerationRequest, key: Asking, services: Serving, req
         ask_rate(services, key, asked, draws, finish)
         cut_out = await placed(services, asked, artifacts, asked_size(asked, base))
         finish = replace(finish, cut_out=cut_out)
-        draws = [around(draw, cut_out.canvas) for draw in draws]
+        draws = [around(draw, cut_out.canvas, artifacts[0].class_name) for draw in draws]
     return await answer(request, services, key, asked, draws, base, finish)
 
 
