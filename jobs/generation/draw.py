@@ -4,6 +4,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -118,7 +119,7 @@ class DrawBlock:
             negative_prompt=self._settings.negative_prompt,
             size=self._settings.size,
         )
-        return request if cut_out is None else around(request, cut_out.canvas, row["class_name"])
+        return request if cut_out is None else replace(around(request, row["class_name"]), canvas=cut_out.canvas)
 
     def _file(self, picture: Picture, row: Row, cut_out: CutOut | None) -> bytes:
         image = cut_out.over(picture.image) if cut_out else picture.image

@@ -98,14 +98,14 @@ class CutOut:
         return Image.fromarray(np.rint(blended).astype(np.uint8))
 
 
-def around(request: DrawRequest, canvas: Canvas, class_name: str) -> DrawRequest:
-    """The request that draws what stands around the own pixels of an object, of this class, which `canvas` keeps.
+def around(request: DrawRequest, class_name: str) -> DrawRequest:
+    """The request that draws what stands around the own pixels of an object of this class, which a canvas keeps.
 
     The base alone draws it, by the class word and as a small one: an adapter, and a base that is not told so, draw the
     object again, larger, behind its own pixels. Without the class word a base puts something else there.
     """
     prompt = place_objects(request.prompt, [class_name]).replace("{}", "small {}")
-    return replace(request, prompt=prompt, canvas=canvas, adapter_scale=0.0)
+    return replace(request, prompt=prompt, adapter_scale=0.0)
 
 
 def compose(photo: Photo, place: Place, size: tuple[int, int]) -> CutOut:

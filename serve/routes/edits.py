@@ -36,6 +36,8 @@ async def edit(key: Asking, services: Serving, request: Request) -> Response:
         base = await described(services.generators, services.draw_seconds)
         finish = Finish.of(asked, cuts_out=False, given=form.digest)
         draws = draw_requests(asked.model_copy(update={"size": None}), artifacts, base)
+        if asked.exact and artifacts:
+            draws = [around(draw, artifacts[0].class_name) for draw in draws]
         ask_rate(services, key, asked, draws, finish)
         room.take(decoded_bytes(form))
         edited = await services.decoding.run(decode_edit, form)
@@ -44,9 +46,7 @@ async def edit(key: Asking, services: Serving, request: Request) -> Response:
     if asked.exact:
         edited = await services.decoding.run(edited.exact, await own_photo(services, artifacts))
     canvas = await services.decoding.run(edited.canvas, base.resolution)
-    draws = [
-        around(draw, canvas, artifacts[0].class_name) if asked.exact else replace(draw, canvas=canvas) for draw in draws
-    ]
+    draws = [replace(draw, canvas=canvas) for draw in draws]
     return await answer(request, services, key, asked, draws, base, finish.into(edited))
 
 

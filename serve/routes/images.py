@@ -51,11 +51,13 @@ async def generate(asked: GenerationRequest, key: Asking, services: Serving, req
     base = await described(services.generators, services.draw_seconds)
     finish = Finish.of(asked, cuts_out=True, given=asked.place or "")
     draws = draw_requests(asked, artifacts, base)
+    if asked.exact and artifacts:
+        draws = [around(draw, artifacts[0].class_name) for draw in draws]
     if asked.exact or asked.place:
         ask_rate(services, key, asked, draws, finish)
         cut_out = await placed(services, asked, artifacts, asked_size(asked, base))
         finish = replace(finish, cut_out=cut_out)
-        draws = [around(draw, cut_out.canvas, artifacts[0].class_name) for draw in draws]
+        draws = [replace(draw, canvas=cut_out.canvas) for draw in draws]
     return await answer(request, services, key, asked, draws, base, finish)
 
 

@@ -367,7 +367,7 @@ class TestExact:
             steps=2,
             guidance_scale=rows[0]["guidance_scale"],
         )
-        (alone,) = drawer.draw(store.url, [around(plain, cut_out.canvas, "alarm clock")])
+        (alone,) = drawer.draw(store.url, [replace(around(plain, "alarm clock"), canvas=cut_out.canvas)])
         expected = np.asarray(cut_out.over(alone.image), int)
         assert np.abs(pictures[0].astype(int) - expected).max() <= 1
         (adapted,) = drawer.draw(store.url, [replace(plain, canvas=cut_out.canvas)])

@@ -22,6 +22,7 @@ from objdrive.adapters.artifact import SourceRecord, Sources
 from objdrive.adapters.store import ArtifactStore
 from serve import exactness
 from serve.errors import ApiError
+from serve.kept import Kept
 from serve.uploads import Uploads
 
 SIZE = (200, 150)
@@ -344,6 +345,29 @@ class TestExact:
             png(server.draw(client, model="mug-1", n=2, steps=1))
             png(server.draw(client, **alone))
             assert error(server.draw(client, model="mug-1"), 429) == "rate_limit_exceeded"
+
+    @pytest.mark.parametrize("draw", ["generation", "edit"])
+    def test_what_was_drawn_for_a_proxy_that_gave_up_is_not_counted_again(self, small_base, photo, tmp_path, draw):
+        store = ArtifactStore(str(tmp_path / "store"))
+        files = {
+            name: SourceRecord(uri=str(tmp_path / f"{name}.png"), size=None, mark="") for name in ("image", "mask")
+        }
+        commit(store, small_base, "mug-1", sources=Sources(**files))
+        keys = [("shop", {"burst": 1, "requests_per_minute": 1})]
+        with (
+            # Every drawing outlasts such a proxy.
+            serving(small_base, store, tmp_path, keys=keys, kept=Kept(proxy_seconds=0)) as server,
+            server.client("shop") as client,
+        ):
+
+            def drawn(seed):
+                if draw == "edit":
+                    return edit(client, model="mug-1", exact="true", seed=str(seed), steps="1")
+                return server.draw(client, model="mug-1", exact=True, seed=seed, steps=1)
+
+            first = png(drawn(5))
+            assert png(drawn(5)) == first
+            assert error(drawn(6), 429) == "rate_limit_exceeded"
 
     def test_a_key_that_is_over_its_rate_has_no_photo_read(self, small_base, photo, tmp_path, monkeypatch):
         store = ArtifactStore(str(tmp_path / "store"))
