@@ -35,8 +35,8 @@ from objdrive.training.views import Scene
 
 GIB = 2**30
 PEAKS = {
-    "H200 NVL": 835.5e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12, "L40S": 362e12,
-    "L4": 121e12,
+    "H200 NVL": 835.5e12, "H200": 989.4e12, "H100 NVL": 835.5e12, "H100 PCIe": 756e12, "H100": 989.4e12,
+    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
 }  # fmt: skip
 """Floating-point operations a second by what a card's name contains, the first that fits: NVIDIA's data sheets, tensor
 cores in bfloat16 without sparsity."""

@@ -82,6 +82,8 @@ def main() -> None:
             ours, theirs = context.Pipe()
             asked = (theirs, make, threads or None, arguments.steps, arguments.guidance_scale)
             context.Process(target=serve, args=asked, daemon=True).start()
+            # Its end of the pipe alone is open, so that its death is seen.
+            theirs.close()
             ours.recv()
             pipes[make.__name__] = ours
         figures: dict[str, list[Figures]] = {name: [] for name in pipes}

@@ -6,12 +6,14 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from objdrive.base.memory import limit_memory
 from objdrive.metrics import PREFIX
 from objdrive.sampling.engine import Engine
 from objdrive.sampling.requests import DrawRequest
@@ -33,6 +35,7 @@ class Generator:
     """A replica: a base, and an engine on it."""
 
     def __init__(self, settings: Settings) -> None:
+        limit_memory(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0))
         base, self._engine = make_engine(settings)
         self._generators = LocalGenerators(base, self._engine)
         self._health = HealthCheck(self._engine)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -118,5 +119,11 @@ def _check_tensor(what: str, tensor: Tensor, *, dimensions: tuple[int, ...]) -> 
         raise ObjdriveError(f"{what} has shape {tuple(tensor.shape)}, expected {expected} dimension(s)")
     if not tensor.is_floating_point():
         raise ObjdriveError(f"{what} has dtype {tensor.dtype}, expected a floating-point one")
-    if not torch.isfinite(tensor).all():
+    if not _finite(tensor):
         raise ObjdriveError(f"{what} has values that are not finite; fine-tune at a lower learning rate")
+
+
+def _finite(tensor: Tensor) -> bool:
+    # By NumPy: PyTorch starts a team of threads for each thread that loads adapters, and keeps it.
+    known = tensor if tensor.dtype in (torch.float16, torch.float32, torch.float64) else tensor.float()
+    return bool(np.isfinite(known.detach().cpu().numpy()).all())

@@ -35,7 +35,9 @@ def free_bytes(device: torch.device) -> int:
 
 def share_bytes(device: torch.device) -> int:
     """What this process may take in all of a GPU's memory."""
-    return int(torch.cuda.mem_get_info(device)[1] * torch.cuda.get_per_process_memory_fraction(device))
+    return int(
+        torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
+    )
 
 
 def left_of_share(free: int, total: int, held: int, part: float) -> int:

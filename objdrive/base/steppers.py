@@ -15,6 +15,11 @@ from objdrive.errors import ObjdriveError
 
 SchedulerName = Literal["ddim", "dpmsolver++"]
 _WAYS = 64
+# Whatever kind of DPM-Solver a base's config is of: some add noise, and others look back more than one step.
+_SOLVERS: dict[SchedulerName, dict[str, Any]] = {
+    "ddim": {},
+    "dpmsolver++": {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"},
+}
 
 
 def most_steps(scheduler: DDIMScheduler) -> int:
@@ -51,7 +56,7 @@ def _way(config: str, name: SchedulerName, steps: int) -> _Way:
     """
     kind: Any = DDIMScheduler if name == "ddim" else DPMSolverMultistepScheduler
     # Cutting large values off, as pixel bases do, is not linear, and latents are not pixels.
-    scheduler = kind.from_config(json.loads(config), clip_sample=False, thresholding=False)
+    scheduler = kind.from_config(json.loads(config), clip_sample=False, thresholding=False, **_SOLVERS[name])
     scheduler.set_timesteps(steps)
     timesteps = tuple(scheduler.timesteps.tolist())
     output, latents, earlier = torch.eye(3)

@@ -47,6 +47,10 @@ class DeviceClock:
     def collect(self) -> None:
         """Count what has ended since. Safe for use from threads."""
         with self._lock:
-            while self._under_way and self._under_way[0][1].query():
-                begin, end = self._under_way.popleft()
-                self.seconds.observe(begin.elapsed_time(end) / 1000)
+            try:
+                while self._under_way and self._under_way[0][1].query():
+                    begin, end = self._under_way.popleft()
+                    self.seconds.observe(begin.elapsed_time(end) / 1000)
+            except torch.AcceleratorError:
+                # The work has failed, as who drew it is told; what was measured before is told on.
+                self._under_way.clear()

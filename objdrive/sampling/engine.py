@@ -58,7 +58,7 @@ class _Place:
     partials_after: tuple[int, ...]
     ended: bool = False
     failure: DrawingFailed | None = None
-    """Why a partial picture could not be shown: no further step is taken."""
+    """Why a partial picture could not be shown: the drawing ends before its next step."""
 
     @property
     def finished(self) -> bool:

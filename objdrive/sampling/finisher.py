@@ -89,4 +89,8 @@ def _make(decoded: Decoded, tell: Sequence[Callable[[Outcome], None]]) -> None:
         _logger.exception("%d pictures could not be made of what was decoded", len(tell))
         outcomes = [error] * len(tell)
     for each, outcome in zip(tell, outcomes, strict=True):
-        each(outcome)
+        try:
+            each(outcome)
+        except Exception:
+            # The others' drawings have to end as well.
+            _logger.exception("what came of a picture could not be told")

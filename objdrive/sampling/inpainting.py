@@ -14,6 +14,7 @@ from torch import Tensor
 
 from objdrive.base.noise import NoiseProcess
 from objdrive.base.stable_diffusion import Base
+from objdrive.base.transfers import on_device
 from objdrive.pictures import as_pixels
 
 
@@ -66,5 +67,5 @@ class Known:
         """`latents` (1, C, h, w) at a timestep (None: without noise), with the kept places as the picture has them."""
         kept = self.latents
         if timestep is not None:
-            kept = process.add_noise(self.latents, self.noise, torch.tensor([timestep], device=latents.device))
+            kept = process.add_noise(self.latents, self.noise, on_device([timestep], latents.device))
         return torch.lerp(kept, latents, self.free)

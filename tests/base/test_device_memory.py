@@ -1,5 +1,7 @@
 """A process's share of a device's memory, by made-up sizes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -44,6 +46,7 @@ def test_what_is_free_counts_what_the_allocator_keeps(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 24 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
     device = torch.device("cuda")
     assert memory.free_bytes(device) == 30 * GIB
     assert memory.share_bytes(device) == 40 * GIB

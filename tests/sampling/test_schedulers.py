@@ -111,6 +111,15 @@ class TestStepper:
             expected = BY_HAND[name](noise(steps).double().numpy(), steps, prediction)
             np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-4)
 
+    def test_the_kind_of_solver_in_a_config_does_not_count(self, name, prediction):
+        own = scheduler(prediction)
+        told = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "solver_type": "heun"}
+        other = DDIMScheduler.from_config({**own.config, **told})
+        (stepper, x), (expected, y) = ((Stepper(one, name, 6), noise(0)) for one in (other, own))
+        while not stepper.done:
+            x, y = advance(stepper, x), advance(expected, y)
+            assert torch.equal(x, y)
+
     def test_sees_where_the_way_ends(self, name, prediction):
         stepper, x = Stepper(scheduler(prediction), name, 5), noise(0)
         with pytest.raises(ValueError, match="no step has been taken yet"):
