@@ -200,7 +200,7 @@ def _print_plan(plan: Plan, store: ArtifactStore) -> None:
     for prompt in plan.idle_prompts():
         print(f"note        the prompt {prompt.id} is for no object here: {', '.join(prompt.classes) or 'all'}")
     counts = plan.counts
-    only_score = f" ({counts['to score']:,} of them only to score)" if counts["to score"] else ""
+    only_score = f" ({plan.to_score:,} of them only to score)" if plan.to_score else ""
     print(
         f"plan        {plan.objects:,} objects, {len(plan.prompts)} prompts: {counts['to draw']:,} pictures to draw"
         f"{only_score}, {counts['already']:,} there already",
@@ -214,7 +214,8 @@ def _interruption(plan: Plan) -> str:
 
 def _print_summary(plan: Plan, out: str, run_id: str, seconds: float) -> None:
     counts = plan.counts
-    told = ", ".join(f"{counts[name]:,} {name}" for name in ("drawn", "found", "already", "failed") if counts[name])
+    names = ("drawn", "found", "scored", "already", "failed")
+    told = ", ".join(f"{counts[name]:,} {name}" for name in names if counts[name])
     print(f"\n{told or 'no pictures'} in {seconds:.0f} s")
     if counts["drawn"]:
         print(f"throughput  {counts['drawn'] / seconds * 60:.1f} pictures a minute")

@@ -28,7 +28,7 @@ from objdrive.adapters.store import RESULTS_FILE, ArtifactStore
 from objdrive.base.files import find_base
 from objdrive.catalog.addresses import unsigned
 from objdrive.catalog.manifest import pieces
-from objdrive.errors import ObjdriveError, StoreError
+from objdrive.errors import ObjdriveError
 from objdrive.evaluation.report import CaptionedPicture, Failure, Report, ReportedObject, render
 from objdrive.training.recipe import PRESETS, Recipe, make_recipe
 
@@ -155,7 +155,8 @@ def _keep_index(store: ArtifactStore) -> None:
     """Bring the index that servers read up to date; the run is complete without it."""
     try:
         compact(store)
-    except (StoreError, OSError) as error:
+    # Whatever it is, such as SQLite's own errors on a full disk.
+    except Exception as error:
         print(f"the catalog's index stays as it was, and the next run brings it up to date: {error}", flush=True)
 
 

@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from objdrive.adapters.index import IndexRow, index_row, read_index, run_batches
+from objdrive.adapters.index import DAMAGED, IndexRow, index_row, read_index, run_batches
 from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import CorruptArtifact, ObjdriveError, StoreError
 from serve.errors import logger
@@ -181,17 +181,17 @@ class Catalog:
         written = self._store.index_written()
         if written == self._index_written:
             return
-        index = read_index(self._store)
-        if index is not None and not index.runs <= self._runs_read:
-            try:
+        try:
+            index = read_index(self._store)
+            if index is not None and not index.runs <= self._runs_read:
                 for rows in index.batches():
                     if self._stop.is_set():
                         return
                     _describe(writer, rows)
                 self._runs_read |= index.runs
-            except (OSError, ValueError) as error:
-                # As without an index; the next run writes it anew, and it is then looked at again.
-                logger.warning("the store's table of all objects is damaged, and its runs are read instead: %s", error)
+        except DAMAGED as error:
+            # As without an index; the next run writes it anew, and it is then looked at again.
+            logger.warning("the store's table of all objects is damaged, and its runs are read instead: %s", error)
         self._index_written = written
 
     def _read_runs(self, writer: sqlite3.Connection) -> None:
@@ -201,7 +201,7 @@ class Catalog:
             try:
                 for rows in run_batches(self._store, run_id):
                     _describe(writer, rows)
-            except (StoreError, OSError, ValueError, KeyError) as error:
+            except (StoreError, *DAMAGED) as error:
                 # A run that is still going has no table yet; what it commits is read from the artifacts.
                 logger.debug("no results of run %s: %s", run_id, error)
                 continue

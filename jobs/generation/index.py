@@ -3,13 +3,14 @@
 import io
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.generation.scores import SCORES
 from jobs.generation.settings import INDEX
+from objdrive.adapters.index import DAMAGED
 from objdrive.adapters.parallel import in_parallel
 from objdrive.adapters.storage import Files
 from objdrive.errors import ObjdriveError
@@ -81,22 +82,22 @@ def indexed_keys(files: Files) -> Iterator[list[tuple[str, bool]]]:
     Raises:
         ObjdriveError: a part can't be read.
     """
-    for _, table in _parts(files, ["key", SCORES[0]]):
-        yield _keys(table)
+    for part in _parts(files, ["key", SCORES[0]]):
+        yield part.keys
 
 
-def drop_unscored(files: Files, scored: Callable[[str], bool]) -> None:
-    """Take rows without scores out of the index where another row of their key has scores.
+def drop_repeated(files: Files, stays: Callable[[str, bool], bool]) -> None:
+    """Take rows out of the index whose key has another row that is better or newer.
 
     Args:
         files: where the index is.
-        scored: tells of a key whether it has such a row.
+        stays: tells of a row, the newest first, whether it stays, by its key and whether it has scores.
 
     Raises:
         ObjdriveError: a part can't be read, or can't be written.
     """
-    for name, table in _parts(files, SCHEMA.names):
-        kept = [has_scores or not scored(key) for key, has_scores in _keys(table)]
+    for name, table, keys in _parts(files, SCHEMA.names, newest_first=True):
+        kept = [stays(key, has_scores) for key, has_scores in keys]
         if all(kept):
             continue
         if any(kept):
@@ -105,22 +106,33 @@ def drop_unscored(files: Files, scored: Callable[[str], bool]) -> None:
             files.remove(f"{INDEX}/{name}")
 
 
-def _parts(files: Files, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
-    names = sorted(name for name in files.files(INDEX) if name.endswith(_SUFFIX) and not name.startswith("."))
+class _Part(NamedTuple):
+    name: str
+    table: pa.Table
+    keys: list[tuple[str, bool]]
 
-    def read(name: str) -> pa.Table:
+
+def _parts(files: Files, columns: list[str], *, newest_first: bool = False) -> Iterator[_Part]:
+    names = [name for name in files.files(INDEX) if name.endswith(_SUFFIX) and not name.startswith(".")]
+
+    def read(name: str) -> _Part | None:
         data = files.read(f"{INDEX}/{name}")
+        if data is None:
+            # Another run has dropped it meanwhile: its rows are in newer parts.
+            return None
         try:
-            return pq.read_table(io.BytesIO(data or b""), columns=columns).select(columns)
-        # Damaged pages are an OSError.
-        except (pa.ArrowException, KeyError, OSError) as error:
+            table = pq.read_table(io.BytesIO(data), columns=columns, page_checksum_verification=True).select(columns)
+            return _Part(name, table, _keys(table))
+        except DAMAGED as error:
             raise ObjdriveError(
                 f"the index's part {files.url}/{INDEX}/{name} can't be read ({error}): remove it; what it lists is "
                 "found again"
             ) from error
 
-    for name, table in in_parallel(read, names):
-        yield name, table.result()
+    for _, called in in_parallel(read, sorted(names, reverse=newest_first)):
+        part = called.result()
+        if part is not None:
+            yield part
 
 
 def _keys(table: pa.Table) -> list[tuple[str, bool]]:
@@ -130,5 +142,5 @@ def _keys(table: pa.Table) -> list[tuple[str, bool]]:
 
 def _written(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(table, buffer)
+    pq.write_table(table, buffer, write_page_checksum=True)
     return buffer.getvalue()

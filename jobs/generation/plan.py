@@ -16,7 +16,7 @@ from objdrive.training.recipe import drawing_recipe
 
 Order = Literal["object", "prompt"]
 _TABLES = """
-CREATE TABLE known (key TEXT PRIMARY KEY, scored INTEGER) WITHOUT ROWID;
+CREATE TABLE known (key TEXT PRIMARY KEY, scored INTEGER, repeated INTEGER DEFAULT 0) WITHOUT ROWID;
 CREATE TABLE objects (no INTEGER PRIMARY KEY, object_id TEXT UNIQUE, digest TEXT, class_name TEXT, steps INTEGER,
                       guidance_scale REAL);
 CREATE TABLE pictures (id INTEGER PRIMARY KEY, object_no INTEGER, prompt_no INTEGER, seed INTEGER, drawn INTEGER);
@@ -25,13 +25,14 @@ CREATE TABLE faults (object_id TEXT, prompt_id TEXT, seed INTEGER, code TEXT, me
 _COLUMNS = "id, object_id, digest, class_name, prompt_no, seed, steps, guidance_scale"
 _ORDERS: dict[Order, str] = {"object": "id", "prompt": "prompt_no, id"}
 _TO_DRAW, _DRAWN, _FAILED = 0, 1, 2
+_TAKEN = 2
 
 
 class Plan:
     """The pictures of one run: every object by every prompt that is for it, with every seed.
 
-    Used by one thread, but for `counts`: ``already`` and ``to draw`` (of which ``to score`` are there, and lack scores
-    alone), later ``drawn``, ``found`` and ``failed``.
+    Used by one thread, but for `counts`: ``already`` and ``to draw``, later ``drawn`` and ``found`` (of which
+    ``scored`` have got scores) and ``failed``. `to_score`: how many of those to draw are there, and lack scores alone.
 
     Args:
         settings: what the pictures have in common.
@@ -55,6 +56,7 @@ class Plan:
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.objects = 0
+        self.to_score = 0
         self._seeds = seeds
         self._steps = steps
         self._guidance_scale = guidance_scale
@@ -70,7 +72,8 @@ class Plan:
         They need not be drawn, but where pictures are measured, one without scores is looked at again.
         """
         self._db.executemany(
-            "INSERT INTO known VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET scored = max(scored, excluded.scored)",
+            "INSERT INTO known (key, scored) VALUES (?, ?) "
+            "ON CONFLICT (key) DO UPDATE SET scored = max(scored, excluded.scored), repeated = 1",
             pictures,
         )
 
@@ -78,9 +81,23 @@ class Plan:
         """Whether the picture of this key is in the index."""
         return self._scored(key) is not None
 
-    def is_scored(self, key: str) -> bool:
-        """Whether the picture of this key is in the index with scores."""
-        return bool(self._scored(key))
+    def has_repeated(self) -> bool:
+        """Whether a key is in the index more than once."""
+        (found,) = self._db.execute("SELECT EXISTS (SELECT 1 FROM known WHERE repeated)").fetchone()
+        return bool(found)
+
+    def stays(self, key: str, scored: bool) -> bool:
+        """Whether a row of the index stays, of which the newest are asked about first.
+
+        Of rows of one key stays the first one with scores, or the first one if none has any.
+        """
+        found = self._db.execute("SELECT scored, repeated FROM known WHERE key = ?", (key,)).fetchone()
+        if found is None or not found[1]:
+            return True
+        if found[0] != scored:
+            return False
+        self._db.execute("UPDATE known SET scored = ? WHERE key = ?", (_TAKEN, key))
+        return True
 
     def add(self, object_id: str, artifact: ArtifactMetadata | ObjdriveError) -> None:
         """Take an object in, unless it is there already; or what is wrong with it."""
@@ -114,7 +131,7 @@ class Plan:
                 scored = self._scored(picture.key(self.settings))
                 done = scored is not None and (scored or not self.settings.scored)
                 if scored is not None and not done:
-                    self.counts["to score"] += 1
+                    self.to_score += 1
                 rows.append((object_no, number, seed, _DRAWN if done else _TO_DRAW))
         self._db.executemany("INSERT INTO pictures (object_no, prompt_no, seed, drawn) VALUES (?, ?, ?, ?)", rows)
         already = sum(drawn for *_, drawn in rows)
@@ -133,6 +150,10 @@ class Plan:
             key = picture.key(self.settings)
             rows.append({"id": number, **asdict(picture), "key": key, "path": picture.path(key, self.settings)})
         return rows
+
+    def scored(self) -> None:
+        """Count a picture that has got scores."""
+        self.counts["scored"] += 1
 
     def drawn(self, numbers: Iterable[tuple[int, str]]) -> None:
         """Pictures, by id, that are there now: each ``drawn``, or ``found`` where an earlier run left it."""

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from jobs.drawing import Pool
 from jobs.generation.draw import DrawBlock, blocks
-from jobs.generation.index import SCHEMA, IndexWriter, drop_unscored, indexed_keys
+from jobs.generation.index import SCHEMA, IndexWriter, drop_repeated, indexed_keys
 from jobs.generation.objects import Selection
 from jobs.generation.plan import Plan
 from jobs.generation.scores import SCORES
@@ -67,10 +67,14 @@ class GenerationRun:
         Raises:
             ObjdriveError: workers can't start, or broke off; or the index can't be written.
         """
-        if self.plan.counts["to draw"]:
-            self._draw(request)
-        if self.plan.settings.scored:
-            drop_unscored(self._files, self.plan.is_scored)
+        try:
+            if self.plan.counts["to draw"]:
+                self._draw(request)
+        finally:
+            # Where this fails nothing is dropped: older rows are all that there is.
+            self._index.flush()
+            if self.plan.has_repeated():
+                drop_repeated(self._files, self.plan.stays)
 
     def _draw(self, request: WorkersRequest) -> None:
         with Progress(self.standing):
@@ -83,8 +87,6 @@ class GenerationRun:
                         self._note(outcome)
             except RayError as error:
                 raise ObjdriveError(f"the workers broke off: {_cause(error)}") from error
-            finally:
-                self._index.flush()
 
     def standing(self) -> Standing:
         """How far the run is."""
@@ -124,11 +126,13 @@ class GenerationRun:
             self.plan.failed(row)
             return
         scored = row[SCORES[0]] is not None
-        # A picture that has no scores again is in the index as it is.
-        if scored or not self.plan.knows(row["key"]):
+        # A picture that is found, and has no scores again, is in the index as it is.
+        if scored or row["status"] == "drawn" or not self.plan.knows(row["key"]):
             address = unsigned(f"{self._files.url}/{row['path']}")
             self._index.add({name: row[name] for name in SCHEMA.names if name != "address"} | {"address": address})
             self.plan.know([(row["key"], scored)])
+        if scored:
+            self.plan.scored()
         self.plan.drawn([(row["id"], row["status"])])
 
     def _on_wait(self, what: str) -> None:

@@ -8,7 +8,7 @@ from typing import get_args
 from jobs.drawing import PlannedBase
 from objdrive.base.sizes import Size
 from objdrive.pictures import PictureFormat
-from objdrive.sampling.exact import Place
+from objdrive.sampling.exact import AROUND_VERSION, Place
 
 FORMATS: tuple[PictureFormat, ...] = get_args(PictureFormat)
 PICTURES = "pictures"
@@ -71,7 +71,7 @@ class PlannedPicture:
             "format": settings.format,
             "negative_prompt": settings.negative_prompt,
             "size": settings.size,
-            "place": settings.place and asdict(settings.place),
+            "place": settings.place and asdict(settings.place) | {"version": AROUND_VERSION},
         }
         return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:32]
 

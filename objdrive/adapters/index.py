@@ -29,6 +29,9 @@ _RUNS_KEY = b"objdrive.runs"
 _RESULT_COLUMNS = ("status", "digest", "scene", "where", "warning")
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("object_id", "class_name", "words")])
 
+DAMAGED = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)
+"""What reading a table raises that is damaged, or is none: it depends on which of its bytes are wrong."""
+
 
 class IndexRow(NamedTuple):
     """An object's id, its class, and what a search looks at: id, class and free columns in lower case, a line each."""
@@ -50,41 +53,57 @@ class Index:
         """Read the table's footer.
 
         Raises:
-            ValueError: it is no such table.
+            One of `DAMAGED`: it is no such table.
         """
         self._file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        self.runs = frozenset(json.loads((self._file.schema_arrow.metadata or {}).get(_RUNS_KEY, b"[]")))
+        schema = self._file.schema_arrow
+        if not schema.equals(_SCHEMA):
+            # Nothing but the pages has checksums.
+            raise ValueError(f"it has the columns {schema.names}, not {_SCHEMA.names}")
+        self.runs = frozenset(json.loads((schema.metadata or {}).get(_RUNS_KEY, b"[]")))
         self.count: int = self._file.metadata.num_rows
 
     def batches(self) -> Iterator[list[IndexRow]]:
         """Yield the rows, some thousands at a time, sorted by id.
 
         Raises:
-            OSError, ValueError: a part of the table is damaged.
+            One of `DAMAGED`: a part of the table is damaged.
         """
-        for batch in self._file.iter_batches(_ROWS_PER_BATCH, columns=_SCHEMA.names):
-            columns = [batch.column(name).to_pylist() for name in _SCHEMA.names]
-            yield list(map(IndexRow._make, zip(*columns, strict=True)))
+        for group in range(self._file.num_row_groups):
+            yield self._group(group)
+
+    def whole_batches(self) -> Iterator[list[IndexRow]]:
+        """Yield what `batches` yields, without the parts that are damaged."""
+        for group in range(self._file.num_row_groups):
+            try:
+                rows = self._group(group)
+            except DAMAGED:
+                continue
+            yield rows
 
     def is_whole(self) -> bool:
         """Whether all of the rows can be read, which reads them all."""
         try:
             return sum(map(len, self.batches())) == self.count
-        except (OSError, ValueError):
+        except DAMAGED:
             return False
+
+    def _group(self, number: int) -> list[IndexRow]:
+        group = self._file.read_row_group(number, columns=_SCHEMA.names)
+        columns = [group.column(name).to_pylist() for name in _SCHEMA.names]
+        return list(map(IndexRow._make, zip(*columns, strict=True)))
 
 
 def read_index(store: ArtifactStore) -> Index | None:
-    """The store's index; None: it has none yet, or what is there is none.
+    """The store's index; None: it has none yet.
 
     Only its footer is looked at: rows may turn out to be damaged.
+
+    Raises:
+        One of `DAMAGED`: what is there is no index.
     """
     data = store.read_index()
-    try:
-        return None if data is None else Index(data)
-    except (ValueError, OSError):
-        # The next run writes it anew.
-        return None
+    return None if data is None else Index(data)
 
 
 def run_batches(store: ArtifactStore, run_id: str) -> Iterator[list[IndexRow]]:
@@ -92,7 +111,7 @@ def run_batches(store: ArtifactStore, run_id: str) -> Iterator[list[IndexRow]]:
 
     Raises:
         StoreError: there are none, or not yet.
-        OSError, ValueError, KeyError: the file is no such table, or is damaged.
+        One of `DAMAGED`: the file is no such table, or is damaged.
     """
     with store.open_run_file(run_id, RESULTS_FILE) as file:
         for batch in pq.ParquetFile(file).iter_batches(_ROWS_PER_BATCH):
@@ -102,7 +121,8 @@ def run_batches(store: ArtifactStore, run_id: str) -> Iterator[list[IndexRow]]:
 def compact(store: ArtifactStore) -> bool:
     """Bring the store's index up to date with its runs, unless what is new is little beside what is in it.
 
-    A damaged index is written anew.
+    A damaged index is written anew, of the runs' own tables and of what can still be read of it: a run's table may be
+    gone.
 
     Memory does not grow with the index, but for the compressed table itself.
 
@@ -112,11 +132,10 @@ def compact(store: ArtifactStore) -> bool:
     Raises:
         StoreError: the storage keeps failing.
     """
-    index = read_index(store)
-    if index is not None and not index.is_whole():
-        # What it knew is read from the runs' own tables.
-        index = None
-    runs = [run_id for run_id in store.run_ids() if index is None or run_id not in index.runs]
+    index = _readable_index(store)
+    whole = index is not None and index.is_whole()
+    there = index.runs if index is not None and whole else frozenset()
+    runs = [run_id for run_id in store.run_ids() if run_id not in there]
     with tempfile.TemporaryDirectory(prefix="objdrive-index-") as folder:
         merged = sqlite3.connect(Path(folder) / "rows.sqlite")
         try:
@@ -125,19 +144,28 @@ def compact(store: ArtifactStore) -> bool:
                 "create table rows (object_id text primary key, class_name text, words text) without rowid"
             )
             added = {run_id: number for run_id in runs if (number := _add_run(merged, store, run_id)) is not None}
-            if not added:
-                return False
+            kept = 0
             if index is not None:
-                if len(added) < _FEW_RUNS and sum(added.values()) < _FEW_ROWS * index.count:
+                few = len(added) < _FEW_RUNS and sum(added.values()) < _FEW_ROWS * index.count
+                if whole and (few or not added):
                     return False
-                for batch in index.batches():
+                for batch in index.whole_batches():
                     # What a run says is newer.
                     merged.executemany("insert or ignore into rows values (?, ?, ?)", batch)
-            known = sorted({*added, *(index.runs if index else ())})
-            store.write_index(_table(merged, known, Path(folder) / "rows.parquet"))
+                    kept += len(batch)
+            if not added and not kept:
+                return False
+            store.write_index(_table(merged, sorted({*added, *there}), Path(folder) / "rows.parquet"))
         finally:
             merged.close()
     return True
+
+
+def _readable_index(store: ArtifactStore) -> Index | None:
+    try:
+        return read_index(store)
+    except DAMAGED:
+        return None
 
 
 def _add_run(merged: sqlite3.Connection, store: ArtifactStore, run_id: str) -> int | None:
@@ -147,7 +175,7 @@ def _add_run(merged: sqlite3.Connection, store: ArtifactStore, run_id: str) -> i
         for batch in run_batches(store, run_id):
             merged.executemany("insert or replace into rows values (?, ?, ?)", batch)
             number += len(batch)
-    except (StoreError, OSError, ValueError, KeyError):
+    except (StoreError, *DAMAGED):
         return None
     return number
 

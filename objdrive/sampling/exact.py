@@ -32,6 +32,11 @@ _PARTS = tuple(0.96**power for power in range(40))
 """Sizes that are tried, in parts of what the place's box has room for."""
 _MOST_OUTSIDE = 0.005
 """Share of the object that may lie outside of its place: of its edge, to the grid's precision."""
+AROUND_VERSION = 1
+"""Of how a picture around own pixels is made, by `around`, `compose` and `CutOut.over`.
+
+Raise it when one of them makes another picture of the same request: jobs take pictures of one version for the same.
+"""
 _PLACE = re.compile(r"(?P<size>[0-9.]+)(@(?P<across>[0-9.]+),(?P<down>[0-9.]+))?")
 
 

@@ -1,11 +1,12 @@
 import io
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from random_store import metadata_of
 
-from objdrive.adapters.index import compact, index_row, read_index, run_batches
+from objdrive.adapters.index import DAMAGED, compact, index_row, read_index, run_batches
 from objdrive.adapters.store import ArtifactStore
 from objdrive.errors import StoreError
 
@@ -127,6 +128,43 @@ def test_an_index_of_which_a_part_is_damaged_is_written_anew(store, tmp_path, da
 def test_an_index_that_is_damaged_is_written_anew(store):
     run(store, "run-1", row("a"))
     store.write_index(b"PAR1 not really")
-    assert read_index(store) is None
+    with pytest.raises(DAMAGED):
+        read_index(store)
     assert compact(store) is True
     assert rows(store) == [("a", "mug", "a\nmug")]
+    store.write_index(store.read_index().replace(b"class_name", b"class_nine"))
+    with pytest.raises(ValueError, match="class_nine"):
+        read_index(store)
+    assert compact(store) is True
+    assert rows(store) == [("a", "mug", "a\nmug")]
+
+
+def test_any_bit_of_an_index_may_be_wrong(store):
+    run(store, "run-1", row("a"), row("b", "vase", title="Blue"))
+    assert compact(store) is True
+    whole, data = rows(store), store.read_index()
+    # The footer, of which nothing has a checksum: every third byte, each time another bit of it.
+    for place in range(len(data) - 8 - int.from_bytes(data[-8:-4], "little"), len(data), 3):
+        store.write_index(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        compact(store)
+        assert rows(store) == whole
+
+
+def test_what_can_be_read_of_a_damaged_index_outlives_its_runs(store, tmp_path):
+    run(store, "run-1", *(row(f"o-{number:05}", title=f"{number * 7919:x}") for number in range(12_000)))
+    assert compact(store) is True
+    whole, data = rows(store), store.read_index()
+    shutil.rmtree(tmp_path / "store/runs/run-1")
+    run(store, "run-2", row("o-00007", "vase"))
+    store.write_index(data[:1000] + bytes(100) + data[1100:])
+    assert compact(store) is True
+    # The first of three row groups is lost.
+    assert rows(store) == [("o-00007", "vase", "o-00007\nvase"), *whole[5000:]]
+    assert read_index(store).runs == {"run-2"}
+    assert compact(store) is False
+
+    shutil.rmtree(tmp_path / "store/runs")
+    store.write_index(data[:1000] + bytes(100) + data[1100:])
+    assert compact(store) is True
+    assert rows(store) == whole[5000:]
+    assert read_index(store).runs == set()

@@ -1,6 +1,7 @@
 """What the job refuses before it starts anything."""
 
 import io
+import sqlite3
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ import ray
 
 from jobs import batch_personalize
 from jobs.batch_personalize import main
+from objdrive.adapters.index import compact
 from objdrive.adapters.store import RESULTS_FILE, ArtifactStore
 from objdrive.errors import ObjdriveError
 
@@ -142,5 +144,22 @@ def test_an_index_that_cannot_be_written_ends_no_run(tmp_path, capsys):
     pq.write_table(pa.Table.from_pylist([{"object_id": "mug-1", "class_name": "mug"}]), table)
     store.write_run_file("run-1", RESULTS_FILE, table.getvalue())
     (tmp_path / "catalog").write_text("a file where the index's folder would be")
+    batch_personalize._keep_index(store)
+    assert "the catalog's index stays as it was" in capsys.readouterr().out
+
+
+def test_a_full_disk_for_temporary_files_ends_no_run(tmp_path, capsys, monkeypatch):
+    store = ArtifactStore(str(tmp_path))
+    connect = sqlite3.connect
+
+    def tiny(path):
+        connection = connect(path)
+        # SQLite then says "database or disk is full".
+        connection.execute("pragma max_page_count = 1")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", tiny)
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        compact(store)
     batch_personalize._keep_index(store)
     assert "the catalog's index stays as it was" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -17,7 +18,7 @@ from PIL import Image
 from jobs.batch_generate import main
 from jobs.drawing import Drawer, PlannedBase, Pool
 from jobs.generation.draw import OUTCOME, DrawBlock, blocks
-from jobs.generation.index import SCHEMA, IndexWriter, indexed_keys
+from jobs.generation.index import SCHEMA, IndexWriter, drop_repeated, indexed_keys
 from jobs.generation.objects import Selection
 from jobs.generation.plan import Plan
 from jobs.generation.prompts import Prompt, read_prompts
@@ -250,6 +251,44 @@ class TestIndex:
         with pytest.raises(ObjdriveError, match=r"run-1-000000\.parquet can't be read .*: remove it"):
             list(indexed_keys(files))
 
+    def test_bytes_of_a_key_that_are_wrong_are_named(self, tmp_path):
+        files = open_files(str(tmp_path), 1)
+        writer = IndexWriter(files, "run-1")
+        writer.add(dict.fromkeys(SCHEMA.names) | {"key": "a-key"})
+        writer.flush()
+        (part,) = (tmp_path / "index").iterdir()
+        for wrong in (b"\xff-key", b"b-key"):
+            files.replace(f"index/{part.name}", part.read_bytes().replace(b"a-key", wrong, 1))
+            with pytest.raises(ObjdriveError, match=r"run-1-000000\.parquet can't be read .*: remove it"):
+                list(indexed_keys(files))
+
+    def test_a_part_that_another_run_drops_meanwhile_is_passed_over(self, tmp_path, monkeypatch):
+        files = open_files(str(tmp_path), 1)
+        for run_id in ("run-1", "run-2"):
+            writer = IndexWriter(files, run_id)
+            writer.add(dict.fromkeys(SCHEMA.names) | {"key": run_id})
+            writer.flush()
+        listed = files.files("index")
+        files.remove("index/run-1-000000.parquet")
+        monkeypatch.setattr(files, "files", lambda folder: listed)
+        assert list(indexed_keys(files)) == [[("run-2", False)]]
+
+    def test_of_a_key_stays_the_newest_row_with_scores(self, tmp_path, plan):
+        files = open_files(str(tmp_path), 1)
+        for number, (key, score, sha256) in enumerate(
+            [("a", None, "1"), ("a", 0.5, "2"), ("b", None, "3"), ("b", None, "4"), ("a", None, "5"), ("c", None, "6")]
+        ):
+            writer = IndexWriter(files, f"run-{number}")
+            writer.add(dict.fromkeys(SCHEMA.names) | {"key": key, "score_whole": score, "sha256": sha256})
+            writer.flush()
+        made = plan()
+        for keys in indexed_keys(files):
+            made.know(keys)
+        assert made.has_repeated()
+        drop_repeated(files, made.stays)
+        left = [pq.read_table(part).to_pylist()[0] for part in sorted((tmp_path / "index").iterdir())]
+        assert [row["sha256"] for row in left] == ["2", "4", "6"]
+
 
 @pytest.fixture(scope="module")
 def drawer(tiny64):
@@ -434,7 +473,7 @@ class TestExact:
         first = {row["key"]: row for row in rows()}
         assert {row["score_whole"] for row in first.values()} == {None}
         counts = run("run-2", scored=True)
-        assert (counts["found"], counts.get("drawn", 0), counts["to score"]) == (4, 0, 4)
+        assert {name: count for name, count in counts.items() if count} == {"found": 4, "scored": 2}
         now = {row["key"]: row for row in rows()}
         # Each picture once, and as it was.
         assert len(rows()) == 4
@@ -448,9 +487,30 @@ class TestExact:
         assert all(row["score_whole"] is not None for row in rows())
         assert run("run-4", scored=True) == {"already": 4, "to draw": 0}
 
+        # The photo is gone again, and so is the index; then a picture's file, which is drawn anew and has one line.
+        (tmp_path / "drum-01.png").unlink()
+        shutil.rmtree(tmp_path / "out/index")
+        run("run-5", scored=True)
+        (row, _) = (row for row in rows() if row["object_id"] == "drum-01")
+        (part,) = (tmp_path / "out/index").iterdir()
+        stale = [one | {"sha256": "stale"} if one == row else one for one in rows()]
+        pq.write_table(pa.Table.from_pylist(stale, SCHEMA), part)
+        Path(row["address"]).unlink()
+        assert run("run-6", scored=True)["drawn"] == 1
+        assert len(rows()) == 4
+        (again,) = (one for one in rows() if one["key"] == row["key"])
+        assert again["sha256"] == hashlib.sha256(Path(row["address"]).read_bytes()).hexdigest()
+
     def test_pictures_of_another_place_are_others(self, plan):
         keys = [plan(place=place).to_draw(0, 1)[0]["key"] for place in (None, Place(), Place(0.5))]
         assert len(set(keys)) == 3
+
+    def test_pictures_around_own_pixels_are_of_a_version(self, plan, monkeypatch):
+        before = [plan(place=place).to_draw(0, 1)[0]["key"] for place in (None, Place())]
+        monkeypatch.setattr("jobs.generation.settings.AROUND_VERSION", 99)
+        after = [plan(place=place).to_draw(0, 1)[0]["key"] for place in (None, Place())]
+        assert before[0] == after[0]
+        assert before[1] != after[1]
 
     def test_a_place_without_exact_is_refused(self, filled, prompts_file, tmp_path, capsys):
         words = [filled.url, "--prompts", prompts_file("- a {}"), "--out", str(tmp_path / "out"), "--place", "0.5"]

@@ -190,6 +190,12 @@ def test_a_damaged_index_is_told_once_and_the_runs_are_read_instead(store, catal
     commit(store, "o-0008", "vase")
     catalog.refresh()
     assert catalog.page(10, class_name="vase") == ["o-0007", "o-0008"]
+    path.write_bytes(path.read_bytes().replace(b"class_name", b"class_nine"))
+    caplog.clear()
+    for _ in range(3):
+        catalog.refresh()
+    assert len([one for one in caplog.records if "is damaged" in one.getMessage()]) == 1
+    assert catalog.page(10, class_name="vase") == ["o-0007", "o-0008"]
 
 
 def test_the_index_is_read_when_it_has_changed(store, catalog, monkeypatch):
