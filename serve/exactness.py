@@ -25,9 +25,13 @@ async def placed(
     """
     if not asked.exact:
         raise ApiError("invalid_request", "place: only an `exact` object is placed: set exact", param="place")
-    photo = await own_photo(services, artifacts)
+    _check_one(artifacts)
     try:
         place = Place.parse(asked.place) if asked.place else Place()
+    except ObjdriveError as error:
+        raise ApiError("invalid_request", f"place: {error}", param="place") from error
+    photo = await own_photo(services, artifacts)
+    try:
         return await services.decoding.run(compose, photo, place, size)
     except ObjdriveError as error:
         raise ApiError("invalid_request", f"place: {error}", param="place") from error
@@ -39,10 +43,7 @@ async def own_photo(services: Services, artifacts: Sequence[ArtifactMetadata]) -
     Raises:
         ApiError: 400, there is none, or there are several; 409, they can't be read any more; 503, their storage hangs.
     """
-    if len(artifacts) != 1:
-        raise ApiError(
-            "invalid_request", f"exact: draws one object, model names {len(artifacts)}: name one", param="exact"
-        )
+    _check_one(artifacts)
     try:
         return await asyncio.wait_for(services.photos.run(read_photo, artifacts[0]), PHOTO_SECONDS)
     except TimeoutError as error:
@@ -57,3 +58,10 @@ async def own_photo(services: Services, artifacts: Sequence[ArtifactMetadata]) -
             "photo_unreadable",
             f"the photo of {artifacts[0].object_id!r} can't be read any more ({error.code}): exact drawing needs it",
         ) from error
+
+
+def _check_one(artifacts: Sequence[ArtifactMetadata]) -> None:
+    if len(artifacts) != 1:
+        raise ApiError(
+            "invalid_request", f"exact: draws one object, model names {len(artifacts)}: name one", param="exact"
+        )

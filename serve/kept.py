@@ -13,6 +13,7 @@ from typing import Any
 
 from objdrive.sampling.requests import DrawRequest
 from serve.drawing import FinishedPicture
+from serve.errors import ApiError
 from serve.finishing import Finish
 
 PROXY_SECONDS = 55.0
@@ -25,9 +26,9 @@ Pictures = list[FinishedPicture]
 
 @dataclass(eq=False)
 class Work:
-    """A request's pictures, finished or under way."""
+    """A request's pictures, finished or under way; `task` is None once it has failed and that was told."""
 
-    task: "asyncio.Task[Pictures]"
+    task: "asyncio.Task[Pictures] | None"
     began: float
     waiting: int = 0
     ended: float | None = None
@@ -35,7 +36,7 @@ class Work:
     @property
     def size(self) -> int:
         """Bytes of its pictures; 0 while they are drawn."""
-        return 0 if self.ended is None else sum(len(picture.data) for picture in self.task.result())
+        return 0 if self.ended is None or self.task is None else sum(len(one.data) for one in self.task.result())
 
 
 class Kept:
@@ -59,28 +60,36 @@ class Kept:
 
     def begin(self, name: str, drawing: Coroutine[Any, Any, Pictures]) -> Work:
         """Draw; the pictures are kept if that takes long."""
-        work = Work(asyncio.ensure_future(drawing), self._clock())
+        task = asyncio.ensure_future(drawing)
+        work = Work(task, self._clock())
         self._works.setdefault(name, work)
-        work.task.add_done_callback(lambda task: self._ended(name, work))
+        task.add_done_callback(lambda task: self._ended(name, work, task))
         return work
 
     async def wait(self, work: Work) -> Pictures:
         """The pictures. Whoever stops waiting early, and was the last to wait, ends the drawing."""
+        if work.task is None:
+            raise ApiError("unavailable", "the drawing has failed: ask again")
+        task = work.task
         work.waiting += 1
         try:
-            return await asyncio.shield(work.task)
+            return await asyncio.shield(task)
         finally:
             work.waiting -= 1
-            if not work.waiting and not work.task.done() and not self._outlasted(work):
-                work.task.cancel()
+            if not work.waiting and not task.done() and not self._outlasted(work):
+                task.cancel()
+            if _failed(task):
+                # Its exception has the frames of all that wait here, and these have the work: they would keep each
+                # other, and the picture of an edit with them, until the next full collection.
+                work.task = None
+            del work, task
 
     def _outlasted(self, work: Work) -> bool:
         until = self._clock() if work.ended is None else work.ended
         return until - work.began >= self._proxy_seconds
 
-    def _ended(self, name: str, work: Work) -> None:
-        failed = work.task.cancelled() or work.task.exception() is not None
-        if failed:
+    def _ended(self, name: str, work: Work, task: "asyncio.Task[Pictures]") -> None:
+        if _failed(task):
             if self._works.get(name) is work:
                 del self._works[name]
             return
@@ -97,6 +106,10 @@ class Kept:
             if size > _MAX_BYTES or self._clock() - work.ended > KEPT_SECONDS:
                 size -= work.size
                 del self._works[name]
+
+
+def _failed(task: "asyncio.Task[Pictures]") -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 def name_of(draws: Sequence[DrawRequest], finish: Finish) -> str:

@@ -68,9 +68,17 @@ async def _server_sent(
                     told = common | _file(event.data) | {"type": f"{family}.completed", "url": link(event.data)}
                     yield _sse(CompletedEvent(**told, revised_prompt=event.prompt))
         except Exception as error:
-            failed = api_error(error)
-            if failed.code != "cancelled":
-                yield f"event: error\ndata: {failed.document.model_dump_json()}\n\n".encode()
+            # The error has this frame: a variable that has the error would keep both, and the picture of an edit.
+            if event_of_it := _error_event(error):
+                yield event_of_it
+
+
+def _error_event(error: Exception) -> bytes:
+    """Empty where nobody reads it."""
+    failed = api_error(error)
+    return (
+        b"" if failed.code == "cancelled" else f"event: error\ndata: {failed.document.model_dump_json()}\n\n".encode()
+    )
 
 
 def _file(data: bytes) -> dict[str, Any]:

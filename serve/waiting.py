@@ -81,12 +81,27 @@ async def draw_all(
     Raises:
         ApiError: see `picture_events`.
     """
+    tasks: list[asyncio.Task[FinishedPicture]] = []
+    failed: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_finished(services, draw, finish, spending)) for draw in draws]
+            tasks += [group.create_task(_finished(services, draw, finish, spending)) for draw in draws]
+        return [task.result() for task in tasks]
     except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+        failed = errors.exceptions[0]
+        # In it is the frame that raised the group, which has the group.
+        errors.__traceback__ = None
+    finally:
+        # A failed task has an exception, which has this frame: they would keep each other, and the pictures of edits
+        # with them, until the next full collection.
+        tasks.clear()
+        del group
+    try:
+        # Not where the group is handled, of which it is a part: it would be its own context.
+        assert failed is not None
+        raise failed
+    finally:
+        del failed
 
 
 async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
@@ -108,6 +123,8 @@ async def unless_gone(request: Request, work: Awaitable[_T]) -> _T:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+        # As in `draw_all`.
+        del task, gone
 
 
 async def _finished(services: Services, draw: DrawRequest, finish: Finish, spending: Spending) -> FinishedPicture:
@@ -119,10 +136,10 @@ async def _finished(services: Services, draw: DrawRequest, finish: Finish, spend
 
 
 async def _next(events: AsyncIterator[_T], deadline: float) -> _T | None:
-    try:
+    with suppress(TimeoutError):
         return await asyncio.wait_for(anext(events, None), deadline - time.monotonic())
-    except TimeoutError:
-        raise ApiError("timeout", "the picture took too long", retry_after=5) from None
+    # Not where that is handled: it has the task that waits, which gets this error and would have itself in it.
+    raise ApiError("timeout", "the picture took too long", retry_after=5)
 
 
 async def _disconnected(request: Request) -> None:

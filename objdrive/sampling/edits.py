@@ -5,7 +5,7 @@ was drawn goes back at the picture's own scale. Pixels outside of the place are 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -15,7 +15,8 @@ from PIL import Image
 from objdrive.catalog.decoding import MAX_PIXELS
 from objdrive.catalog.photos import Photo
 from objdrive.errors import ObjdriveError
-from objdrive.sampling.exact import CutOut, fit, paste
+from objdrive.sampling.exact import REACH, CutOut, paste
+from objdrive.sampling.fitting import stand
 from objdrive.sampling.inpainting import Canvas
 
 _FILL = 0.9
@@ -98,16 +99,19 @@ class Edit:
 
     def exact(self, photo: Photo) -> "Edit":
         """The same edit, with an object's own pixels as large as the place shows them whole."""
-        left, top, right, bottom = self.box
-        where = fit(photo, _shares(self.place.crop(self.box)))
-        return Edit(self.picture, self.place, paste(photo, where, (right - left, bottom - top)))
+        near, within = self._near(REACH)
+        across, down, *size = stand(photo, np.asarray(self.place.crop(self.box)))
+        where = across + within[1].start, down + within[0].start, size[0], size[1]
+        # With a margin, where there is one: the edge of the picture cuts an object off, the box's is an edge of it.
+        cut_out = paste(photo, where, (near[2] - near[0], near[3] - near[1]))
+        return Edit(self.picture, self.place, CutOut(cut_out.image[within], cut_out.kept[within]))
 
     def canvas(self, edge: int) -> Canvas:
         """What is drawn into, at the size that a base draws."""
         shown, place = _crop(self.picture.convert("RGBA"), self.window), _crop(self.place, self.window)
         if self.cut_out:
             at = self.box[0] - self.window[0], self.box[1] - self.window[1]
-            shown.alpha_composite(self.cut_out.alone, at)
+            shown.alpha_composite(replace(self.cut_out, kept=self._own(self.cut_out)).alone, at)
             free = np.array(place)
             part = free[at[1] : at[1] + self.cut_out.kept.shape[0], at[0] : at[0] + self.cut_out.kept.shape[1]]
             part[:] = np.minimum(part, np.rint(_OPAQUE * (1 - self.cut_out.kept)))
@@ -128,18 +132,27 @@ class Edit:
         if self.cut_out:
             own = np.full_like(part, _OPAQUE)
             own[..., :3] = self.cut_out.image
-            part = _mixed(part, own, np.minimum(self.cut_out.kept, _shares(self.place.crop(box))))
+            part = _mixed(part, own, self._own(self.cut_out))
         finished = self.picture.copy()
         finished.paste(Image.fromarray(np.rint(part).astype(np.uint8)), box[:2])
         return finished
 
+    def _near(self, margin: int) -> tuple[Box, tuple[slice, slice]]:
+        """The box with so many pixels more to each side as far as the picture goes, and where in that the box is."""
+        left, top, right, bottom = self.box
+        near = max(left - margin, 0), max(top - margin, 0)
+        far = min(right + margin, self.place.width), min(bottom + margin, self.place.height)
+        return (*near, *far), np.s_[top - near[1] : bottom - near[1], left - near[0] : right - near[0]]
+
+    def _own(self, cut_out: CutOut) -> NDArray[np.float32]:
+        """(h, w) in the place's box: how much of each pixel is the object's own."""
+        return np.minimum(cut_out.kept, _shares(self.place.crop(self.box)))
+
     def _seam(self) -> NDArray[np.float32]:
         """(h, w) in the place's box: how much of each pixel is the drawing's, growing from the place's edge inwards."""
-        left, top, right, bottom = self.box
         # One more pixel to each side, where there is one: the edge of the picture itself is no seam.
-        near = max(left - 1, 0), max(top - 1, 0), min(right + 1, self.place.width), min(bottom + 1, self.place.height)
+        near, within = self._near(1)
         share = _shares(self.place.crop(near))
-        within = np.s_[top - near[1] : bottom - near[1], left - near[0] : right - near[0]]
         if (share > 0).all():
             return share[within]
         inwards = cv2.distanceTransform((share > 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)

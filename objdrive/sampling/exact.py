@@ -26,12 +26,8 @@ _GREY = 128
 """Of the canvas around the cut-out, where nothing is kept."""
 _SOFTNESS = 0.7
 """Deviation in pixels of the blur that softens the cut-out's edge."""
-_FITTING_EDGE = 96
-"""Longer side of the grid on which a place for an object is looked for."""
-_PARTS = tuple(0.96**power for power in range(40))
-"""Sizes that are tried, in parts of what the place's box has room for."""
-_MOST_OUTSIDE = 0.005
-"""Share of the object that may lie outside of its place: of its edge, to the grid's precision."""
+REACH = 4
+"""Pixels from which on it does not reach."""
 AROUND_VERSION = 1
 """Of how a picture around own pixels is made, by `around`, `compose` and `CutOut.over`.
 
@@ -140,52 +136,11 @@ def compose(photo: Photo, place: Place, size: tuple[int, int]) -> CutOut:
     return paste(photo, (left, top, *target), size)
 
 
-def fit(photo: Photo, place: NDArray[np.float32]) -> tuple[int, int, int, int]:
-    """Where the whole object is at its largest in a place of any shape, as low as it can stand.
-
-    Where no size shows it whole, such as in a ring, it is as large as the place's box, and what reaches out is not
-    seen.
-
-    Args:
-        photo: the object and its mask.
-        place: (H, W) in [0, 1], 1 where something may stand; it reaches to all four edges.
-
-    Returns:
-        Left, top, width and height of the object's box in the place's.
-    """
-    left, top, right, bottom = bounding_box(photo.mask)
-    shape = photo.mask[top:bottom, left:right]
-    height, width = place.shape
-    largest = min(width / (right - left), height / (bottom - top))
-    coarse = min(1.0, _FITTING_EDGE / max(width, height))
-    closed = 1 - _scaled(place, max(1, round(width * coarse)), max(1, round(height * coarse)))
-    for part in _PARTS:
-        size = max(1, round((right - left) * largest * part)), max(1, round((bottom - top) * largest * part))
-        object_there = _scaled(shape, max(1, round(size[0] * coarse)), max(1, round(size[1] * coarse)))
-        if object_there.shape[0] > closed.shape[0] or object_there.shape[1] > closed.shape[1]:
-            continue
-        # How much of the object is outside of the place, for every position of its upper left corner.
-        outside = cv2.matchTemplate(closed, object_there, cv2.TM_CCORR)
-        rows, columns = np.nonzero(outside <= _MOST_OUTSIDE * object_there.sum())
-        if len(rows) == 0:
-            continue
-        lowest = columns[rows == rows.max()]
-        middle = lowest[np.abs(lowest - (closed.shape[1] - object_there.shape[1]) / 2).argmin()]
-        free = width - size[0], height - size[1]
-        # In the middle and on the ground to the pixel, where the coarse grid says so.
-        across = free[0] // 2 if abs(2 * middle - outside.shape[1] + 1) <= 1 else round(middle / coarse)
-        down = free[1] if rows.max() == outside.shape[0] - 1 else round(rows.max() / coarse)
-        return min(across, free[0]), min(down, free[1]), *size
-    size = max(1, round((right - left) * largest)), max(1, round((bottom - top) * largest))
-    return (width - size[0]) // 2, height - size[1], *size
-
-
-def _scaled(shares: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
-    return np.asarray(cv2.resize(shares, (width, height), interpolation=cv2.INTER_AREA), dtype=np.float32)
-
-
 def paste(photo: Photo, where: tuple[int, int, int, int], size: tuple[int, int]) -> CutOut:
-    """An object's box at left, top, width and height of an empty canvas of `size` (width, height)."""
+    """An object's box at left, top, width and height of an empty canvas of `size` (width, height).
+
+    Its edge is soft on the inner side, but not where it meets the canvas's: there it is cut off.
+    """
     left, top, width, height = where
     alpha = np.rint(255 * photo.mask).astype(np.uint8)
     layers = Image.fromarray(np.dstack([photo.image, alpha]))

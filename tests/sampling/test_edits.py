@@ -185,3 +185,36 @@ class TestExact:
         shaped = replace(edit, place=shape).exact(photo)
         result = shaped.finish(drawn())
         assert not changed(shaped, result)[80:90, 80:100].any()
+
+    def test_a_small_hole_among_specks_shows_it_whole_and_is_drawn(self, photo):
+        mask = a_mask((300, 300), (200, 100, 240, 140))
+        mask.putpixel((0, 0), (0, 0, 0, 254))
+        mask.putpixel((299, 299), (0, 0, 0, 254))
+        edit = Edit.of(noise((300, 300)), mask).exact(photo)
+        result = np.asarray(edit.finish(drawn()))
+        assert (result[122:138, 202:238] == photo.image[12:28, 7:43]).all()
+        canvas = edit.canvas(300)
+        assert (canvas.draw[101:119, 201:239] == 1).all()
+        assert (canvas.draw[122:138, 202:238] == 0).all()
+
+    def test_what_the_finished_picture_does_not_show_is_not_drawn_around(self, photo):
+        ring = a_mask((100, 100), (20, 20, 80, 80))
+        ring.paste((0, 0, 0, 255), (21, 21, 79, 79))
+        edit = Edit.of(noise((100, 100)), ring).exact(photo)
+        left, top, right, _ = edit.window
+        canvas = edit.canvas(right - left)
+        seen = np.s_[22 - top : 78 - top, 22 - left : 78 - left]
+        assert (canvas.image[seen] == np.asarray(edit.picture)[22:78, 22:78]).all()
+
+    def test_its_edge_is_soft_where_it_meets_the_places_box(self, photo):
+        edit = Edit.of(noise((200, 100)), a_mask((200, 100), (60, 30, 100, 90))).exact(photo)
+        assert edit.cut_out is not None
+        assert edit.cut_out.kept.shape == (60, 40)
+        for edge in (edit.cut_out.kept[-1], edit.cut_out.kept[40:, 0], edit.cut_out.kept[40:, -1]):
+            assert (edge < 0.9).all()
+        assert (edit.cut_out.kept[44:56, 4:36] == 1).all()
+
+    def test_the_pictures_own_edge_cuts_it_off(self, photo):
+        edit = Edit.of(noise((40, 60)), a_mask((40, 60), (0, 0, 40, 60))).exact(photo)
+        assert edit.cut_out is not None
+        assert (edit.cut_out.kept[44:] == 1).all()

@@ -9,7 +9,7 @@ from objdrive.adapters.artifact import SourceRecord, Sources
 from objdrive.catalog.geometry import bounding_box
 from objdrive.catalog.photos import Photo
 from objdrive.errors import ObjdriveError, RowError
-from objdrive.sampling.exact import Place, compose, fit, read_photo
+from objdrive.sampling.exact import Place, compose, read_photo
 
 
 def a_photo(size=(96, 64), box=(10, 20, 50, 40)):
@@ -89,37 +89,6 @@ class TestCompose:
     def test_an_object_that_reaches_out_is_refused(self, place):
         with pytest.raises(ObjdriveError, match="reaches out"):
             compose(a_photo(), place, (100, 100))
-
-    def test_fits_a_box_on_its_lower_edge(self):
-        assert fit(a_photo(), np.ones((80, 80), np.float32)) == (0, 40, 80, 40)
-        assert fit(a_photo(), np.ones((20, 80), np.float32)) == (20, 0, 40, 20)
-        assert fit(a_photo(), np.ones((500, 800), np.float32)) == (0, 100, 800, 400)
-
-    @pytest.mark.parametrize("size", [(60, 80), (700, 400)])
-    def test_fits_an_oval_as_a_whole(self, size):
-        height, width = size
-        down, across = np.mgrid[:height, :width]
-        oval = (((down + 0.5) / height - 0.5) ** 2 + ((across + 0.5) / width - 0.5) ** 2 <= 0.25).astype(np.float32)
-        left, top, wide, high = fit(a_photo(), oval)
-        inside = oval[top : top + high, left : left + wide]
-        assert inside.shape == (high, wide)
-        assert inside.mean() > 0.985
-        assert abs(wide / high - 2) < 0.1
-        # The largest box of twice the width of its height in this oval, from its equation.
-        largest = 1 / np.hypot(1 / width, 1 / (2 * height))
-        assert 0.85 * largest < wide < 1.03 * largest
-
-    def test_fits_beside_a_corner_that_is_cut_off(self):
-        place = np.ones((60, 40), np.float32)
-        place[50:, 20:] = 0
-        _, top, wide, high = fit(a_photo(), place)
-        assert (wide, high) == (40, 20)
-        assert 27 <= top <= 31
-
-    def test_fills_the_box_of_a_place_that_shows_it_whole_at_no_size(self):
-        place = np.zeros((60, 60), np.float32)
-        place[[0, -1]] = place[:, [0, -1]] = 1
-        assert fit(a_photo(), place) == (0, 30, 60, 30)
 
 
 class TestReadPhoto:

@@ -228,6 +228,22 @@ class TestMemory:
             assert error(edit(client, b"Example data"), 400) == "invalid_image"
             until_zero(uploads)
 
+    @pytest.mark.parametrize(
+        "asked", [{"steps": "100"}, {"steps": "100", "n": "2"}, {"steps": "100", "stream": "true"}]
+    )
+    def test_an_edit_that_fails_gives_it_back_at_once(self, small_base, filled, tmp_path, asked):
+        uploads = Uploads()
+        with (
+            serving(small_base, filled, tmp_path, uploads=uploads, draw_seconds=0.3) as server,
+            server.client() as client,
+        ):
+            gc.disable()
+            try:
+                assert "timeout" in edit(client, **asked).text
+                until_zero(uploads)
+            finally:
+                gc.enable()
+
     def test_an_edit_alone_has_room_and_a_picture_in_use_keeps_it(self):
         uploads, picture = Uploads(10), scene()
         with uploads.room() as room:
@@ -244,10 +260,10 @@ class TestMemory:
 
 def until_zero(uploads):
     """Until what was edited is gone; the server's threads may still be on their way out."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 20
     while uploads.nbytes:
         assert time.monotonic() < deadline, uploads.nbytes
-        gc.collect()
+        time.sleep(0.01)
 
 
 class TestExact:
@@ -308,6 +324,7 @@ class TestExact:
         ("asked", "status", "code", "param"),
         [
             ({"model": "mug-2"}, 409, "photo_unreadable", "model"),
+            ({"model": "mug-2", "place": "huge"}, 400, "invalid_request", "place"),
             ({"model": "mug-1+mug-2", "prompt": "{} {}"}, 400, "invalid_request", "exact"),
             ({"prompt": "a mug"}, 400, "invalid_request", "exact"),
             ({"model": "mug-1", "place": "huge"}, 400, "invalid_request", "place"),
