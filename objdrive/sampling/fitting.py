@@ -66,9 +66,9 @@ def fit(photo: Photo, place: NDArray[np.float32]) -> Where:
         size = max(1, round((right - left) * largest * part)), max(1, round((bottom - top) * largest * part))
         if size != whole and max(size) < _SMALLEST:
             break
-        object_there = _scaled(shape, _cells(size[0] * coarse), _cells(size[1] * coarse))
-        if object_there.shape[0] > closed.shape[0] or object_there.shape[1] > closed.shape[1]:
-            continue
+        # The place is rounded to cells, and what is as wide as it takes as many.
+        cells = min(_cells(size[0] * coarse), closed.shape[1]), min(_cells(size[1] * coarse), closed.shape[0])
+        object_there = _scaled(shape, *cells)
         # How much of the object is outside of the place, for every position of its upper left corner.
         outside = cv2.matchTemplate(closed, object_there, cv2.TM_CCORR)
         rows, columns = np.nonzero(outside <= _MOST_OUTSIDE * object_there.sum())
