@@ -128,11 +128,10 @@ def test_while_one_trains_the_next_is_prepared_and_the_one_before_is_committed()
     assert trained == list("abcd")
 
 
-def test_leases_are_taken_ahead_only_while_one_trains():
+def test_the_first_lease_is_not_ahead_and_one_beside_a_training_is():
     bench = Bench("ab", after={("a", "trained"): ("b", "prepared")})
     bench.run()
     assert bench.asked[:2] == [False, True]
-    assert bench.asked[-1] is False
 
 
 def test_who_gets_nothing_ahead_asks_again_when_its_training_ends(monkeypatch):
