@@ -44,7 +44,7 @@ from jobs.outcomes import RowOutcome
 from jobs.plan import Unit, plan
 from jobs.queue_actor import QueueActor
 from jobs.room import WorkersRequest
-from jobs.run import BatchRun, new_run_id
+from jobs.run import BatchRun, new_run_id, window_for
 from objdrive.adapters.adapter import Adapter, adapter_files
 from objdrive.adapters.artifact import ArtifactMetadata, BaseRef, SceneMember, Sources
 from objdrive.adapters.store import ArtifactStore
@@ -249,7 +249,7 @@ def simulate(rows: int, workers: int, size: int, seconds: float, plot: Path | No
             on_committed=ledger.committed_before,
             on_repeat=ledger.repeated,
         )
-        pump = _Pump(queue, tasks, watch, lambda leased: None, lambda events: None, window=max(256, 128 * workers))
+        pump = _Pump(queue, tasks, watch, lambda leased: None, lambda events: None, window=window_for(workers))
         began = sum(queue_process.cpu_times()[:2])
         pump.start()
         by_crew = ray.get(

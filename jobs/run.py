@@ -28,6 +28,12 @@ from objdrive.errors import StoreError
 
 _WINDOW_PER_WORKER = 128
 """Tasks: three of the largest groups in a worker's hands, and one before it."""
+_LEAST_WINDOW = 256
+
+
+def window_for(workers: int) -> int:
+    """How many tasks are read ahead of the outcomes of so many workers."""
+    return max(_LEAST_WINDOW, _WINDOW_PER_WORKER * workers)
 
 
 def new_run_id() -> str:
@@ -152,7 +158,7 @@ class BatchRun:
                 # pyarrow's stubs call every handler abstract.
                 storage=(PyFileSystem(FSSpecHandler(filesystem)), folder),  # type: ignore[abstract]
                 stall_seconds=self._stall_seconds,
-                window=max(256, _WINDOW_PER_WORKER * workers.most),
+                window=window_for(workers.most),
             )
         finally:
             if filesystem.exists(folder):

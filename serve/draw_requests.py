@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from objdrive.adapters.artifact import ArtifactKey, ArtifactMetadata
 from objdrive.base.sizes import Size, parse_size
 from objdrive.errors import ObjdriveError
+from objdrive.sampling.exact import around
 from objdrive.sampling.requests import DrawRequest
 from serve.drawing import BASE_MODEL_ID, BaseInfo
 from serve.errors import ApiError
@@ -73,7 +74,7 @@ def draw_requests(asked: DrawingFields, artifacts: Sequence[ArtifactMetadata], b
     usual = defaults(artifacts[0], own) if artifacts else own
     steps = usual.steps if asked.steps is None else asked.steps
     seed = secrets.randbits(_RANDOM_SEED_BITS) if asked.seed is None else asked.seed
-    return [
+    draws = [
         DrawRequest(
             prompt=asked.prompt,
             seed=seed + number,
@@ -89,6 +90,8 @@ def draw_requests(asked: DrawingFields, artifacts: Sequence[ArtifactMetadata], b
         )
         for number in range(asked.n or 1)
     ]
+    # Own pixels are those of one object: several are refused where their photos would be read.
+    return [around(draw, artifacts[0].class_name) for draw in draws] if asked.exact and artifacts else draws
 
 
 def asked_size(asked: DrawingFields, base: BaseInfo) -> Size:

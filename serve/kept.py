@@ -115,7 +115,6 @@ def _failed(task: "asyncio.Task[Pictures]") -> bool:
 def name_of(draws: Sequence[DrawRequest], finish: Finish) -> str:
     """The same for requests that get the same pictures, to the file's bytes."""
     wanted: list[Any] = [finish.format, finish.quality, finish.transparent, finish.given, finish.exact]
-    # Of a canvas, `given` tells. Around an object's own pixels no adapter draws, whatever its scale.
-    untold = {"canvas", "adapter_scale"} if finish.exact else {"canvas"}
-    wanted += [getattr(draw, field.name) for draw in draws for field in fields(draw) if field.name not in untold]
+    # Of a canvas, `given` tells.
+    wanted += [getattr(draw, field.name) for draw in draws for field in fields(draw) if field.name != "canvas"]
     return hashlib.sha256(repr(wanted).encode()).hexdigest()

@@ -6,7 +6,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from objdrive.sampling.edits import Edit
-from objdrive.sampling.exact import around
 from serve.dependencies import Asking, Serving, described, visible
 from serve.draw_requests import draw_requests, object_ids
 from serve.edit_form import EditFields, decode_edit, decoded_bytes, form_schema, read_form
@@ -36,8 +35,6 @@ async def edit(key: Asking, services: Serving, request: Request) -> Response:
         base = await described(services.generators, services.draw_seconds)
         finish = Finish.of(asked, cuts_out=False, given=form.digest)
         draws = draw_requests(asked.model_copy(update={"size": None}), artifacts, base)
-        if asked.exact and artifacts:
-            draws = [around(draw, artifacts[0].class_name) for draw in draws]
         ask_rate(services, key, asked, draws, finish)
         room.take(decoded_bytes(form))
         edited = await services.decoding.run(decode_edit, form)

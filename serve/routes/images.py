@@ -12,7 +12,6 @@ from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse, Response
 
 from objdrive.adapters.artifact import ArtifactKey
-from objdrive.sampling.exact import around
 from objdrive.sampling.requests import DrawRequest
 from serve.auth import ApiKey, Spending
 from serve.dependencies import Asking, Serving, described, visible
@@ -51,8 +50,6 @@ async def generate(asked: GenerationRequest, key: Asking, services: Serving, req
     base = await described(services.generators, services.draw_seconds)
     finish = Finish.of(asked, cuts_out=True, given=asked.place or "")
     draws = draw_requests(asked, artifacts, base)
-    if asked.exact and artifacts:
-        draws = [around(draw, artifacts[0].class_name) for draw in draws]
     if asked.exact or asked.place:
         ask_rate(services, key, asked, draws, finish)
         cut_out = await placed(services, asked, artifacts, asked_size(asked, base))

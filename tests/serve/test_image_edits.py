@@ -280,12 +280,17 @@ class TestExact:
         return texture
 
     @pytest.fixture
-    def server(self, small_base, photo, tmp_path):
+    def store(self, small_base, photo, tmp_path):
+        """With an object of that photo."""
         store = ArtifactStore(str(tmp_path / "store"))
-        names = {
+        files = {
             name: SourceRecord(uri=str(tmp_path / f"{name}.png"), size=None, mark="") for name in ("image", "mask")
         }
-        commit(store, small_base, "mug-1", sources=Sources(**names))
+        commit(store, small_base, "mug-1", sources=Sources(**files))
+        return store
+
+    @pytest.fixture
+    def server(self, small_base, store, tmp_path):
         commit(store, small_base, "mug-2", sources=Sources(image=SourceRecord(uri="/gone.png", size=1, mark="")))
         with serving(small_base, store, tmp_path) as server:
             yield server
@@ -346,12 +351,7 @@ class TestExact:
         assert answer.json()["error"]["param"] == param
         assert "gone.png" not in answer.text
 
-    def test_what_draws_nothing_is_not_counted(self, small_base, photo, tmp_path):
-        store = ArtifactStore(str(tmp_path / "store"))
-        files = {
-            name: SourceRecord(uri=str(tmp_path / f"{name}.png"), size=None, mark="") for name in ("image", "mask")
-        }
-        commit(store, small_base, "mug-1", sources=Sources(**files))
+    def test_what_draws_nothing_is_not_counted(self, small_base, store, tmp_path):
         alone = {"model": "mug-1", "exact": True, "background": "transparent"}
         with (
             serving(small_base, store, tmp_path, keys=[("shop", {"burst": 1})]) as server,
@@ -364,12 +364,7 @@ class TestExact:
             assert error(server.draw(client, model="mug-1"), 429) == "rate_limit_exceeded"
 
     @pytest.mark.parametrize("draw", ["generation", "edit"])
-    def test_what_was_drawn_for_a_proxy_that_gave_up_is_not_counted_again(self, small_base, photo, tmp_path, draw):
-        store = ArtifactStore(str(tmp_path / "store"))
-        files = {
-            name: SourceRecord(uri=str(tmp_path / f"{name}.png"), size=None, mark="") for name in ("image", "mask")
-        }
-        commit(store, small_base, "mug-1", sources=Sources(**files))
+    def test_what_was_drawn_for_a_proxy_that_gave_up_is_not_counted_again(self, small_base, store, tmp_path, draw):
         keys = [("shop", {"burst": 1, "requests_per_minute": 1})]
         with (
             # Every drawing outlasts such a proxy.
@@ -386,12 +381,7 @@ class TestExact:
             assert png(drawn(5)) == first
             assert error(drawn(6), 429) == "rate_limit_exceeded"
 
-    def test_a_key_that_is_over_its_rate_has_no_photo_read(self, small_base, photo, tmp_path, monkeypatch):
-        store = ArtifactStore(str(tmp_path / "store"))
-        files = {
-            name: SourceRecord(uri=str(tmp_path / f"{name}.png"), size=None, mark="") for name in ("image", "mask")
-        }
-        commit(store, small_base, "mug-1", sources=Sources(**files))
+    def test_a_key_that_is_over_its_rate_has_no_photo_read(self, small_base, store, tmp_path, monkeypatch):
         reads, read = [], exactness.read_photo
         monkeypatch.setattr(exactness, "read_photo", lambda artifact: reads.append(1) or read(artifact))
         keys = [("shop", {"burst": 2, "requests_per_minute": 1})]
